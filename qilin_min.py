@@ -1,0 +1,1171 @@
+"""qilin-min: Qilin-Med-VL (arXiv 2310.17956) from scratch in PyTorch: CLIP ViT -> projector -> LLaMA-2, and what carries data in and out.
+
+Read from top to bottom; nothing is used before it is defined:
+
+    1. constants and configuration        config.json of a checkpoint -> QilinConfig
+    2. LLaMA-2 decoder                    RMSNorm, RoPE, attention (GQA, KV cache), SwiGLU
+    3. CLIP vision tower                  pixels -> features of the last block but one
+    4. Qilin                              picture features among the words; loss; logits
+    5. tokens                             a conversation -> input_ids and labels
+    6. pixels                             a picture file -> (3, 336, 336)
+    7. weights in                         any folder -> every tensor accounted for -> the model
+    8. weights out                        the model -> a folder that transformers and vLLM load
+    9. generation                         prompts -> answers, token by token
+
+Shapes:  B batch, T tokens (each picture already expanded to its N positions), M pictures in the batch, N patches a picture
+(576 = 24 x 24), C text width, Cv vision width, H heads, D head size, V vocabulary, L layers.
+Module attributes are the names in published checkpoints, so that loading is nearly the identity.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+# --- 1. constants and configuration ---------------------------------------------------------------------------------
+# in: config.json in the spelling of any release; out: QilinConfig, whose field names are those of config.json
+
+IMAGE_TOKEN = "<image>"    # in a conversation: here stands a picture
+IMAGE_TOKEN_INDEX = -200   # in input_ids: one patch of a picture; out of range on purpose, it must never reach embed_tokens
+IGNORE_INDEX = -100        # in labels: this position teaches nothing
+
+
+def run_cli(main):
+    """Run a script's main(): what a user can cause ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error):
+    """The message of an exception on a single line."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_json(path):
+    """The content of a JSON file; ValueError names the file when it is empty or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: some releases carry a byte-order mark
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+
+
+@dataclass
+class TextConfig:
+    """Sizes of the LLaMA decoder. Defaults are those of transformers' LlamaConfig, since a config.json may omit what equals them."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0         # 0: as many as num_attention_heads; fewer is grouped-query attention
+    head_dim: int = 0                    # 0: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False    # True: the output head is embed_tokens
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass
+class VisionConfig:
+    """Sizes of the CLIP tower. Defaults are those of transformers' CLIPVisionConfig."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224                # pixels, height and width
+    patch_size: int = 32
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    select_layer: int = -2               # config.json: vision_feature_layer or mm_vision_select_layer
+
+
+@dataclass
+class QilinConfig:
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector_type: str = "linear"       # "linear" (paper) | "mlp2x_gelu" (released weights)
+    n_words: int = 0                     # ids below this are the tokenizer's and may be generated; 0: all of vocab_size
+
+    @property
+    def n_image_tokens(self):
+        return (self.vision.image_size // self.vision.patch_size) ** 2
+
+
+def _fields_from(cls, raw, where, fixed):
+    """An instance of dataclass `cls` from a config.json dict; `fixed` lists the only values we implement for what we do not read."""
+    for key, allowed in fixed.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{where}: {key} = {raw[key]!r} is not implemented here (only {', '.join(map(repr, allowed))})")
+    found = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, (int, float, str, bool)):
+            raise ValueError(f"{where}: {name} = {value!r} is not a single value")
+    return cls(**found)
+
+
+def text_config(raw, where):
+    """TextConfig from the dict of a LLaMA config.json. ValueError names what we do not implement (RoPE scaling, other model types)."""
+    rope = raw.get("rope_parameters") or {}              # transformers 5 nests what older files spell rope_theta, rope_scaling
+    scaling = raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise ValueError(f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be silently wrong")
+    raw = dict(raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}))
+    raw = {k: (v[0] if k == "eos_token_id" and isinstance(v, list) else v) for k, v in raw.items()}
+    fixed = {"model_type": ["llama", "llava", "llava_llama"], "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False]}
+    config = _fields_from(TextConfig, raw, where, fixed)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"{where}: {config.num_attention_heads} heads cannot share {config.num_key_value_heads} key-value heads")
+    return config
+
+
+def vision_config(raw, where):
+    """VisionConfig from the dict of a CLIP config.json, with or without the text tower's half."""
+    raw = raw.get("vision_config", raw)
+    return _fields_from(VisionConfig, raw, where, {"model_type": ["clip_vision_model", "clip"], "hidden_act": ["quick_gelu", "gelu"], "num_channels": [3]})
+
+
+# --- 2. LLaMA-2 decoder ---------------------------------------------------------------------------------------------
+# in: embeddings (B, T, C); out: hidden states (B, T, C). Source: arXiv 2307.09288; the layout of weights is Hugging Face's
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean of squares taken in float32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rotary_cos_sin(position_ids, head_dim, theta):
+    """cos and sin of RoPE's angles, float32 (B, 1, T, D), for int64 positions (B, T).
+
+    A function and not a buffer: a buffer would be cast with the weights (the released code rounds inv_freq to bf16)
+    and is garbage after meta-device construction. Source: RoFormer, arXiv 2104.09864, section 3.4.2, half-rotation layout.
+    """
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim)  # (D/2,)
+    angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary_pos_emb(x, cos, sin):
+    """x (B, H, T, D) rotated by its position: element i is paired with element i + D/2."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of all positions seen, so that a new token costs one position.
+
+    k, v (L, B, H_kv, T_max, D), allocated at the first update in that tensor's dtype. lengths int64 (B,): positions filled, row by row, so that
+    rows of different lengths sit in one batch without left padding. n_positions: the longest row, a Python int (no device sync).
+    """
+
+    def __init__(self, n_layers, max_length):
+        self.n_layers, self.max_length = n_layers, max_length
+        self.k = self.v = self.lengths = None
+        self.n_positions = 0
+
+    def update(self, layer, k, v, position_ids):
+        """Store k, v (B, H_kv, T, D) at position_ids (B, T); -> all keys and values so far (B, H_kv, n_positions, D)."""
+        if self.k is None:
+            shape = (self.n_layers, k.shape[0], k.shape[1], self.max_length, k.shape[3])
+            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+        self.k[layer][rows, :, position_ids] = k.transpose(1, 2)
+        self.v[layer][rows, :, position_ids] = v.transpose(1, 2)
+        return self.k[layer][:, :, : self.n_positions], self.v[layer][:, :, : self.n_positions]
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.is_grouped = config.num_key_value_heads != config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, rope, cache=None, position_ids=None, mask=None):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
+        q, k = apply_rotary_pos_emb(q, *rope), apply_rotary_pos_emb(k, *rope)
+        if cache is not None:
+            all_k, all_v = cache.update(self.layer, k, v, position_ids)
+            if mask is not None:  # a first pass (no mask) sees only its own tokens: the padded tail of the cache stays out
+                k, v = all_k, all_v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x, rope, cache=None, position_ids=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, position_ids, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.n_checkpointed = 0  # how many layers, from the first, recompute their inside in backward instead of keeping it
+
+    def forward(self, x, cache=None):
+        """x float (B, T, C) -> normed hidden states (B, T, C).
+
+        Attention is causal and rows are padded on the right, so that no real token ever sees padding and no mask is needed
+        (the flash kernel takes is_causal alone). With a cache that holds earlier tokens, a mask bool (B, 1, T, n_positions) replaces it.
+        """
+        B, T, _ = x.shape
+        position_ids = torch.arange(T, device=x.device)[None]  # (1, T)
+        mask = None
+        if cache is not None:
+            is_first = cache.n_positions == 0
+            cache.n_positions += T
+            if is_first:
+                cache.lengths = torch.zeros(B, dtype=torch.int64, device=x.device)
+            position_ids = cache.lengths[:, None] + position_ids  # (B, T)
+            if not is_first:
+                mask = torch.arange(cache.n_positions, device=x.device) <= position_ids[:, None, :, None]
+        rope = tuple(t.to(x.dtype) for t in rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta))  # angles in float32, as the table
+        for i, layer in enumerate(self.layers):
+            if i < self.n_checkpointed and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache, position_ids, mask)
+        return self.norm(x)
+
+
+# --- 3. CLIP vision tower -------------------------------------------------------------------------------------------
+# in: pixels (M, 3, H, W); out: features (M, N, Cv). Source: arXiv 2103.00020; attribute names as in the files, the misspelt one too
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        n_positions = (config.image_size // config.patch_size) ** 2 + 1
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(n_positions, config.hidden_size)
+
+    def forward(self, pixel_values):
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (M, Cv, h, w)
+        x = x.flatten(2).transpose(1, 2)  # (M, N, Cv)
+        cls = self.class_embedding.expand(x.shape[0], 1, -1)  # (M, 1, Cv)
+        return torch.cat((cls, x), dim=1) + self.position_embedding.weight  # (M, N + 1, Cv)
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+
+    def forward(self, x):
+        M, T, Cv = x.shape
+        q, k, v = (proj(x).view(M, T, self.n_heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (M, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v)  # (M, H, T, D)
+        return self.out_proj(y.transpose(1, 2).reshape(M, T, Cv))  # (M, T, Cv)
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.is_quick = config.hidden_act == "quick_gelu"
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.is_quick else F.gelu(x))
+
+
+class CLIPEncoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class CLIPVisionTower(nn.Module):
+    """CLIP's image half. Layers past select_layer and post_layernorm are held, since an export must hold them, but never computed."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the name in every checkpoint
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # hidden_states[i] is the output of block i (0: of the embeddings); -2 of 24 blocks means blocks 1 to 23
+        self.n_computed = config.select_layer if config.select_layer >= 0 else config.num_hidden_layers + 1 + config.select_layer
+
+    def forward(self, pixel_values):
+        """pixel_values float (M, 3, H, W) normalised -> features (M, N, Cv): the class token is dropped."""
+        x = self.pre_layrnorm(self.embeddings(pixel_values))  # (M, N + 1, Cv)
+        for layer in self.encoder.layers[: self.n_computed]:
+            x = layer(x)
+        return x[:, 1:]  # (M, N, Cv)
+
+
+# --- 4. Qilin -------------------------------------------------------------------------------------------------------
+# in: input_ids (B, T) with IMAGE_TOKEN_INDEX at picture positions, pixels (M, 3, H, W); out: logits (B, T, V) or the loss
+
+LOSS_CHUNK = 1024  # labelled positions whose logits exist at one time: 1024 x 55296 x 4 bytes = 216 MiB
+
+
+def build_projector(projector_type, vision_size, text_size):
+    """The adapter of paper section 4.1: one linear layer, or the released weights' Linear, exact GELU, Linear."""
+    if projector_type == "linear":
+        return nn.Linear(vision_size, text_size)
+    if projector_type == "mlp2x_gelu":
+        return nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
+    raise ValueError(f"projector_type {projector_type!r} is unknown: linear or mlp2x_gelu")
+
+
+def splice_image_embeds(token_embeds, image_embeds, image_mask):
+    """Token embeddings with every picture position replaced by its patch embedding, in one step.
+
+    token_embeds (B, T, C), image_embeds (M, N, C) in reading order, image_mask bool (B, T) -> (B, T, C).
+    ValueError when image_mask marks other than M * N positions: one picture too many would shift all that follow.
+    Source: LLaVA, arXiv 2304.08485, section 4.1.
+    """
+    n_places, n_patches = int(image_mask.sum()), image_embeds.shape[0] * image_embeds.shape[1]
+    if n_places != n_patches:
+        raise ValueError(f"input_ids hold {n_places} picture positions, but the pictures give {image_embeds.shape[0]} x {image_embeds.shape[1]} patches")
+    return token_embeds.masked_scatter(image_mask[..., None], image_embeds.to(token_embeds.dtype))  # (B, T, C)
+
+
+class Qilin(nn.Module):
+    """vision_tower -> mm_projector -> model (LLaMA) -> lm_head. The tower is never trained (paper, section 4.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_tower = CLIPVisionTower(config.vision)
+        self.mm_projector = build_projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size)
+        self.model = LlamaModel(config.text)
+        self.lm_head = None if config.text.tie_word_embeddings else nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+    def encode_images(self, pixel_values):
+        """pixel_values (M, 3, H, W) -> picture embeddings (M, N, C)."""
+        with torch.no_grad():
+            image_features = self.vision_tower(pixel_values)  # (M, N, Cv)
+        weight = next(self.mm_projector.parameters())
+        return self.mm_projector(image_features.to(weight.dtype))  # (M, N, C)
+
+    def logits(self, hidden):
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight).float() if self.lm_head is None else head(hidden).float()  # (..., V)
+
+    def forward(self, input_ids, pixel_values=None, labels=None, reduction="mean", cache=None, lengths=None):
+        """Logits, or with labels the loss.
+
+        input_ids int64 (B, T), each picture as n_image_tokens positions of IMAGE_TOKEN_INDEX; rows padded on the right with id 0.
+        pixel_values float (M, 3, H, W): the batch's pictures in reading order, any number a row; None when there are none.
+        labels int64 (B, T), not shifted -> scalar float32: cross entropy, "mean" or "sum" over the positions whose next label counts
+        (no such position: 0, still connected to the graph). Without labels -> logits float32 (B, T, V).
+        cache: a KVCache, with lengths int64 (B,) = real tokens of each row in this call -> logits float32 (B, V) at each row's last real token.
+        ValueError when picture positions and pictures do not agree.
+        """
+        image_mask = input_ids == IMAGE_TOKEN_INDEX  # (B, T)
+        x = self.model.embed_tokens(input_ids.masked_fill(image_mask, 0))  # (B, T, C)
+        no_picture = 0.0
+        if pixel_values is not None and len(pixel_values):
+            x = splice_image_embeds(x, self.encode_images(pixel_values), image_mask)
+        else:
+            if image_mask.any():
+                raise ValueError(f"input_ids hold {int(image_mask.sum())} picture positions, but there are no pictures")
+            if self.training:  # under FSDP every rank must send the projector's gradient, with a picture in its batch or without
+                weight = next(self.mm_projector.parameters())
+                no_picture = 0.0 * self.mm_projector(weight.new_zeros(1, self.config.vision.hidden_size)).float().sum()
+        hidden = self.model(x, cache)  # (B, T, C)
+        if cache is not None:
+            cache.lengths = cache.lengths + lengths
+            last = torch.arange(len(lengths), device=hidden.device), lengths - 1
+            return self.logits(hidden[last])  # (B, V)
+        if labels is None:
+            return self.logits(hidden)  # (B, T, V)
+        return self.loss(hidden, labels, reduction) + no_picture
+
+    def loss(self, hidden, labels, reduction):
+        """Cross entropy in float32 of hidden (B, T, C) against labels (B, T); logits exist only where a label does, LOSS_CHUNK at a time."""
+        targets = labels[:, 1:]
+        counts = targets != IGNORE_INDEX  # (B, T - 1)
+        hidden, targets = hidden[:, :-1][counts], targets[counts]  # (n, C), (n,)
+        total = hidden.float().sum() * 0.0  # keeps the graph when this rank has no label at all
+        for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
+            total = total + checkpoint(lambda h, t: F.cross_entropy(self.logits(h), t, reduction="sum"), h, t, use_reentrant=False)
+        return total if reduction == "sum" else total / max(len(targets), 1)
+
+
+# --- 5. tokens ------------------------------------------------------------------------------------------------------
+# in: [{"from": "human", "value": "<image>\n…"}, {"from": "gpt", "value": "…"}]; out: input_ids and labels, lists of int of one length
+
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+TEMPLATES = ("v1", "plain")  # v1: dialogs (paper, both stages; released stage 2). plain: picture, caption (released stage 1)
+PICTURE, END = object(), object()  # what stands between two texts of a prompt
+
+
+class Tokenizer:
+    """The sentencepiece model of a LLaMA folder. Never adds or recognises control ids in text: `</s>` typed by a person is four plain characters."""
+
+    def __init__(self, path):
+        """path: a folder that holds tokenizer.model, or the file. FileNotFoundError or ValueError names it."""
+        path = Path(path)
+        self.path = path / "tokenizer.model" if path.is_dir() else path
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no tokenizer: {self.path} does not exist (it comes with the LLaMA weights)")
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{self.path}: not a sentencepiece model") from None
+        self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+
+    def encode(self, text, bos=False):
+        return [self.bos_id] * bos + self.sp.encode(text)
+
+    def decode(self, ids):
+        return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def decode_stream(self, ids):
+        """Text as it becomes certain, for an iterable of ids: a Chinese character may span several byte tokens and is held back until whole."""
+        seen, shown = [], ""
+        for i in ids:
+            seen.append(i)
+            text = self.decode(seen)
+            # a cut character shows as up to 3 replacement marks; more than that is no character, and waiting would never end
+            stable = text if len(text) - len(text.rstrip("\ufffd")) > 3 else text.rstrip("\ufffd")
+            if len(stable) > len(shown):
+                yield stable[len(shown):]
+                shown = stable
+        if seen and len(self.decode(seen)) > len(shown):
+            yield self.decode(seen)[len(shown):]
+
+
+def check_conversation(conversation):
+    """ValueError unless it is a list of {"from", "value"} turns, human and gpt by turns, human first."""
+    if not isinstance(conversation, list) or not conversation:
+        raise ValueError("conversations is not a list of turns")
+    for i, turn in enumerate(conversation):
+        role = ("human", "gpt")[i % 2]
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {i} is not an object with text under 'value'")
+        if turn.get("from") != role:
+            raise ValueError(f"turn {i} is from {turn.get('from')!r}, expected {role!r}")
+        if role == "gpt" and not turn["value"].strip():
+            raise ValueError(f"turn {i} is an empty answer")
+        if role == "gpt" and IMAGE_TOKEN in turn["value"]:
+            raise ValueError(f"turn {i} is an answer that holds {IMAGE_TOKEN}")
+
+
+def count_images(conversation):
+    """Placeholders in a conversation of a data file: as many pictures belong to it."""
+    return sum(turn["value"].count(IMAGE_TOKEN) for turn in conversation)
+
+
+def build_prompt(conversation, template="v1", n_images=None):
+    """The prompt as a list of (part, learn): part is a text, PICTURE or END (</s>); learn says whether the loss counts it.
+
+    Texts are cut only where tokenising the whole released string would cut as well: at pictures, at </s>, and right after "ASSISTANT:".
+    A turn's pictures move to its front, each followed by a newline. Source: released code, llava/conversation.py (v1, plain)
+    and llava/train/train.py preprocess_multimodal; for n pictures n times what it does for one.
+    """
+    check_conversation(conversation)
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown: {' or '.join(TEMPLATES)}")
+    if template == "plain":
+        n = count_images(conversation[:1]) if n_images is None else n_images
+        if n == 0 or len(conversation) > 2:
+            raise ValueError("template plain wants one turn with a picture and at most one answer")
+        return [(PICTURE, False)] * n + [(turn["value"] + "\n", True) for turn in conversation[1:]]
+    parts, text = [], SYSTEM + " "
+    for i, turn in enumerate(conversation):
+        value = turn["value"]
+        if turn["from"] == "gpt":
+            parts += [(" " + value, True), (END, True)]
+            continue
+        n = value.count(IMAGE_TOKEN) if n_images is None else (n_images if i == 0 else 0)
+        if n:
+            value = (value.replace(IMAGE_TOKEN, "") if n_images is None else value).strip()
+            value = "\n" + value if value else ""
+        text += "USER: "
+        for k in range(n):
+            parts += [(text, False), (PICTURE, False)]
+            text = "\n" if k < n - 1 else ""
+        parts += [(text + value + " ASSISTANT:", False)]
+        text = ""
+    return parts
+
+
+def _encode_parts(parts, tokenizer, n_image_tokens):
+    ids, labels = [tokenizer.bos_id], [IGNORE_INDEX]
+    for part, learn in parts:
+        if part is PICTURE:
+            piece = [IMAGE_TOKEN_INDEX] * n_image_tokens
+        elif part is END:
+            piece = [tokenizer.eos_id]
+        else:  # sentencepiece puts a blank in front of every text: after "ASSISTANT:" it stands for the blank that is there
+            piece = tokenizer.encode(part.removeprefix(" "))
+        ids += piece
+        labels += piece if learn else [IGNORE_INDEX] * len(piece)
+    return ids, labels
+
+
+def encode_conversation(conversation, tokenizer, n_image_tokens, template="v1", max_length=2048, n_images=None):
+    """(input_ids, labels) of a dialog for training: lists of int of the same length, at most max_length tokens.
+
+    n_images: None counts the <image> in the text (data files); an int puts that many pictures in front of the first turn and takes
+    all text literally. Too long: the end is cut, never a picture: where a picture would be cut both lists come back empty.
+    ValueError when it is no conversation or ends with a question.
+    """
+    check_conversation(conversation)
+    if conversation[-1]["from"] != "gpt":
+        raise ValueError("the conversation ends with a question: nothing to learn from")
+    ids, labels = _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)
+    if IMAGE_TOKEN_INDEX in ids[max_length:]:
+        return [], []
+    return ids[:max_length], labels[:max_length]
+
+
+def encode_prompt(conversation, tokenizer, n_image_tokens, template="v1", n_images=None):
+    """input_ids of a dialog that ends with a question: they end where the assistant starts to speak, exactly as in training."""
+    check_conversation(conversation)
+    if conversation[-1]["from"] != "human":
+        raise ValueError("the conversation ends with an answer: nothing to ask")
+    return _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)[0]
+
+
+# --- 6. pixels ------------------------------------------------------------------------------------------------------
+# in: a picture file or PIL image of any kind; out: float32 (3, size, size), normalised for CLIP
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOR = (122, 116, 104)  # CLIP_MEAN in 0 to 255: becomes almost 0 after normalisation
+
+
+def open_image(image):
+    """A PIL image upright and in RGB, 8 bits a channel, from a path or a PIL image. ValueError or FileNotFoundError names the file.
+
+    16-bit grey keeps its high byte: PIL's own conversion clips at 255 and turns a CT slice white.
+    """
+    try:
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as opened:
+                opened.load()
+                image = opened
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # I;16 and its byte orders, and I, which older files of 16 bits open as
+            return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such picture: {image}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{image}: the picture does not decode ({one_line(error)})") from None
+
+
+def preprocess_image(image, size=336, mode="pad"):
+    """float32 (3, size, size) of a picture (path or PIL image). mode "pad": centred on a square of the mean colour, then resized;
+    "crop": shorter side to `size`, then the middle (released stage 1; cuts composites of several pictures).
+
+    Bit for bit what transformers' PIL CLIP and LLaVA processors give; rounding as there: sizes truncated, offsets floored.
+    """
+    image = open_image(image)
+    width, height = image.size
+    if mode == "pad":
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), PAD_COLOR)
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square.resize((size, size), Image.Resampling.BICUBIC)
+    elif mode == "crop":
+        short = min(width, height)
+        image = image.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    else:
+        raise ValueError(f"mode {mode!r} is unknown: pad or crop")
+    x = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)  # (H, W, 3)
+    x = (x - np.array(CLIP_MEAN, dtype=np.float32)) / np.array(CLIP_STD, dtype=np.float32)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+# --- 7. weights in --------------------------------------------------------------------------------------------------
+# in: folders or files of any published layout; out: a model whose every parameter came from a named tensor
+
+PREFIXES = (  # names in files -> names here; the first that fits
+    ("base_model.model.", ""),                                         # peft's addition
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),  # original LLaVA and the Qilin release
+    ("model.vision_tower.vision_model.", "vision_tower."),             # llava-hf since 4.52
+    ("model.vision_tower.", "vision_tower."),                          # transformers 5
+    ("vision_tower.vision_model.", "vision_tower."),                   # llava-hf up to 4.51, and what we write
+    ("vision_tower.", "vision_tower."),
+    ("vision_model.", "vision_tower."),                                # CLIP
+    ("embeddings.", "vision_tower.embeddings."),                       # CLIP as transformers 5 saves it
+    ("encoder.", "vision_tower.encoder."),
+    ("pre_layrnorm.", "vision_tower.pre_layrnorm."),
+    ("post_layernorm.", "vision_tower.post_layernorm."),
+    ("model.multi_modal_projector.linear_1.", "mm_projector.0."),
+    ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
+    ("multi_modal_projector.linear_1.", "mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "mm_projector.2."),
+    ("model.mm_projector.", "mm_projector."),
+    ("mm_projector.", "mm_projector."),
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.", "model."),                                              # LLaMA
+    ("lm_head.", "lm_head."),
+)
+IGNORABLE = re.compile(  # what a checkpoint may hold that no model here needs
+    r"rotary_emb\.inv_freq$"                     # computed, not stored, since transformers 4.32
+    r"|embeddings\.position_ids$"                # 0, 1, 2, … in old CLIP files
+    r"|^text_model\.|^(text|visual)_projection\.weight$|^logit_scale$")  # CLIP's text half
+
+
+def our_name(name):
+    """The name here of a tensor of a file; None when no prefix fits."""
+    for theirs, ours in PREFIXES:
+        if name.startswith(theirs):
+            return our_name(name[len(theirs):]) if theirs == "base_model.model." else ours + name[len(theirs):]
+    return None
+
+
+def part_of(name):
+    """vision_tower, mm_projector or llm: the part of the model that a parameter (named as here) belongs to."""
+    part = name.split(".")[0]
+    return part if part in ("vision_tower", "mm_projector") else "llm"
+
+
+class WeightFiles:
+    """The tensors of a checkpoint, by our names, read slice by slice when asked for.
+
+    path: a folder (one file, or shards with an index), or a file; .safetensors, or .bin / .pt without pickled code.
+    tensors: our name -> (file, name in the file). unknown: names that no prefix fits and that are not ignorable.
+    """
+
+    def __init__(self, path):
+        self.path, self.tensors, self.unknown, self.n_ignored = Path(path), {}, [], 0
+        self.opened = {}
+        for file in self._files():
+            for name in self._open(file):
+                ours = our_name(name)
+                if IGNORABLE.search(name):
+                    self.n_ignored += 1
+                elif ours is None:
+                    self.unknown.append(name)
+                elif ours in self.tensors:
+                    raise ValueError(f"{file}: {name} is also in {self.tensors[ours][0].name} (as {self.tensors[ours][1]})")
+                else:
+                    self.tensors[ours] = (file, name)
+
+    def _files(self):
+        if self.path.is_file():
+            return [self.path]
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"no such folder or file: {self.path}")
+        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            if (self.path / index).is_file():
+                weight_map = read_json(self.path / index).get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise ValueError(f"{self.path / index}: no weight_map")
+                files = [self.path / name for name in sorted(set(weight_map.values()))]
+                missing = [f.name for f in files if not f.is_file()]
+                if missing:
+                    raise FileNotFoundError(f"{self.path / index} names {missing[0]}, which is not there ({len(missing)} of {len(files)} files are missing)")
+                return files
+        for names in ("model.safetensors", "pytorch_model.bin", "projector.safetensors", "mm_projector.bin"):
+            if (self.path / names).is_file():
+                return [self.path / names]
+        raise FileNotFoundError(f"no weights in {self.path}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+
+    def _open(self, file):
+        if file not in self.opened:
+            try:
+                if file.suffix == ".safetensors":
+                    self.opened[file] = safe_open(file, framework="pt")
+                else:  # mmap: pages come as they are read; weights_only: no code runs
+                    self.opened[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # the readers raise many kinds for a damaged file, and each means this
+                raise ValueError(f"{file}: cannot be read as weights ({one_line(error)[:200]})") from None
+        return self.opened[file].keys()
+
+    def shape(self, name):
+        file, key = self.tensors[name]
+        opened = self.opened[file]
+        return tuple(opened.get_slice(key).get_shape() if file.suffix == ".safetensors" else opened[key].shape)
+
+    def rows(self, name, start=0, stop=None):
+        """Rows start:stop of a tensor, in the file's dtype, nothing else being read."""
+        file, key = self.tensors[name]
+        opened = self.opened[file]
+        if not self.shape(name):
+            return opened.get_tensor(key) if file.suffix == ".safetensors" else opened[key]
+        return (opened.get_slice(key) if file.suffix == ".safetensors" else opened[key])[start:stop]
+
+
+def named_list(names):
+    """Up to ten names, and how many more."""
+    names = sorted(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def local_rows(param):
+    """(start, stop): the rows of a parameter that this rank holds. Sharded on dim 0 as torch.chunk cuts, so the last ranks may hold fewer or none."""
+    if not hasattr(param, "device_mesh"):
+        return 0, param.shape[0]
+    mesh = param.device_mesh
+    size, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)  # the last dimension shards, one before it replicates
+    chunk = -(-param.shape[0] // size)
+    return min(rank * chunk, param.shape[0]), min((rank + 1) * chunk, param.shape[0])
+
+
+@torch.no_grad()
+def init_projector(module, seed=0):
+    """torch's own init of nn.Linear (uniform within 1 / sqrt(fan_in)), from a seed: the same on every rank, sharded or not."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            for param in (layer.weight, layer.bias):
+                start, stop = local_rows(param)
+                full = torch.empty(param.shape).uniform_(-1, 1, generator=generator) / math.sqrt(layer.in_features)
+                (param.to_local() if hasattr(param, "to_local") else param).copy_(full[start:stop])
+
+
+@torch.no_grad()
+def load_weights(model, sources, fresh=False):
+    """Fill every parameter of `model` (DTensor or not, any dtype) from the files; -> one line that accounts for all tensors.
+
+    sources: [(WeightFiles, parts)]; of each file the parts named are taken, the tensors of other parts are skipped and counted.
+    fresh: the projector is in no file and comes from init_projector.
+    ValueError when a tensor is missing, has another shape, or is left over: names up to ten and how many more.
+    """
+    wanted, skipped, identity = {}, 0, {}
+    params = {name: p for name, p in model.named_parameters() if not (fresh and part_of(name) == "mm_projector")}
+    for files, parts in sources:
+        if files.unknown:
+            raise ValueError(f"{files.path}: tensors that this model has no place for: {named_list(files.unknown)}")
+        for name in files.tensors:
+            if part_of(name) not in parts or (name == "lm_head.weight" and model.config.text.tie_word_embeddings):
+                skipped += 1
+            elif model.config.projector_type == "linear" and name.startswith("mm_projector."):
+                # llava-hf has no linear projector: our export writes it as linear_1, an identity as linear_2, and a linear activation
+                if name.startswith("mm_projector.2."):
+                    identity[name] = files
+                else:
+                    wanted[name.replace("mm_projector.0.", "mm_projector.")] = (files, name)
+            else:
+                wanted[name] = (files, name)
+    where = ", ".join(str(files.path) for files, _ in sources)
+    if missing := params.keys() - wanted.keys():
+        raise ValueError(f"{where}: missing {named_list(missing)}")
+    if left := wanted.keys() - params.keys():
+        raise ValueError(f"{where}: tensors that this model has no place for: {named_list(left)}")
+    wrong = [f"{name} is {files.shape(key)} in the file, {tuple(params[name].shape)} by the config"
+             for name, (files, key) in wanted.items() if files.shape(key) != tuple(params[name].shape)]
+    if wrong:
+        raise ValueError(f"{where}: {named_list(wrong)}")
+    for name, files in identity.items():
+        want = torch.eye(*files.shape(name)) if name.endswith("weight") else torch.zeros(files.shape(name))
+        if not torch.equal(files.rows(name).float(), want):
+            raise ValueError(f"{files.path}: {name} is no identity, so this is not a linear projector")
+    for name, param in params.items():
+        files, key = wanted[name]
+        local = param.to_local() if hasattr(param, "to_local") else param
+        start, stop = local_rows(param)
+        if stop > start:
+            local.copy_(files.rows(key, start, stop))
+    if fresh:
+        init_projector(model.mm_projector)
+    return (f"{len(wanted)} tensors loaded, {skipped} skipped (part given elsewhere), "
+            f"{sum(files.n_ignored for files, _ in sources)} ignorable, none missing, none left over{', fresh projector' * fresh}")
+
+
+def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projector_type="linear"):
+    """(QilinConfig, sources for load_weights, fresh): what the given paths hold together, before any weight is read.
+
+    model: a folder or file of any layout, or a train.py --out folder; llm, vision, projector: parts given beside it, which override.
+    fresh: True when no projector was given or found, or projector == "fresh": it is then made by init_projector.
+    """
+    def folder_config(path):
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no such folder or file: {path}")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {folder}: it tells the sizes of the model")
+        return read_json(folder / "config.json"), folder / "config.json"
+
+    config, given, raw = QilinConfig(projector_type=projector_type), {}, {}
+    text = picture = None
+    if model is not None:
+        model = Path(model)
+        if model.is_dir() and (model / "final").is_dir() and not (model / "config.json").exists():
+            model = model / "final"
+        if (model / "projector.safetensors").exists() and not (model / "config.json").exists():
+            raise ValueError(f"{model} holds only a projector (stage 1): give it as --projector, with --llm and --vision")
+        raw, where = folder_config(model)
+        text = text_config(raw.get("text_config", raw), where)
+        picture = vision_config(raw["vision_config"], where) if "vision_config" in raw else None
+        given = {part: model for part in ("llm", "vision_tower", "mm_projector")}
+    if llm is not None:
+        text, given["llm"] = text_config(*folder_config(llm)), llm
+    if vision is not None:
+        picture, given["vision_tower"] = vision_config(*folder_config(vision)), vision
+    if text is None or picture is None:
+        raise ValueError("a model needs a language model and a vision tower: give a whole model, or "
+                         + " and ".join(f for f, c in (("--llm DIR", text), ("--vision DIR", picture)) if c is None))
+    if projector is not None:
+        given["mm_projector"] = None if projector == "fresh" else projector
+    config.text, config.vision = text, picture
+    layer = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2))
+    picture.select_layer = layer if isinstance(layer, int) else -99
+    if not -picture.num_hidden_layers - 1 <= picture.select_layer <= picture.num_hidden_layers:
+        raise ValueError(f"vision_feature_layer = {layer!r}: not a layer of this tower")
+    files = {path: WeightFiles(path) for path in dict.fromkeys(given.values()) if path is not None}
+    sources = [(f, {part for part, path in given.items() if path == p}) for p, f in files.items()]
+    found = {name for f, parts in sources if "mm_projector" in parts for name in f.tensors if part_of(name) == "mm_projector"}
+    if given.get("mm_projector") not in (None, model) and not found:
+        raise ValueError(f"{projector}: no projector in it (names mm_projector.*)")
+    if found:
+        is_linear = "mm_projector.weight" in found or (given["mm_projector"] == model and raw.get("projector_hidden_act") == "linear")
+        config.projector_type = "linear" if is_linear else "mlp2x_gelu"
+    elif projector is None and model is not None and "vision_config" in raw:
+        raise ValueError(f"{model}: no projector in it (names multi_modal_projector.*); --projector FILE gives one, --projector fresh starts one")
+    build_projector(projector_type, 1, 1)  # an unknown type stops here, before any weight is read
+    config.n_words = config.text.vocab_size
+    tokenizer_folder = Path(given["llm"]) if Path(given["llm"]).is_dir() else Path(given["llm"]).parent
+    if isinstance(raw.get("image_token_index"), int) and given["llm"] == model:
+        config.n_words = min(config.n_words, raw["image_token_index"])
+    if (tokenizer_folder / "tokenizer.model").is_file():
+        tokenizer = Tokenizer(tokenizer_folder)
+        if tokenizer.vocab_size > config.text.vocab_size:
+            raise ValueError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but the model only {config.text.vocab_size} rows for them")
+        config.n_words = tokenizer.vocab_size
+    return config, sources, not found
+
+
+def load_qilin(model=None, *, llm=None, vision=None, projector=None, projector_type="linear", dtype=torch.float32, device="cpu"):
+    """A Qilin in eval mode from real weights.
+
+    model: one folder or file of any layout, also a train.py --out folder; or llm + vision folders. projector: a file, or None for the
+    one inside `model`, else a fresh one of projector_type ("linear" | "mlp2x_gelu") from a fixed seed. Parts given beside `model` override
+    that part. ValueError or FileNotFoundError says which file or tensor is wrong: no weight is ever left at random in silence.
+    """
+    config, sources, fresh = read_checkpoint(model, llm=llm, vision=vision, projector=projector, projector_type=projector_type)
+    with torch.device("meta"):
+        qilin = Qilin(config).to(dtype)
+    qilin = qilin.to_empty(device=device)
+    load_weights(qilin, sources, fresh)
+    return qilin.eval()
+
+
+# --- 8. weights out -------------------------------------------------------------------------------------------------
+# in: a model, sharded or not; out: a llava-hf folder that transformers 4.57 and 5, vLLM and we load
+
+SHARD_BYTES = 5_000_000_000
+HF_PREFIXES = (  # ours -> the older llava-hf names, which every transformers reads
+    ("vision_tower.", "vision_tower.vision_model."), ("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+    ("mm_projector.0.", "multi_modal_projector.linear_1."), ("mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("mm_projector.", "multi_modal_projector.linear_1."))
+
+
+def hf_name(name):
+    """The llava-hf name of one of our parameters."""
+    return next(theirs + name[len(ours):] for ours, theirs in HF_PREFIXES if name.startswith(ours))
+
+
+def full_tensors(model, names=None, dtype=None):
+    """Yield (name, whole tensor on CPU) one by one; on a sharded model every rank must iterate, and rank 0 alone gets tensors, the others None."""
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    for name, param in model.named_parameters():
+        if names is None or name.startswith(names):
+            full = param.detach().to(dtype or param.dtype)  # cast first: half the traffic
+            full = full.full_tensor() if hasattr(full, "full_tensor") else full
+            yield name, full.cpu().contiguous() if is_first else None
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_folder(partial, path):
+    """Give a finished folder its final name; what stood there goes only when the new one is complete."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_qilin(model, tokenizer, path, dtype=None):
+    """Write `model` as a llava-hf folder: safetensors shards of at most 5 GB, config, tokenizer and processor files.
+
+    tokenizer: a Tokenizer, or None (then no tokenizer files). dtype: of the floats on disk (None: as they are).
+    On a sharded model every rank calls it; tensors are gathered one at a time and rank 0 writes, beside, then renames.
+    The picture token is the first id past the tokenizer; rows are padded to a multiple of 64 with copies of <unk>'s.
+    A linear projector has no llava-hf class: it is written as linear_1, an identity as linear_2, and a linear activation, which is equal.
+    """
+    config = model.config
+    path, partial = Path(path), Path(path).with_name(Path(path).name + ".partial")
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    n_words = tokenizer.vocab_size if tokenizer else config.n_words
+    n_rows = max(config.text.vocab_size, -(-(n_words + 1) // 64) * 64)
+    if is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    shards, sizes, shard, total = [], {}, {}, 0
+
+    def close_shard():
+        save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(sorted(shard))
+        shard.clear()
+
+    for name, full in full_tensors(model, dtype=dtype):
+        if not is_first:
+            continue
+        out = {hf_name(name): full}
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            out = {hf_name(name): torch.cat((full, full[:1].expand(n_rows - len(full), -1)))}
+        elif config.projector_type == "linear" and name.startswith("mm_projector."):
+            second = torch.eye(len(full), dtype=full.dtype) if name.endswith("weight") else torch.zeros_like(full)
+            out[hf_name(name).replace("linear_1", "linear_2")] = second
+        for key, tensor in out.items():
+            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
+                close_shard()
+            shard[key], sizes[key], total = tensor, tensor.nbytes, total + tensor.nbytes
+    if is_first:
+        close_shard()
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors" for i in range(len(shards))]
+        for i, name in enumerate(names):
+            (partial / f"shard-{i}").rename(partial / name)
+        if len(shards) > 1:
+            weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
+            write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
+        for file, value in hf_configs(config, n_words, n_rows, dtype_name).items():
+            write_json(partial / file, value)
+        if tokenizer:
+            save_tokenizer(tokenizer, partial)
+        replace_folder(partial, path)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def hf_configs(config, n_words, n_rows, dtype_name):
+    """The JSON files beside the weights: {file name: content}."""
+    text, vision = config.text, config.vision
+    text_json = {f.name: getattr(text, f.name) for f in fields(text)}
+    text_json.update(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=n_rows, hidden_act="silu", torch_dtype=dtype_name)
+    vision_json = {f.name: getattr(vision, f.name) for f in fields(vision) if f.name != "select_layer"}
+    vision_json.update(model_type="clip_vision_model", projection_dim=vision.hidden_size, torch_dtype=dtype_name)
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return {
+        "config.json": {
+            "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "torch_dtype": dtype_name,
+            "image_token_index": n_words, "image_seq_length": config.n_image_tokens, "tie_word_embeddings": text.tie_word_embeddings,
+            "projector_hidden_act": "linear" if config.projector_type == "linear" else "gelu", "multimodal_projector_bias": True,
+            "vision_feature_layer": vision.select_layer, "vision_feature_select_strategy": "default",
+            "text_config": text_json, "vision_config": vision_json},
+        "generation_config.json": {  # filler rows and the picture token are never said
+            "bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": 0,
+            "suppress_tokens": list(range(n_words, n_rows))},
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_pad": True, "do_resize": True, "size": size,
+            "resample": 3, "do_center_crop": False, "crop_size": size, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "do_convert_rgb": True},
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor", "image_token": IMAGE_TOKEN, "patch_size": vision.patch_size,
+            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}}
+
+
+CHAT_TEMPLATE = (  # build_prompt as a Jinja template: pictures of a turn in front, each with a newline
+    "{{ bos_token + '" + SYSTEM.replace("'", "\\'") + " ' }}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ ' ASSISTANT:' }}"
+    "{% else %}{{ ' ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endif %}{% endfor %}")
+
+
+def save_tokenizer(tokenizer, folder):
+    """tokenizer.model, and tokenizer.json with the same pieces, which every transformers reads alike (given only the first, version 5
+    encodes what follows <image> and </s> differently). The blank in front comes from a Prepend normaliser, once per text between control ids."""
+    sp = tokenizer.sp
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    merges = []
+    for piece, i in vocab.items():
+        if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i)):
+            pairs = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in vocab and piece[k:] in vocab]
+            merges += [(-sp.get_score(i), vocab[left], vocab[right], left, right) for left, right in pairs]
+    added = [{"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+             for i, content in ((0, sp.id_to_piece(0)), (1, sp.id_to_piece(1)), (2, sp.id_to_piece(2)), (sp.vocab_size(), IMAGE_TOKEN))]
+    bos, bos_id = sp.id_to_piece(sp.bos_id()), sp.bos_id()
+    write_json(folder / "tokenizer.json", {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "pre_tokenizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "post_processor": {
+            "type": "TemplateProcessing", "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(0), "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": [list(m[3:]) for m in sorted(merges)]}})
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", "bos_token": bos, "eos_token": sp.id_to_piece(sp.eos_id()),
+        "unk_token": sp.id_to_piece(0), "pad_token": sp.id_to_piece(0), "clean_up_tokenization_spaces": False, "padding_side": "right",
+        "image_token": IMAGE_TOKEN, "extra_special_tokens": {"image_token": IMAGE_TOKEN}, "model_max_length": 2048})
+    write_json(folder / "special_tokens_map.json", {
+        "bos_token": bos, "eos_token": sp.id_to_piece(sp.eos_id()), "unk_token": sp.id_to_piece(0), "pad_token": sp.id_to_piece(0)})
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+# --- 9. generation --------------------------------------------------------------------------------------------------
+# in: prompts of different lengths; out: one new id a row a step, until every row has said its end id
+
+
+def pad_rows(rows, value):
+    """int64 (B, T) from lists of int of different lengths, padded on the right with `value`."""
+    length = max(map(len, rows))
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.int64)  # (B, T)
+
+
+def sample_next_token(logits, seen, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, generator=None):
+    """int64 (B,) from logits float32 (B, V). temperature 0: the likeliest. seen bool (B, V): ids that repetition_penalty makes less likely
+    (divides positive logits, multiplies negative ones: CTRL, arXiv 1909.05858). top_k, then top_p, cut the tail before drawing."""
+    if repetition_penalty != 1.0:
+        logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+    if temperature <= 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        ranked, order = logits.sort(descending=True)
+        probs = ranked.softmax(-1)
+        ranked = ranked.masked_fill(probs.cumsum(-1) - probs > top_p, -torch.inf)  # keeps the one that crosses top_p
+        logits = torch.full_like(logits, -torch.inf).scatter(1, order, ranked)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, input_ids, pixel_values=None, *, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
+             seed=None, stop=all):
+    """Yield one list of B new ids a step for B prompts (lists of int, from encode_prompt) and their pictures (M, 3, H, W).
+
+    A row's end id is yielded, after that None. Rows of different lengths answer as each would alone. Ids past the tokenizer never come.
+    stop: asked before each step with one bool a row (has it ended?); on a sharded model it must agree over ranks, since each step is a
+    collective. Ends as well after max_new_tokens or at the model's last position. ValueError when a prompt already fills the positions.
+    """
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(row) for row in input_ids], device=device)
+    limit = model.config.text.max_position_embeddings
+    longest = max(map(len, input_ids))
+    if longest >= limit:
+        raise ValueError(f"the prompt has {longest} tokens, the model's positions end at {limit}: ask a shorter question")
+    max_new_tokens = min(max_new_tokens, limit - longest)
+    ids = pad_rows(input_ids, 0).to(device)
+    seen = torch.zeros(len(input_ids), model.config.text.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, input_ids):
+        row[[i for i in set(prompt) if i >= 0]] = True
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    pixel_values = None if pixel_values is None else pixel_values.to(device)
+    cache = KVCache(model.config.text.num_hidden_layers, longest + max_new_tokens)
+    ended = [False] * len(input_ids)
+    logits = model(ids, pixel_values, cache=cache, lengths=lengths)  # prefill: (B, V)
+    for step in range(max_new_tokens):
+        logits[:, model.config.n_words:] = -torch.inf
+        ids = sample_next_token(logits, seen, temperature, top_p, top_k, repetition_penalty, generator)  # (B,)
+        seen[torch.arange(len(ids), device=device), ids] = True
+        new = [None if end else i for end, i in zip(ended, ids.tolist())]
+        yield new
+        ended = [end or i == model.config.text.eos_token_id for end, i in zip(ended, new)]
+        if stop(ended) or step == max_new_tokens - 1:
+            return
+        logits = model(ids[:, None], cache=cache, lengths=torch.ones_like(lengths))  # one token a row: (B, V)
+
+
+def answer_ids(model, input_ids, pixel_values=None, **options):
+    """The whole answers, end ids left out: a list of int for each prompt. Options as for generate()."""
+    answers = [[] for _ in input_ids]
+    for new in generate(model, input_ids, pixel_values, **options):
+        for answer, i in zip(answers, new):
+            if i is not None and i != model.config.text.eos_token_id:
+                answer.append(i)
+    return answers
