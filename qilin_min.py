@@ -72,6 +72,12 @@ def read_json(path):
         raise ValueError(f"{path}: not a JSON file ({error})") from None
 
 
+def model_folder(path):
+    """The folder that holds a model: a train.py --out folder keeps it in final/."""
+    path = Path(path)
+    return path / "final" if (path / "final").is_dir() and not (path / "config.json").exists() else path
+
+
 @dataclass
 class TextConfig:
     """Sizes of the LLaMA decoder. Defaults are those of transformers' LlamaConfig, since a config.json may omit what equals them."""
@@ -869,9 +875,7 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
     config, given, raw = QilinConfig(projector_type=projector_type), {}, {}
     text = picture = None
     if model is not None:
-        model = Path(model)
-        if model.is_dir() and (model / "final").is_dir() and not (model / "config.json").exists():
-            model = model / "final"
+        model = model_folder(model)
         if (model / "projector.safetensors").exists() and not (model / "config.json").exists():
             raise ValueError(f"{model} holds only a projector (stage 1): give it as --projector, with --llm and --vision")
         raw, where = folder_config(model)

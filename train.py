@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from qilin_min import (IGNORE_INDEX, TEMPLATES, Qilin, Tokenizer, answer_ids, count_images, encode_conversation, encode_prompt, full_tensors,
-                       load_weights, one_line, pad_rows, part_of, preprocess_image, read_checkpoint, replace_folder, run_cli, save_qilin, write_json)
+                       load_weights, model_folder, one_line, pad_rows, part_of, preprocess_image, read_checkpoint, replace_folder, run_cli, save_qilin, write_json)
 
 # --- 1. the two stages ----------------------------------------------------------------------------------------------
 # paper, section 5.2, and the released scripts; every row can be overridden by the option of the same name
@@ -505,7 +505,7 @@ def prepare(args, device):
     config = checkpoint[0]
     if args.max_length > config.text.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is more than the model's {config.text.max_position_embeddings} positions")
-    tokenizer = Tokenizer(args.llm or args.model)
+    tokenizer = Tokenizer(args.llm or model_folder(args.model))
     if not Path(args.images).is_dir() and any(row.get("image") for file in args.data for row in read_rows(file) if isinstance(row, dict)):
         raise FileNotFoundError(f"no such image folder: {args.images}")
     files = [args.data] + ([[args.val_data]] if args.val_data else [])
