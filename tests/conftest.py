@@ -1,0 +1,127 @@
+"""What the tests share: tiny random models of transformers in the published layouts, the real tokenizer, and the parity lines."""
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+import qilin_min as q
+
+PARITY_LINES = []
+N_IMAGE = 16  # 56 / 14 squared
+
+
+@pytest.fixture
+def report():
+    """report(name, value, limit): keeps a line for the end of the run and asserts value <= limit."""
+
+    def add(name, value, limit):
+        PARITY_LINES.append(f"parity: {name}: max difference {float(value):.1e} (limit {limit:.0e})")
+        print(PARITY_LINES[-1])
+        assert float(value) <= limit, PARITY_LINES[-1]  # also false for nan
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in PARITY_LINES:
+        terminalreporter.write_line(line)
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Weights large enough that every operation shows in the output: a fresh init hides a wrong norm or a missing bias."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        noise = torch.randn(param.shape, generator=generator)
+        if "norm" in name or "layrnorm" in name:
+            param.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+        else:
+            param.copy_(noise * (0.12 if param.ndim > 1 else 0.2))
+    return model.eval()
+
+
+def hf_llama(seed=0, **changes):
+    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                 max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager")
+    return randomise(LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})), seed)
+
+
+def hf_clip_config(**changes):
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14, attn_implementation="eager")
+    return CLIPVisionConfig(**{**sizes, **changes})
+
+
+def hf_clip(seed=1, **changes):
+    return randomise(CLIPVisionModel(hf_clip_config(**changes)), seed)
+
+
+def edit_json(path, **changes):
+    """Change (or, with None, drop) keys of a JSON file."""
+    raw = json.loads(path.read_text())
+    raw.update(changes)
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    hf_clip().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    hf_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spm_path():
+    try:
+        path = importlib.metadata.distribution("mistral-common").locate_file("mistral_common/data/tokenizer.model.v1")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail("mistral-common is not installed: pip install -r tests/requirements.txt")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(spm_path):
+    return q.Tokenizer(spm_path)
+
+
+def make_qilin(projector_type="mlp2x_gelu", text=None, vision=None, n_words=300, seed=3):
+    """A Qilin with random weights; n_words below vocab_size so that ids past the tokenizer exist."""
+    text = q.TextConfig(**{**dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, max_position_embeddings=256), **(text or {})})
+    vision = q.VisionConfig(**{**dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14),
+                               **(vision or {})})
+    return randomise(q.Qilin(q.QilinConfig(text, vision, projector_type, n_words)), seed)
+
+
+def words(n, seed, n_words=300):
+    """n ids of words, no control id among them."""
+    return torch.randint(3, n_words, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def pictures(n, seed=5, size=56):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+IMG = [q.IMAGE_TOKEN_INDEX] * N_IMAGE
+ROWS = [[1] + words(9, 1), [1] + words(3, 2) + IMG + words(7, 3), [1] + words(2, 4) + IMG + words(4, 5) + IMG + words(6, 6)]  # 0, 1, 2 pictures
+ROW_PICTURES = [slice(0, 0), slice(0, 1), slice(1, 3)]  # of pictures(3)
+
+
+def hf_ids(ids, model):
+    """Our input_ids in transformers' spelling: the picture token's id at picture positions."""
+    return ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, model.config.image_token_id)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Everything proven against the references. On a fresh machine: makes .venv (or uses the active one) and installs tests/requirements.txt.
+#   bash tests/run.sh [--long] [pytest options]        --long adds demo.sh and demo.sh real, run and checked as a user would
+set -euo pipefail
+cd "$(dirname "$0")/.."
+LONG=
+if [ "${1:-}" = --long ]; then LONG=1; shift; fi
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -x .venv/bin/python ] || { echo "making .venv"; python3.11 -m venv .venv 2>/dev/null || python3 -m venv .venv; }
+    . .venv/bin/activate
+fi
+python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+python -m pip install --quiet --disable-pip-version-check --no-deps mistral-common==1.13.1  # only its tokenizer file: a real 32000-piece model
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+python -m pytest -q tests "$@"
+if [ -n "$LONG" ]; then
+    bash demo.sh | tee /dev/stderr | tail -n 1 | python tests/check_demo.py
+    bash demo.sh real
+fi

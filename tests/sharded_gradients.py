@@ -1,0 +1,38 @@
+"""Run by test_train.py under torchrun: prints the largest relative difference between gradients of the sharded and of the plain model."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import train
+from qilin_min import IGNORE_INDEX, Tokenizer, load_qilin, read_checkpoint
+
+toy = Path(sys.argv[1])
+args = train.parse_args(["--stage", "2", "--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"])
+rank, world_size, device = train.setup_distributed()
+checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
+config = checkpoint[0]
+data = train.Dialogs([toy / "mixed.json"], toy / "images", Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args)
+
+plain = load_qilin(llm=args.llm, vision=args.vision).train()
+whole = data[list(range(len(data)))]
+plain(**train.to_device(whole, device), reduction="mean").backward()  # one mean over all labelled tokens
+
+model, _ = train.build_model(args, checkpoint, device)
+model.train()
+micro_batches = train.cut_batch(list(range(len(data))), rank, world_size, 5)
+parts = [data[micro] for micro in micro_batches]
+n_targets, = train.sum_over_ranks([sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in parts)], device)
+for i, batch in enumerate(parts):
+    model.set_requires_gradient_sync(i == len(parts) - 1)
+    (model(**train.to_device(batch, device), reduction="sum") / n_targets * world_size).backward()
+worst = 0.0
+for name, param in model.named_parameters():
+    if param.requires_grad:
+        got, want = param.grad.full_tensor(), plain.get_parameter(name).grad
+        worst = max(worst, float((got - want).norm() / want.norm()))
+if rank == 0:
+    print(worst)
+dist.destroy_process_group()

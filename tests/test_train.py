@@ -1,0 +1,131 @@
+"""Promise: training is the same computation however it is cut, learns what it should, and leaves alone what it should."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from qilin_min import load_qilin
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A toy world of a few dozen pictures."""
+    out = tmp_path_factory.mktemp("world") / "toy"
+    subprocess.run([sys.executable, ROOT / "toy.py", out, "--language", "24", "--alignment", "24", "--instruction", "24", "--heldout", "4"], check=True)
+    mixed = json.loads((out / "instruction.json").read_text())[:14] + json.loads((out / "language.json").read_text())[:9]
+    two = dict(mixed[0], id="two", image=[mixed[0]["image"], mixed[1]["image"]])
+    two["conversations"] = [dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗?"), {"from": "gpt", "value": "不相同。"}]
+    (out / "mixed.json").write_text(json.dumps(mixed + [two], ensure_ascii=False))
+    (out / "text.json").write_text(json.dumps(mixed[14:], ensure_ascii=False))
+    (out / "one.json").write_text(json.dumps(mixed[:1], ensure_ascii=False))
+    return out
+
+
+def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
+    """One train.py run; -> (losses, gradient norms) of its steps, or the finished process with check=False."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29600 + os.getpid() % 300)] if ranks > 1 else [sys.executable]
+    command += [ROOT / "train.py", "--stage", stage, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
+                "--data", toy / data, "--out", out, "--lr", "2e-3", "--workers", "0", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    if not check:
+        return done
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [r for r in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in r]
+    return np.array([r["loss"] for r in rows]), np.array([r["grad_norm"] for r in rows])
+
+
+def test_ranks_and_micro_batches_do_not_matter(toy, tmp_path, report):
+    """1 process, 2 processes, and accumulation give the same losses and gradient norms (AdamW hides a constant factor, the norm does not),
+    on a batch that mixes text-only, one-picture and two-picture samples, with a last batch that leaves a rank nothing to do."""
+    options = "--batch-size", 7, "--max-grad-norm", 0
+    losses, norms = run(toy, tmp_path / "a", *options)
+    assert len(losses) == 4 and losses[-1] != losses[0]
+    for name, more, ranks in (("2 processes", (), 2), ("micro-batches of 2", ("--micro-batch-size", 2), 1), ("2 processes, micro-batches of 1", ("--micro-batch-size", 1), 2)):
+        other, other_norms = run(toy, tmp_path / name, *options, *more, ranks=ranks)
+        report(f"train: losses of {name} and of 1", abs(other - losses).max(), 1e-4)
+        report(f"train: gradient norms of {name} and of 1 (relative)", (abs(other_norms - norms) / norms).max(), 1e-3)
+
+
+def test_stage_1_trains_the_projector_only(toy, tmp_path):
+    """final/ holds the projector alone, changed; ranks without a picture take part; a finished run says so and exits 0."""
+    run(toy, tmp_path / "out", "--batch-size", 8, "--epochs", 2, stage=1, ranks=2)
+    tensors = load_file(tmp_path / "out/final/projector.safetensors")
+    assert set(tensors) == {"model.mm_projector.weight", "model.mm_projector.bias"}
+    fresh = load_qilin(llm=toy / "llama", vision=toy / "clip")
+    assert not torch.equal(fresh.mm_projector.weight, tensors["model.mm_projector.weight"])
+    again = run(toy, tmp_path / "out", stage=1, check=False)
+    assert again.returncode == 0 and "finished" in again.stdout
+
+
+def test_stage_2_leaves_the_tower_bit_for_bit(toy, tmp_path):
+    run(toy, tmp_path / "out", "--batch-size", 8, ranks=2)
+    before, after = load_qilin(llm=toy / "llama", vision=toy / "clip"), load_qilin(tmp_path / "out")
+    for name, param in before.named_parameters():
+        same = torch.equal(param, after.get_parameter(name)[: len(param)])
+        assert same == name.startswith("vision_tower."), name
+
+
+def test_text_only_data_trains_on_2_ranks(toy, tmp_path):
+    losses, _ = run(toy, tmp_path / "out", "--batch-size", 3, data="text.json", ranks=2)
+    assert np.isfinite(losses).all()
+
+
+def test_one_sample_is_learnt_by_heart(toy, tmp_path):
+    losses, _ = run(toy, tmp_path / "out", "--batch-size", 1, "--epochs", 40, data="one.json")
+    assert losses[0] > 1 and losses[-1] < 0.01
+
+
+def test_gradients_equal_one_plain_process(toy):
+    """The sharded step's gradients equal those of the unsharded model on the whole batch at once: no factor world_size, no mean of means."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29950 + os.getpid() % 40),
+                           Path(__file__).parent / "sharded_gradients.py", toy], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split()[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("step, want", [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (52, 0.5), (100, 0.0)])
+def test_lr_at(step, want):
+    """Linear over ceil(0.04 * 100) = 4 steps, then half a cosine over 96: half way at 4 + 48, zero at the end."""
+    assert train.lr_at(step, 100, 1.0, 0.04) == pytest.approx(want, abs=1e-12)
+
+
+def test_batch_order_takes_every_sample_once():
+    lengths = np.random.default_rng(0).integers(10, 2000, 1003).astype(np.int32)
+    batches = train.batch_order(lengths, 16, seed=1, epoch=0)
+    assert sorted(i for b in batches for i in b) == list(range(1003)) and [len(b) for b in batches] == [16] * 62 + [11]
+    assert max(lengths) in lengths[batches[0]] and batches == train.batch_order(lengths, 16, 1, 0) != train.batch_order(lengths, 16, 1, 1)
+    for world_size in (1, 2, 3, 8):
+        for batch in (batches[0], batches[-1], [5]):
+            cuts = [train.cut_batch(batch, rank, world_size, 4) for rank in range(world_size)]
+            assert sorted(i for cut in cuts for micro in cut for i in micro) == sorted(batch) and len({len(cut) for cut in cuts}) == 1
+
+
+@pytest.mark.parametrize("row, words, ranks", [
+    ({"conversations": None}, "not a list of turns", 1),
+    ([1, 2], "not an object", 1),
+    ({"image": "gone.png"}, "gone.png", 2),
+    ({"image": "../clip/config.json"}, "outside", 1),
+    ({"image": ["{a}", "{a}"]}, "1 <image>", 1),
+    ({"image": "broken.png"}, "broken.png", 2),  # found by the one rank that decodes it, in the middle of a run
+])
+def test_bad_rows_stop_with_one_line(toy, tmp_path, row, words, ranks):
+    """Exit code 2 (torchrun's own is 1), the line once, no traceback, nothing under final/."""
+    good = json.loads((toy / "instruction.json").read_text())[0]
+    (toy / "images/broken.png").write_bytes((toy / "images" / good["image"]).read_bytes()[:300])
+    text = json.dumps([good, dict(good, **row) if isinstance(row, dict) else row]).replace("{a}", good["image"])
+    (tmp_path / "bad.json").write_text(text)
+    done = run(toy, tmp_path / "out", "--batch-size", 2, data=tmp_path / "bad.json", ranks=ranks, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode == (2 if ranks == 1 else 1) and len(lines) == 1 and words in lines[0], done.stderr[-2000:]
+    ours = done.stderr.split("torch/distributed")[0]  # torchrun ends with a report of its own
+    assert "Traceback" not in ours and 'train.py", line' not in done.stderr and not (tmp_path / "out/final").exists()
