@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from qilin_min import IMAGE_TOKEN, SYSTEM, Qilin, QilinConfig, TextConfig, VisionConfig, part_of, replace_folder, run_cli, write_json
+from qilin_min import IMAGE_TOKEN, SYSTEM, Qilin, QilinConfig, TextConfig, VisionConfig, part_of, read_json, replace_folder, run_cli, write_json
 
 # --- 1. what can be seen, and how it is said ------------------------------------------------------------------------
 
@@ -63,17 +63,13 @@ def draw(scene, rng):
     image = Image.fromarray(np.uint8(np.clip(pixels[..., None] * np.array(tint), 0, 255)))
     lesions = Image.new("L", (width, height))
     pen = ImageDraw.Draw(lesions)
-    half_w, half_h = width / 2, height / 2
-    left = half_w * ("右" in scene["place"])
-    top = half_h * ("下" in scene["place"])
+    cell_w, cell_h = width / 4, height / 4  # a quarter has 2 x 2 cells, each holds at most one lesion, somewhere inside
     centres = []
-    while len(centres) < 1 + WORLD["count"].index(scene["count"]):
-        r = rng.uniform(5.0, 6.2) if scene["size"] == "较大" else rng.uniform(2.6, 3.6)
-        x, y = rng.uniform(left + r, left + half_w - r), rng.uniform(top + r, top + half_h - r)
-        if all((x - a) ** 2 + (y - b) ** 2 > (r + s + 2) ** 2 for a, b, s in centres):
-            centres.append((x, y, r))
-        elif rng.random() < 0.02:
-            centres = []  # a corner too full: start over
+    for cell in rng.permutation(4)[: 1 + WORLD["count"].index(scene["count"])]:
+        r = rng.uniform(5.2, 6.4) if scene["size"] == "较大" else rng.uniform(2.9, 3.9)
+        x = (2 * ("右" in scene["place"]) + cell % 2 + 0.5) * cell_w + rng.uniform(-1, 1) * (cell_w / 2 - r)
+        y = (2 * ("下" in scene["place"]) + cell // 2 + 0.5) * cell_h + rng.uniform(-1, 1) * (cell_h / 2 - r)
+        centres.append((x, y, r))
     for x, y, r in centres:
         box, light = (x - r, y - r, x + r, y + r), int(rng.integers(190, 256))
         if scene["shape"] == "圆形":
@@ -175,7 +171,6 @@ def save_random_weights(out, text, vision, seed):
             param.normal_(0, param[0].numel() ** -0.5)
     model.model.embed_tokens.weight.normal_(0, 0.5)
     tower = model.vision_tower  # untrained but never to be trained: pixels must reach its output, so they weigh more than attention's mixing
-    tower.embeddings.patch_embedding.weight.mul_(1.0)
     tower.embeddings.position_embedding.weight.normal_(0, 0.3)
     for layer in tower.encoder.layers:
         layer.self_attn.out_proj.weight.mul_(0.5)
@@ -188,6 +183,13 @@ def save_random_weights(out, text, vision, seed):
     write_json(out / "clip" / "config.json", dict(vision_json, model_type="clip_vision_model", architectures=["CLIPVisionModel"]))
 
 
+def ask(out):
+    """Three lines for demo.sh: a held-out picture, a question about it, and its answer."""
+    row = read_json(out / "heldout.json")[3]  # the shape of the first picture's lesions
+    question, answer = (turn["value"] for turn in row["conversations"])
+    print(out / "images" / row["image"], question.removeprefix(IMAGE_TOKEN).strip(), answer, sep="\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write; replaced when it exists")
@@ -196,7 +198,10 @@ def main():
     parser.add_argument("--alignment", type=int, default=3000, help="pictures with captions, stage 1 (default %(default)s)")
     parser.add_argument("--instruction", type=int, default=6000, help="pictures with questions, stage 2 (default %(default)s)")
     parser.add_argument("--heldout", type=int, default=120, help="unseen pictures, 5 questions each (default %(default)s)")
+    parser.add_argument("--ask", action="store_true", help="write nothing; print a held-out picture, a question and its answer from OUT")
     args = parser.parse_args()
+    if args.ask:
+        return ask(args.out)
     out = args.out.with_name(args.out.name + ".partial")
     for folder in ("images", "llama", "clip"):
         (out / folder).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,230 @@
+"""A checkpoint is loaded whole or refused with the name of the culprit; no weight is ever left at random in silence."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import edit_json, hf_llama, make_qilin
+from safetensors.torch import load_file, save_file
+
+import qilin_min as q
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture
+def llama(llama_folder, tmp_path):
+    return shutil.copytree(llama_folder, tmp_path / "llama")
+
+
+@pytest.fixture
+def clip(clip_folder, tmp_path):
+    return shutil.copytree(clip_folder, tmp_path / "clip")
+
+
+def edit_weights(folder, change):
+    file = folder / "model.safetensors"
+    tensors = {name: t.clone() for name, t in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_missing_tensor(llama, clip):
+    edit_weights(llama, lambda t: t.pop(NORM))
+    with pytest.raises(ValueError, match=f"missing {NORM}"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.7.mlp.up_proj.weight", "adapter.weight"])
+def test_extra_tensor(name, llama, clip):
+    edit_weights(llama, lambda t: t.update({name: torch.zeros(4)}))
+    with pytest.raises(ValueError, match=f"no place for: {name}"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+def test_wrong_shape(llama, clip):
+    edit_weights(llama, lambda t: t.update({NORM: torch.zeros(63)}))
+    with pytest.raises(ValueError, match=rf"{NORM} is \(63,\) in the file, \(64,\) by the config"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+def test_a_config_of_other_sizes(llama, clip):
+    edit_json(llama / "config.json", intermediate_size=128)
+    with pytest.raises(ValueError, match="mlp"):
+        q.load_qilin(llm=llama, vision=clip)
+    edit_json(llama / "config.json", intermediate_size=96, num_hidden_layers=3)
+    with pytest.raises(ValueError, match="missing model.layers.2."):
+        q.load_qilin(llm=llama, vision=clip)
+    edit_json(llama / "config.json", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="no place for: model.layers.1."):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+def test_missing_shard(clip, tmp_path):
+    hf_llama().save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    q.load_qilin(llm=tmp_path / "shards", vision=clip)
+    lost = sorted((tmp_path / "shards").glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=lost.name):
+        q.load_qilin(llm=tmp_path / "shards", vision=clip)
+
+
+def test_truncated_files(llama, clip):
+    file = llama / "model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-100], whole[:50], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="model.safetensors"):
+            q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\x80"])
+def test_damaged_config(content, llama, clip):
+    (llama / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="config.json"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+def test_missing_folder_config_and_weights(llama, clip, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        q.load_qilin(llm=tmp_path / "nowhere", vision=clip)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        q.load_qilin(llm=llama, vision=clip, projector=tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match="--vision"):
+        q.load_qilin(llm=llama)
+    (clip / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="clip"):
+        q.load_qilin(llm=llama, vision=clip)
+    (llama / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="llama"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("change, culprit", [
+    (dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "linear"), (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "llama3"), (dict(model_type="mistral"), "mistral"), (dict(hidden_act="gelu"), "gelu"),
+    (dict(attention_bias=True), "attention_bias"), (dict(mlp_bias=True), "mlp_bias"), (dict(num_key_value_heads=3), "3 key-value"),
+    (dict(num_hidden_layers=[2]), "num_hidden_layers")])
+def test_refused_language_models(change, culprit, llama, clip):
+    edit_json(llama / "config.json", **change)
+    with pytest.raises(ValueError, match=culprit):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("change, culprit", [(dict(model_type="siglip_vision_model"), "siglip"), (dict(hidden_act="relu"), "relu"), (dict(num_channels=1), "num_channels")])
+def test_refused_towers(change, culprit, llama, clip):
+    edit_json(clip / "config.json", **change)
+    with pytest.raises(ValueError, match=culprit):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+def test_what_no_model_needs_is_ignored(llama, clip):
+    want = q.load_qilin(llm=llama, vision=clip).state_dict()
+    edit_weights(llama, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.rotary_emb.inv_freq": torch.ones(8)}))
+    edit_weights(clip, lambda t: t.update({"vision_model.embeddings.position_ids": torch.arange(17)[None], "text_model.final_layer_norm.weight": torch.ones(3),
+                                           "text_projection.weight": torch.ones(3, 3), "visual_projection.weight": torch.ones(3, 3), "logit_scale": torch.tensor(1.0)}))
+    again = q.load_qilin(llm=llama, vision=clip).state_dict()
+    assert want.keys() == again.keys() and all(torch.equal(want[n], again[n]) for n in want)
+
+
+def test_every_tensor_arrives(llama, clip):
+    model = q.load_qilin(llm=llama, vision=clip)
+    theirs = load_file(llama / "model.safetensors") | {"vision_tower." + n.removeprefix("vision_model."): t for n, t in load_file(clip / "model.safetensors").items()}
+    ours = {n: p for n, p in model.named_parameters() if not n.startswith("mm_projector.")}
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert not model.training and model.config.n_words == 320  # without a tokenizer, all of the vocabulary
+
+
+def test_pickled_weights(llama, clip):
+    want = load_file(llama / "model.safetensors")
+    torch.save(want, llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    model = q.load_qilin(llm=llama, vision=clip)
+    assert all(torch.equal(dict(model.named_parameters())[n], t) for n, t in want.items())
+    (llama / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'exit 1'\ntR.")  # a pickle that would run a command
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+def test_dtype_is_the_one_asked_for(llama, clip):
+    model = q.load_qilin(llm=llama, vision=clip, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.norm.weight, load_file(llama / "model.safetensors")["model.norm.weight"].bfloat16())
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer(llama, clip, spm_path):
+    shutil.copy(spm_path, llama / "tokenizer.model")
+    with pytest.raises(ValueError, match="32000 pieces, but the model only 320"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
+def test_fresh_projector_is_the_same_each_time(projector_type, llama, clip):
+    torch.manual_seed(0)
+    one = q.load_qilin(llm=llama, vision=clip, projector_type=projector_type).mm_projector.state_dict()
+    torch.manual_seed(1)
+    two = q.load_qilin(llm=llama, vision=clip, projector="fresh", projector_type=projector_type).mm_projector.state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    assert all(0.06 < t.abs().max() <= 1 / 8 for t in one.values())  # torch's init: uniform within 1 / sqrt(64)
+    with pytest.raises(ValueError, match="conv"):
+        q.load_qilin(llm=llama, vision=clip, projector_type="conv")
+
+
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."])
+@pytest.mark.parametrize("names", [["weight", "bias"], ["0.weight", "0.bias", "2.weight", "2.bias"]])
+def test_projector_file_tells_its_type(prefix, names, llama, clip, tmp_path):
+    tensors = {prefix + n: torch.randn(64, 64) if n.endswith("weight") else torch.randn(64) for n in names}
+    save_file(tensors, tmp_path / "projector.safetensors")
+    wrong_guess = "mlp2x_gelu" if len(names) == 2 else "linear"
+    model = q.load_qilin(llm=llama, vision=clip, projector=tmp_path / "projector.safetensors", projector_type=wrong_guess)
+    assert model.config.projector_type == ("linear" if len(names) == 2 else "mlp2x_gelu")
+    assert all(torch.equal(model.mm_projector.state_dict()[n], tensors[prefix + n]) for n in names)
+    save_file(dict(list(tensors.items())[:-1]), tmp_path / "projector.safetensors")
+    with pytest.raises(ValueError, match=f"missing mm_projector.{names[-1]}"):
+        q.load_qilin(llm=llama, vision=clip, projector=tmp_path / "projector.safetensors")
+
+
+def test_no_projector_where_one_is_named(llama, clip):
+    with pytest.raises(ValueError, match="no projector"):
+        q.load_qilin(llm=llama, vision=clip, projector=llama)
+
+
+def test_parts_beside_a_model_override_it(llama, clip, tmp_path):
+    whole = make_qilin("linear", text=dict(num_key_value_heads=4), vision=dict(hidden_size=64, intermediate_size=96), n_words=320)
+    q.save_qilin(whole, None, tmp_path / "whole")
+    model = q.load_qilin(tmp_path / "whole", llm=llama)
+    assert torch.equal(model.lm_head.weight, load_file(llama / "model.safetensors")["lm_head.weight"])
+    assert torch.equal(model.mm_projector.weight, whole.mm_projector.weight)
+    assert torch.equal(model.vision_tower.embeddings.class_embedding, whole.vision_tower.embeddings.class_embedding)
+
+
+def test_a_spoilt_linear_export_is_refused(tmp_path):
+    q.save_qilin(make_qilin("linear"), None, tmp_path / "out")
+    edit_weights(tmp_path / "out", lambda t: t["multi_modal_projector.linear_2.weight"].mul_(2))
+    with pytest.raises(ValueError, match="identity"):
+        q.load_qilin(tmp_path / "out")
+
+
+@pytest.mark.parametrize("old, new", [("vision_tower.vision_model.", "model.vision_tower."), ("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
+                                      ("vision_tower.vision_model.", "model.vision_tower.vision_model."), ("language_model.model.", "model.language_model."),
+                                      ("language_model.lm_head.", "lm_head."), ("multi_modal_projector.", "model.multi_modal_projector."),
+                                      ("multi_modal_projector.linear_1.", "model.mm_projector.0."), ("language_model.", "")])
+def test_every_published_spelling(old, new, tmp_path):
+    model = make_qilin("mlp2x_gelu")
+    q.save_qilin(model, None, tmp_path / "out")
+
+    def rename(tensors):
+        for name in [n for n in tensors if n.startswith(old)]:
+            tensors[new + name[len(old):]] = tensors.pop(name)
+
+    edit_weights(tmp_path / "out", rename)
+    again = dict(q.load_qilin(tmp_path / "out").named_parameters())
+    assert all(torch.equal(again[n][: len(p)], p) for n, p in model.named_parameters())
+    assert not [n for n in again if n not in dict(model.named_parameters())]
+
+
+def test_one_tensor_under_two_names(tmp_path):
+    q.save_qilin(make_qilin(), None, tmp_path / "out")
+    edit_weights(tmp_path / "out", lambda t: t.update({"lm_head.weight": t["language_model.lm_head.weight"].clone()}))
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        q.load_qilin(tmp_path / "out")
