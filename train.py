@@ -265,10 +265,18 @@ def load_ahead(dataset, micro_batches, workers):
         pin_memory=torch.cuda.is_available()))
 
 
-def checked(batch):
-    if "error" in batch:
-        raise ValueError(batch["error"])
-    return batch
+def check_batches(parts):
+    """ValueError when the loader could not make one of the batches."""
+    for batch in parts:
+        if "error" in batch:
+            raise ValueError(batch["error"])
+
+
+def count(parts):
+    """[errors, labelled tokens that the loss counts, real tokens, tokens with padding] of a list of batches."""
+    good = [batch for batch in parts if "error" not in batch]
+    return [len(parts) - len(good), sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in good),
+            sum(batch["n_tokens"] for batch in good), sum(batch["n_slots"] for batch in good)]
 
 
 def to_device(batch, device):
@@ -412,9 +420,9 @@ def evaluate(model, dataset, args, device):
     order = np.argsort(-dataset.lengths, kind="stable").tolist()
     micro_batches = cut_batch(order, dist.get_rank(), dist.get_world_size(), args.micro_batch_size)
     for batch in load_ahead(dataset, micro_batches, 0):
-        batch = together(checked, batch)
+        together(check_batches, [batch])
         totals[0] += float(model(**to_device(batch, device), reduction="sum"))
-        totals[1] += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        totals[1] += count([batch])[1]
     model.reshard()  # the root keeps its parameters whole after a forward without backward
     model.train()
     ce_sum, n = sum_over_ranks(totals, device)
@@ -551,9 +559,10 @@ def run_training(args):
 
         # One step is one mean over labelled tokens, however the batch is cut: they are counted over all ranks
         # and micro-batches before the first backward. FSDP averages gradients over ranks, and we want their sum.
-        parts = together(lambda: [checked(next(stream)) for _ in micro_batches[step]])
-        n_targets, n_tokens, n_slots = sum_over_ranks(
-            [sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in parts), sum(b["n_tokens"] for b in parts), sum(b["n_slots"] for b in parts)], device)
+        parts = [next(stream) for _ in micro_batches[step]]
+        n_errors, n_targets, n_tokens, n_slots = sum_over_ranks(count(parts), device)
+        if n_errors:
+            together(check_batches, parts)
         step_loss = 0.0
         for i, batch in enumerate(parts):
             model.set_requires_gradient_sync(i == len(parts) - 1)

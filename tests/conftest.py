@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
-import transformers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.processing_utils import transformers_module
 
 import qilin_min as q
 
-transformers.MistralCommonBackend = type("MistralCommonBackend", (), {})  # mistral-common is here for one file, without what it imports
+transformers_module.MistralCommonBackend = type("MistralCommonBackend", (), {})  # mistral-common is installed for one file, without what its import needs
 PARITY_LINES = []
 N_IMAGE = 16  # 56 / 14 squared
 

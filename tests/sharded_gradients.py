@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from qilin_min import IGNORE_INDEX, Tokenizer, load_qilin, read_checkpoint
+from qilin_min import Tokenizer, load_qilin, read_checkpoint
 
 toy = Path(sys.argv[1])
 args = train.parse_args(["--stage", "2", "--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"])
@@ -24,7 +24,7 @@ model, _ = train.build_model(args, checkpoint, device)
 model.train()
 micro_batches = train.cut_batch(list(range(len(data))), rank, world_size, 5)
 parts = [data[micro] for micro in micro_batches]
-n_targets, = train.sum_over_ranks([sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in parts)], device)
+_, n_targets, _, _ = train.sum_over_ranks(train.count(parts), device)
 for i, batch in enumerate(parts):
     model.set_requires_gradient_sync(i == len(parts) - 1)
     (model(**train.to_device(batch, device), reduction="sum") / n_targets * world_size).backward()

@@ -112,7 +112,7 @@ def test_prompt_as_long_as_the_positions():
 
 # --- the processor files --------------------------------------------------------------------------------------------
 
-QUESTIONS = ["<image>\nWhat does the scan show?", "<image>\n肺部有没有结节?请说明。", "<image>\n<image>\nCompare\nboth 龘 😀.", "no picture,  two blanks"]
+QUESTIONS = ["<image>", "<image>\nWhat does the scan show?", "<image>\n肺部有没有结节?请说明。", "<image>\n<image>\nCompare\nboth 龘 😀.", "no picture,  two blanks"]
 
 
 @pytest.fixture(scope="module")

@@ -101,8 +101,9 @@ def test_missing_folder_config_and_weights(llama, clip, tmp_path):
 
 
 @pytest.mark.parametrize("change, culprit", [
-    (dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "linear"), (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
-    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "llama3"), (dict(model_type="mistral"), "mistral"), (dict(hidden_act="gelu"), "gelu"),
+    (dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "linear"), (dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "llama3"),  # beside default rope_parameters: transformers lets it win
+    (dict(model_type="mistral"), "mistral"), (dict(hidden_act="gelu"), "gelu"),
     (dict(attention_bias=True), "attention_bias"), (dict(mlp_bias=True), "mlp_bias"), (dict(num_key_value_heads=3), "3 key-value"),
     (dict(num_hidden_layers=[2]), "num_hidden_layers")])
 def test_refused_language_models(change, culprit, llama, clip):
