@@ -36,12 +36,12 @@ if [ "${1:-}" = real ]; then
     DATA=$OUT/data
     step "2/5 the language model learns the sentences, text only"
     train --stage 2 --llm $DATA/llama --vision $DATA/clip --projector fresh --data $DATA/language.json --images $DATA/images \
-        --out $OUT/language --batch-size 14 --lr 3e-3 --epochs 40
+        --out $OUT/language --batch-size 14 --lr 3e-3 --epochs 30
     step "3/5 stage 1: the projector learns to caption, 576 tokens a picture"
     train --stage 1 --model $OUT/language --projector fresh --data $DATA/alignment.json --images $DATA/images --out $OUT/stage1 --batch-size 14 --lr 1e-2 --epochs 15
     step "4/5 stage 2: projector and language model"
     train --stage 2 --model $OUT/language --projector $OUT/stage1/final/projector.safetensors --data $DATA/instruction.json --images $DATA/images \
-        --out $OUT/stage2 --batch-size 14 --lr 2e-3 --epochs 40
+        --out $OUT/stage2 --batch-size 14 --lr 2e-3 --epochs 20
     step "5/5 every caption and every answer asked again"
     python demo_real.py check $DATA --model $OUT/stage2
     echo "real: $((SECONDS - START)) seconds"
@@ -58,7 +58,7 @@ step "1/6 a toy world: pictures, dialogs, tiny untrained CLIP and LLaMA"
 python toy.py $TOY
 step "2/6 the language model learns its language, text only"
 train --stage 2 --llm $TOY/llama --vision $TOY/clip --projector fresh --data $TOY/language.json --images $TOY/images --val-data $TOY/heldout_language.json \
-    --out $OUT/language --batch-size 32 --lr 2e-3
+    --out $OUT/language --batch-size 16 --lr 2e-3
 step "3/6 stage 1: the projector learns to caption"
 train --stage 1 --model $OUT/language --projector fresh --data $TOY/alignment.json --images $TOY/images --val-data $TOY/heldout_captions.json \
     --out $OUT/stage1 --batch-size 32 --lr 5e-3
