@@ -9,6 +9,7 @@ The answer streams to stdout, everything else goes to stderr. Research code: an 
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ def main():
     *pictures, question = args.words
     if not question.strip():
         raise ValueError("the question is empty")
-    if Path(question).is_file():
+    if os.path.isfile(question):
         raise ValueError(f"the last word must be the question, but {question!r} is a file")
     for path in pictures:
         if "://" in path:

@@ -8,6 +8,7 @@ no question can be answered from another, nor without the picture.
 """
 
 import argparse
+import io
 import random
 from pathlib import Path
 
@@ -154,11 +155,12 @@ def build_dialogs(out, seed, n_language, n_alignment, n_instruction, n_heldout):
 
 def train_tokenizer(out, texts, vocab_size):
     """A sentencepiece model with LLaMA's settings (BPE, byte fallback, a blank in front, nothing normalised) at out/tokenizer.model."""
+    model = io.BytesIO()  # a file prefix would be written into the model: the same world would not be the same bytes
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(out / "tokenizer"), model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
         character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2, hard_vocab_limit=False, max_sentence_length=100_000)
-    (out / "tokenizer.vocab").unlink()
+    (out / "tokenizer.model").write_bytes(model.getvalue())
 
 
 @torch.no_grad()
@@ -195,8 +197,8 @@ def main():
     parser.add_argument("out", type=Path, help="folder to write; replaced when it exists")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language", type=int, default=4000, help="text-only dialogs (default %(default)s)")
-    parser.add_argument("--alignment", type=int, default=3000, help="pictures with captions, stage 1 (default %(default)s)")
-    parser.add_argument("--instruction", type=int, default=6000, help="pictures with questions, stage 2 (default %(default)s)")
+    parser.add_argument("--alignment", type=int, default=2400, help="pictures with captions, stage 1 (default %(default)s)")
+    parser.add_argument("--instruction", type=int, default=4800, help="pictures with questions, stage 2 (default %(default)s)")
     parser.add_argument("--heldout", type=int, default=120, help="unseen pictures, 5 questions each (default %(default)s)")
     parser.add_argument("--ask", action="store_true", help="write nothing; print a held-out picture, a question and its answer from OUT")
     args = parser.parse_args()
