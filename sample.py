@@ -57,6 +57,8 @@ def main():
         if "://" in path:
             raise ValueError(f"{path}: only files, no URLs; download the picture first")
     device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     tokenizer = Tokenizer(args.llm or model_folder(args.model))
 

@@ -196,9 +196,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write; replaced when it exists")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--language", type=int, default=4000, help="text-only dialogs (default %(default)s)")
+    parser.add_argument("--language", type=int, default=2800, help="text-only dialogs (default %(default)s)")
     parser.add_argument("--alignment", type=int, default=2400, help="pictures with captions, stage 1 (default %(default)s)")
-    parser.add_argument("--instruction", type=int, default=4800, help="pictures with questions, stage 2 (default %(default)s)")
+    parser.add_argument("--instruction", type=int, default=4000, help="pictures with questions, stage 2 (default %(default)s)")
     parser.add_argument("--heldout", type=int, default=120, help="unseen pictures, 5 questions each (default %(default)s)")
     parser.add_argument("--ask", action="store_true", help="write nothing; print a held-out picture, a question and its answer from OUT")
     args = parser.parse_args()
@@ -211,7 +211,7 @@ def main():
     sentences = [text for texts in (*QUESTIONS.values(), CAPTION_REQUESTS, CAPTIONS, [TEXT_SCENE], *WORLD.values()) for text in texts]
     train_tokenizer(out / "llama", ([SYSTEM + " USER: ", " ASSISTANT: "] * 20 + [s.replace("{", " ").replace("}", " ") for s in sentences]), 512)
     text = TextConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=512, hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
         rms_norm_eps=1e-5, max_position_embeddings=2048)
     vision = VisionConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16)
     save_random_weights(out, text, vision, args.seed)

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
@@ -180,7 +181,7 @@ class Dialogs(torch.utils.data.Dataset):
                     ids, labels = self.encode(row)
                     for path in self.picture_paths(row):
                         if not path.is_file():
-                            raise FileNotFoundError(f"no such picture: {path}")
+                            raise FileNotFoundError(f"no such picture: {path}" if self.root.is_dir() else f"no such image folder: {self.images}")
                 except (ValueError, FileNotFoundError) as error:
                     name = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
                     raise ValueError(f"{file}: row {i}{name}: {one_line(error)}") from None
@@ -286,21 +287,20 @@ def to_device(batch, device):
 # --- 4. model: meta device, freeze, shard, load ---------------------------------------------------------------------
 
 
-def shard_model(model, device, trained):
+def shard_model(model, device, trained, compute_dtype):
     """Freeze what is not trained and shard in place with FSDP2: each decoder layer, then the rest in one group.
 
-    Trained parameters stay float32, frozen ones are kept in bf16 on CUDA; both compute in bf16 there, gradients are summed in float32.
+    compute_dtype: bf16 on CUDA, float32 on CPU. Trained parameters are float32 and cast when gathered, frozen ones are kept in compute_dtype;
+    gradients are summed over ranks in float32.
     The tower is not sharded: 0.6 GB that would be gathered in every step, and a rank without pictures must not wait for it.
     """
-    on_cuda = device.type == "cuda"
     for name, param in model.named_parameters():
         param.requires_grad_(part_of(name) in trained)
-    if on_cuda:
-        for module in (model.vision_tower, model.mm_projector, model.model, model.lm_head):
-            if module is not None and not any(p.requires_grad for p in module.parameters()):
-                module.to(torch.bfloat16)
+    for module in (model.vision_tower, model.mm_projector, model.model, model.lm_head):
+        if module is not None and not any(p.requires_grad for p in module.parameters()):
+            module.to(compute_dtype)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if on_cuda else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(model.vision_tower.parameters()))
@@ -311,7 +311,7 @@ def build_model(args, checkpoint, device):
     config, sources, fresh = checkpoint
     with torch.device("meta"):
         model = Qilin(config)
-    model = shard_model(model, device, STAGES[args.stage]["trained"])
+    model = shard_model(model, device, STAGES[args.stage]["trained"], torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.to_empty(device=device)
     n_layers = config.text.num_hidden_layers
     model.model.n_checkpointed = n_layers if args.checkpoint_layers is None else args.checkpoint_layers
@@ -514,8 +514,6 @@ def prepare(args, device):
     if args.max_length > config.text.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is more than the model's {config.text.max_position_embeddings} positions")
     tokenizer = Tokenizer(args.llm or model_folder(args.model))
-    if not Path(args.images).is_dir() and any(row.get("image") for file in args.data for row in read_rows(file) if isinstance(row, dict)):
-        raise FileNotFoundError(f"no such image folder: {args.images}")
     files = [args.data] + ([[args.val_data]] if args.val_data else [])
     datasets = [Dialogs(f, args.images, tokenizer, config.n_image_tokens, config.vision.image_size, args) for f in files]
     return checkpoint, tokenizer, datasets[0], datasets[1] if args.val_data else None
@@ -588,11 +586,15 @@ def run_training(args):
 
 
 def main():
-    run_training(parse_args())
+    if os.environ.get("RANK", "0") == "0":
+        return run_training(parse_args())
+    try:  # what is wrong with the options rank 0 says, once
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+            args = parse_args()
+    except ValueError:
+        sys.exit(2)
+    run_training(args)
 
 
 if __name__ == "__main__":
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:
-        sys.stderr = open(os.devnull, "w") if "--help" in sys.argv else sys.stderr
     run_cli(main)
