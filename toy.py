@@ -49,8 +49,8 @@ TEXT_SCENE = "检查:{modality};位置:{place};数目:{count};形状:{shape};大
 
 
 def draw(scene, rng):
-    """A PIL image (grey in RGB, 60 to 68 pixels a side, not always square) of a scene, with noise and jitter from numpy's rng."""
-    width, height = (int(n) for n in rng.integers(60, 69, 2))
+    """A PIL image (grey in RGB, 62 to 66 pixels a side, not always square) of a scene, with noise and jitter from numpy's rng."""
+    width, height = (int(n) for n in rng.integers(62, 67, 2))
     noise = rng.normal(0, 1, (height, width))
     rows, cols = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1) - 0.5
     body = (rows**2 + cols**2 < 0.235).astype(float)
@@ -198,7 +198,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language", type=int, default=2800, help="text-only dialogs (default %(default)s)")
     parser.add_argument("--alignment", type=int, default=2400, help="pictures with captions, stage 1 (default %(default)s)")
-    parser.add_argument("--instruction", type=int, default=4000, help="pictures with questions, stage 2 (default %(default)s)")
+    parser.add_argument("--instruction", type=int, default=4400, help="pictures with questions, stage 2 (default %(default)s)")
     parser.add_argument("--heldout", type=int, default=120, help="unseen pictures, 5 questions each (default %(default)s)")
     parser.add_argument("--ask", action="store_true", help="write nothing; print a held-out picture, a question and its answer from OUT")
     args = parser.parse_args()
