@@ -446,15 +446,14 @@ class Qilin(nn.Module):
         """
         image_mask = input_ids == IMAGE_TOKEN_INDEX  # (B, T)
         x = self.model.embed_tokens(input_ids.masked_fill(image_mask, 0))  # (B, T, C)
-        no_picture = 0.0
         if pixel_values is not None and len(pixel_values):
             x = splice_image_embeds(x, self.encode_images(pixel_values), image_mask)
         else:
             if image_mask.any():
                 raise ValueError(f"input_ids hold {int(image_mask.sum())} picture positions, but there are no pictures")
-            if self.training:  # under FSDP every rank must send the projector's gradient, with a picture in its batch or without
+            if self.training:  # under FSDP every rank must run backward through the same layers down to the projector, picture or not
                 weight = next(self.mm_projector.parameters())
-                no_picture = 0.0 * self.mm_projector(weight.new_zeros(1, self.config.vision.hidden_size)).float().sum()
+                x = x + 0.0 * self.mm_projector(weight.new_zeros(1, self.config.vision.hidden_size)).to(x.dtype)  # (B, T, C)
         hidden = self.model(x, cache)  # (B, T, C)
         if cache is not None:
             cache.lengths = cache.lengths + lengths
@@ -462,7 +461,7 @@ class Qilin(nn.Module):
             return self.logits(hidden[last])  # (B, V)
         if labels is None:
             return self.logits(hidden)  # (B, T, V)
-        return self.loss(hidden, labels, reduction) + no_picture
+        return self.loss(hidden, labels, reduction)
 
     def loss(self, hidden, labels, reduction):
         """Cross entropy in float32 of hidden (B, T, C) against labels (B, T); logits exist only where a label does, LOSS_CHUNK at a time."""

@@ -38,7 +38,7 @@ def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29600 + os.getpid() % 300)] if ranks > 1 else [sys.executable]
     command += [ROOT / "train.py", "--stage", stage, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
                 "--data", toy / data, "--out", out, "--lr", "2e-3", "--workers", "0", *options]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
     if not check:
         return done
     assert done.returncode == 0, done.stderr[-3000:]
@@ -97,7 +97,7 @@ def test_gradients_under_two_ranks(toy, report, script, limit):
     """float32: equal to the unsharded model on the whole batch at once, so no factor world_size and no mean of means.
     bf16 compute, as on CUDA: equal to float32 within bf16's 8 bits, with a rank that has no picture."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29950 + os.getpid() % 40),
-                           Path(__file__).parent / script, toy], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+                           Path(__file__).parent / script, toy], capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-3000:]
     report(f"train: gradients of 2 ranks, {script} (relative)", float(done.stdout.split()[-1]), limit)
 
