@@ -519,8 +519,8 @@ class Tokenizer:
             yield self.decode(seen)[len(shown):]
 
 
-def check_conversation(conversation):
-    """ValueError unless it is a list of {"from", "value"} turns, human and gpt by turns, human first."""
+def check_conversation(conversation, n_images=None):
+    """ValueError unless it is a list of {"from", "value"} turns, human and gpt by turns, human first; n_images as in encode_conversation."""
     if not isinstance(conversation, list) or not conversation:
         raise ValueError("conversations is not a list of turns")
     for i, turn in enumerate(conversation):
@@ -531,7 +531,7 @@ def check_conversation(conversation):
             raise ValueError(f"turn {i} is from {turn.get('from')!r}, expected {role!r}")
         if role == "gpt" and not turn["value"].strip():
             raise ValueError(f"turn {i} is an empty answer")
-        if role == "gpt" and IMAGE_TOKEN in turn["value"]:
+        if role == "gpt" and n_images is None and IMAGE_TOKEN in turn["value"]:
             raise ValueError(f"turn {i} is an answer that holds {IMAGE_TOKEN}")
 
 
@@ -547,7 +547,7 @@ def build_prompt(conversation, template="v1", n_images=None):
     A turn's pictures move to its front, each followed by a newline. Source: released code, llava/conversation.py (v1, plain)
     and llava/train/train.py preprocess_multimodal; for n pictures n times what it does for one.
     """
-    check_conversation(conversation)
+    check_conversation(conversation, n_images)
     if template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown: {' or '.join(TEMPLATES)}")
     if template == "plain":
@@ -595,7 +595,7 @@ def encode_conversation(conversation, tokenizer, n_image_tokens, template="v1", 
     all text literally. Too long: the end is cut, never a picture: where a picture would be cut both lists come back empty.
     ValueError when it is no conversation or ends with a question.
     """
-    check_conversation(conversation)
+    check_conversation(conversation, n_images)
     if conversation[-1]["from"] != "gpt":
         raise ValueError("the conversation ends with a question: nothing to learn from")
     ids, labels = _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)
@@ -606,7 +606,7 @@ def encode_conversation(conversation, tokenizer, n_image_tokens, template="v1", 
 
 def encode_prompt(conversation, tokenizer, n_image_tokens, template="v1", n_images=None):
     """input_ids of a dialog that ends with a question: they end where the assistant starts to speak, exactly as in training."""
-    check_conversation(conversation)
+    check_conversation(conversation, n_images)
     if conversation[-1]["from"] != "human":
         raise ValueError("the conversation ends with an answer: nothing to ask")
     return _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)[0]
@@ -795,6 +795,38 @@ def local_rows(param):
     return min(rank * chunk, param.shape[0]), min((rank + 1) * chunk, param.shape[0])
 
 
+class QuantizedLinear(nn.Module):
+    """A bias-free nn.Linear with its weight in 8 or 4 bits a number, widened to the activations' dtype when it multiplies.
+
+    weight int8 (out, in * bits / 8), at 4 bits two numbers a byte; scale (out, in / group) in the model's dtype: one a row at 8 bits, one for
+    every 64 inputs at 4. Symmetric, rounded to nearest: a weight moves by at most half its scale. It saves memory, not multiplications.
+    """
+
+    def __init__(self, in_features, out_features, bits):
+        super().__init__()
+        self.shape, self.bits, self.group = (out_features, in_features), bits, in_features if bits == 8 else math.gcd(in_features, 64)
+        if in_features * bits % 8:
+            raise ValueError(f"int4 packs two numbers a byte, but a layer has {in_features} inputs: use int8")
+        self.weight = nn.Parameter(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8), requires_grad=False)
+        self.register_buffer("scale", torch.empty(out_features, in_features // self.group))
+
+    def quantize_(self, weight):
+        """Take over a float weight (out, in)."""
+        largest = 2 ** (self.bits - 1) - 1
+        groups = weight.to(self.weight.device).float().unflatten(1, (-1, self.group))  # (out, in / group, group)
+        self.scale.copy_(groups.abs().amax(-1).clamp_min(1e-12) / largest)
+        x = (groups / self.scale.float()[..., None]).round().clamp(-largest, largest).to(torch.int8).flatten(1)  # (out, in)
+        self.weight.copy_(x if self.bits == 8 else (x[:, ::2] & 15) | (x[:, 1::2] << 4))
+
+    def forward(self, x):
+        weight = self.weight
+        if self.bits == 4:
+            weight = torch.stack((weight << 4 >> 4, weight >> 4), dim=-1).flatten(1)  # (out, in): shifts of int8 keep the sign
+        if self.bits == 8:
+            return F.linear(x, weight.to(x.dtype)) * self.scale[:, 0]
+        return F.linear(x, (weight.to(x.dtype).unflatten(1, (-1, self.group)) * self.scale[..., None]).flatten(1))
+
+
 @torch.no_grad()
 def init_projector(module, seed=0):
     """torch's own init of nn.Linear (uniform within 1 / sqrt(fan_in)), from a seed: the same on every rank, sharded or not."""
@@ -817,6 +849,8 @@ def load_weights(model, sources, fresh=False):
     """
     wanted, skipped, identity = {}, 0, {}
     params = {name: p for name, p in model.named_parameters() if not (fresh and part_of(name) == "mm_projector")}
+    quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    shapes = {name: quantized[name].shape if name in quantized else tuple(p.shape) for name, p in params.items()}
     for files, parts in sources:
         if files.unknown:
             raise ValueError(f"{files.path}: tensors that this model has no place for: {named_list(files.unknown)}")
@@ -836,8 +870,8 @@ def load_weights(model, sources, fresh=False):
         raise ValueError(f"{where}: missing {named_list(missing)}")
     if left := wanted.keys() - params.keys():
         raise ValueError(f"{where}: tensors that this model has no place for: {named_list(left)}")
-    wrong = [f"{name} is {files.shape(key)} in the file, {tuple(params[name].shape)} by the config"
-             for name, (files, key) in wanted.items() if files.shape(key) != tuple(params[name].shape)]
+    wrong = [f"{name} is {files.shape(key)} in the file, {shapes[name]} by the config"
+             for name, (files, key) in wanted.items() if files.shape(key) != shapes[name]]
     if wrong:
         raise ValueError(f"{where}: {named_list(wrong)}")
     for name, files in identity.items():
@@ -846,6 +880,9 @@ def load_weights(model, sources, fresh=False):
             raise ValueError(f"{files.path}: {name} is no identity, so this is not a linear projector")
     for name, param in params.items():
         files, key = wanted[name]
+        if name in quantized:
+            quantized[name].quantize_(files.rows(key))
+            continue
         local = param.to_local() if hasattr(param, "to_local") else param
         start, stop = local_rows(param)
         if stop > start:
@@ -917,16 +954,24 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
     return config, sources, not found
 
 
-def load_qilin(model=None, *, llm=None, vision=None, projector=None, projector_type="linear", dtype=torch.float32, device="cpu"):
+def load_qilin(model=None, *, llm=None, vision=None, projector=None, projector_type="linear", dtype=torch.float32, device="cpu", quantize=None):
     """A Qilin in eval mode from real weights.
 
     model: one folder or file of any layout, also a train.py --out folder; or llm + vision folders. projector: a file, or None for the
     one inside `model`, else a fresh one of projector_type ("linear" | "mlp2x_gelu") from a fixed seed. Parts given beside `model` override
-    that part. ValueError or FileNotFoundError says which file or tensor is wrong: no weight is ever left at random in silence.
+    that part. quantize: "int8" or "int4" stores the linear layers of the decoder blocks so, each quantised as it is read; tower, projector,
+    embeddings and head stay in dtype. ValueError or FileNotFoundError says which file or tensor is wrong: no weight is ever left at random.
     """
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"quantize {quantize!r} is unknown: int8 or int4")
     config, sources, fresh = read_checkpoint(model, llm=llm, vision=vision, projector=projector, projector_type=projector_type)
     with torch.device("meta"):
-        qilin = Qilin(config).to(dtype)
+        qilin = Qilin(config)
+        for block in qilin.model.layers if quantize else ():
+            for half in (block.self_attn, block.mlp):
+                for name, linear in list(half.named_children()):
+                    setattr(half, name, QuantizedLinear(linear.in_features, linear.out_features, int(quantize[3:])))
+        qilin = qilin.to(dtype)
     qilin = qilin.to_empty(device=device)
     load_weights(qilin, sources, fresh)
     return qilin.eval()
@@ -980,6 +1025,8 @@ def save_qilin(model, tokenizer, path, dtype=None):
     A linear projector has no llava-hf class: it is written as linear_1, an identity as linear_2, and a linear activation, which is equal.
     """
     config = model.config
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("a quantised model cannot be saved: load it without quantize")
     path, partial = Path(path), Path(path).with_name(Path(path).name + ".partial")
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     n_words = tokenizer.vocab_size if tokenizer else config.n_words

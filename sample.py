@@ -36,6 +36,7 @@ def parse_args():
     add("--seed", type=int, default=None, help="the same seed draws the same answer")
     add("--device", default=None, help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, else float32")
+    add("--quantize", default=None, choices=("int8", "int4"), help="keep the language model's blocks in 8 or 4 bits: less memory, not more speed")
     args = parser.parse_args()
     if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.repetition_penalty <= 0:
         raise ValueError("--max-new-tokens must be at least 1, --temperature and --top-k not negative, --top-p in (0, 1], --repetition-penalty positive")
@@ -63,7 +64,7 @@ def main():
     tokenizer = Tokenizer(args.llm or model_folder(args.model))
 
     tic = time.perf_counter()
-    model = load_qilin(args.model, llm=args.llm, vision=args.vision, projector=args.projector, dtype=dtype, device=device)
+    model = load_qilin(args.model, llm=args.llm, vision=args.vision, projector=args.projector, dtype=dtype, device=device, quantize=args.quantize)
     pixels = torch.stack([preprocess_image(path, model.config.vision.image_size) for path in pictures]) if pictures else None  # (M, 3, H, W)
     conversation = [{"from": "human", "value": question}]
     prompt = encode_prompt(conversation, tokenizer, model.config.n_image_tokens, args.template, n_images=len(pictures))

@@ -49,7 +49,9 @@ def test_sample_streams_what_generate_says(world):
     several = call("sample.py", picture, picture, "两张图相同吗?", "--model", world / "model", "--max-new-tokens", 4, "--temperature", 1, "--top-p", 0.9, "--seed", 1)
     text_only = call("sample.py", "你好", "--model", world / "model", "--max-new-tokens", 4)
     parts = call("sample.py", picture, "你好", "--llm", world / "llama", "--vision", world / "clip", "--max-new-tokens", 4)
-    assert several.returncode == text_only.returncode == parts.returncode == 0, several.stderr + text_only.stderr + parts.stderr
+    small = call("sample.py", picture, "你好", "--model", world / "model", "--max-new-tokens", 4, "--quantize", "int8")
+    for done in (several, text_only, parts, small):
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("words, said", [

@@ -111,6 +111,8 @@ def test_typed_control_words_are_plain_text(tokenizer):
     ids = q.encode_prompt(dialog(question), tokenizer, N, n_images=2)
     assert ids.count(-200) == 2 * N and not set(ids[1:]) & {0, 1, 2}
     assert ids[-len(want):][-5:] == want[: want.index(2) - len(tokenizer.sp.encode(answer))][-5:]
+    chat = dialog("look", "that is an <image>", "really?")  # what the model said goes back into the prompt as plain text as well
+    assert q.encode_prompt(chat, tokenizer, N, n_images=1).count(-200) == N
 
 
 def test_too_long_loses_its_end_never_a_picture(tokenizer):
