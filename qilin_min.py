@@ -1,28 +1,32 @@
 """qilin-min: Qilin-Med-VL (arXiv 2310.17956) from scratch in PyTorch: CLIP ViT -> projector -> LLaMA-2, and what carries data in and out.
 
-Read from top to bottom; nothing is used before it is defined:
+Read from top to bottom. Sections 2 to 4, 320 lines, are the model; the rest carries data in and out of it:
 
     1. constants and configuration        config.json of a checkpoint -> QilinConfig
     2. LLaMA-2 decoder                    RMSNorm, RoPE, attention (GQA, KV cache), SwiGLU
     3. CLIP vision tower                  pixels -> features of the last block but one
     4. Qilin                              picture features among the words; loss; logits
-    5. tokens                             a conversation -> input_ids and labels
-    6. pixels                             a picture file -> (3, 336, 336)
-    7. weights in                         any folder -> every tensor accounted for -> the model
-    8. weights out                        the model -> a folder that transformers and vLLM load
-    9. generation                         prompts -> answers, token by token
+    5. files and errors                   what every script shares
+    6. tokens                             a conversation -> input_ids and labels
+    7. pixels                             a picture file -> (3, 336, 336)
+    8. weights in                         any folder -> every tensor accounted for -> the model
+    9. weights out                        the model -> a folder that transformers and vLLM load
+   10. generation                         prompts -> answers, token by token
 
 Shapes:  B batch, T tokens (each picture already expanded to its N positions), M pictures in the batch, N patches a picture
 (576 = 24 x 24), C text width, Cv vision width, H heads, D head size, V vocabulary, L layers.
 Module attributes are the names in published checkpoints, so that loading is nearly the identity.
 """
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import sys
+import warnings
+import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -33,7 +37,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -43,39 +47,6 @@ from torch.utils.checkpoint import checkpoint
 IMAGE_TOKEN = "<image>"    # in a conversation: here stands a picture
 IMAGE_TOKEN_INDEX = -200   # in input_ids: one patch of a picture; out of range on purpose, it must never reach embed_tokens
 IGNORE_INDEX = -100        # in labels: this position teaches nothing
-
-
-def run_cli(main):
-    """Run a script's main(): what a user can cause ends in one line on stderr and exit code 2, Ctrl-C in 130."""
-    try:
-        main()
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-
-
-def one_line(error):
-    """The message of an exception on a single line."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_json(path):
-    """The content of a JSON file; ValueError names the file when it is empty or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: some releases carry a byte-order mark
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-
-
-def model_folder(path):
-    """The folder that holds a model: a train.py --out folder keeps it in final/."""
-    path = Path(path)
-    return path / "final" if (path / "final").is_dir() and not (path / "config.json").exists() else path
 
 
 @dataclass
@@ -94,7 +65,8 @@ class TextConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False    # True: the output head is embed_tokens
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int = 2                # a list in some config.json: the first is here,
+    more_end_ids: tuple = ()             # the others here, and the tokenizer's where it differs; any of them ends an answer
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -121,7 +93,12 @@ class QilinConfig:
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector_type: str = "linear"       # "linear" (paper) | "mlp2x_gelu" (released weights)
-    n_words: int = 0                     # ids below this are the tokenizer's and may be generated; 0: all of vocab_size
+    n_token_ids: int = 0                 # ids below this are the tokenizer's and may be generated
+    image_mode: str = "pad"              # how a picture becomes square: preprocess_image's mode
+
+    @property
+    def end_ids(self):
+        return [self.text.eos_token_id, *self.text.more_end_ids]
 
     @property
     def n_image_tokens(self):
@@ -130,35 +107,48 @@ class QilinConfig:
 
 def _fields_from(cls, raw, where, fixed):
     """An instance of dataclass `cls` from a config.json dict; `fixed` lists the only values we implement for what we do not read."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: not an object with the sizes of a model")
     for key, allowed in fixed.items():
-        if raw.get(key, allowed[0]) not in allowed:
+        if raw.get(key) not in (None, *allowed):
             raise ValueError(f"{where}: {key} = {raw[key]!r} is not implemented here (only {', '.join(map(repr, allowed))})")
     found = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
     for name, value in found.items():
-        if not isinstance(value, (int, float, str, bool)):
-            raise ValueError(f"{where}: {name} = {value!r} is not a single value")
-    return cls(**found)
+        kind = type(getattr(cls, name))
+        is_number, most = kind in (int, float), 1000 if name == "num_hidden_layers" else 1e9
+        if not isinstance(value, (float, int) if kind is float else kind) or (is_number and (isinstance(value, bool) or not 0 <= value < most or (value == 0 and "_id" not in name))):
+            raise ValueError(f"{where}: {name} = {value!r} is not {'a positive number' if is_number else f'a {kind.__name__}'}")
+    config = cls(**found)
+    if config.hidden_size % config.num_attention_heads and "head_dim" not in found:
+        raise ValueError(f"{where}: hidden_size {config.hidden_size} cannot be cut into {config.num_attention_heads} heads")
+    return config
 
 
 def text_config(raw, where):
     """TextConfig from the dict of a LLaMA config.json. ValueError names what we do not implement (RoPE scaling, other model types)."""
+    if not isinstance(raw, dict) or not all(isinstance(raw.get(key) or {}, dict) for key in ("rope_parameters", "rope_scaling")):
+        raise ValueError(f"{where}: not an object with the sizes of a language model")
     rope = raw.get("rope_parameters") or {}              # transformers 5 nests what older files spell rope_theta, rope_scaling
     scaling = raw.get("rope_scaling") or {}
     for kind in {d[key] for d in (rope, scaling) for key in ("rope_type", "type") if d.get(key)} - {"default"}:
         raise ValueError(f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be silently wrong")
     raw = dict(raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}))
-    raw = {k: (v[0] if k == "eos_token_id" and isinstance(v, list) else v) for k, v in raw.items()}
+    first, *more = raw["eos_token_id"] if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"] else [raw.get("eos_token_id")]
+    raw = dict(raw, eos_token_id=first, more_end_ids=tuple(more))
     fixed = {"model_type": ["llama", "llava", "llava_llama"], "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False]}
     config = _fields_from(TextConfig, raw, where, fixed)
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"{where}: {config.num_attention_heads} heads cannot share {config.num_key_value_heads} key-value heads")
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        raise ValueError(f"{where}: {config.num_attention_heads} heads of {config.head_dim} cannot share {config.num_key_value_heads} key-value heads, or cannot be rotated in pairs")
     return config
 
 
 def vision_config(raw, where):
     """VisionConfig from the dict of a CLIP config.json, with or without the text tower's half."""
-    raw = raw.get("vision_config", raw)
-    return _fields_from(VisionConfig, raw, where, {"model_type": ["clip_vision_model", "clip"], "hidden_act": ["quick_gelu", "gelu"], "num_channels": [3]})
+    fixed = {"model_type": ["clip_vision_model", "clip"], "hidden_act": ["quick_gelu", "gelu"], "num_channels": [3]}
+    config = _fields_from(VisionConfig, raw.get("vision_config", raw), where, fixed)
+    if config.patch_size > config.image_size:
+        raise ValueError(f"{where}: patch_size {config.patch_size} is more than image_size {config.image_size}")
+    return config
 
 
 # --- 2. LLaMA-2 decoder ---------------------------------------------------------------------------------------------
@@ -200,8 +190,9 @@ def apply_rotary_pos_emb(x, cos, sin):
 class KVCache:
     """Keys and values of all positions seen, so that a new token costs one position.
 
-    k, v (L, B, H_kv, T_max, D), allocated at the first update in that tensor's dtype. lengths int64 (B,): positions filled, row by row, so that
-    rows of different lengths sit in one batch without left padding. n_positions: the longest row, a Python int (no device sync).
+    k, v (L, B, H_kv, T_max, D), allocated at the first update in that tensor's dtype. lengths int64 (B,): real tokens held, row by row, so that
+    rows of different lengths sit in one batch without left padding: a row's next token overwrites the padding behind its last.
+    n_positions: an upper bound of lengths, a Python int (no device sync).
     """
 
     def __init__(self, n_layers, max_length):
@@ -215,7 +206,7 @@ class KVCache:
             shape = (self.n_layers, k.shape[0], k.shape[1], self.max_length, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        self.k[layer][rows, :, position_ids] = k.transpose(1, 2)
+        self.k[layer][rows, :, position_ids] = k.transpose(1, 2)  # two indices around a slice select (B, T, H_kv, D)
         self.v[layer][rows, :, position_ids] = v.transpose(1, 2)
         return self.k[layer][:, :, : self.n_positions], self.v[layer][:, :, : self.n_positions]
 
@@ -232,12 +223,10 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x, rope, cache=None, position_ids=None, mask=None):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H or H_kv, T, D)
         q, k = apply_rotary_pos_emb(q, *rope), apply_rotary_pos_emb(k, *rope)
         if cache is not None:
-            all_k, all_v = cache.update(self.layer, k, v, position_ids)
-            if mask is not None:  # a first pass (no mask) sees only its own tokens: the padded tail of the cache stays out
-                k, v = all_k, all_v
+            k, v = cache.update(self.layer, k, v, position_ids)  # (B, H_kv, n_positions, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
@@ -285,17 +274,16 @@ class LlamaModel(nn.Module):
         position_ids = torch.arange(T, device=x.device)[None]  # (1, T)
         mask = None
         if cache is not None:
-            is_first = cache.n_positions == 0
-            cache.n_positions += T
-            if is_first:
+            cache.n_positions = min(cache.n_positions + T, cache.max_length)
+            if cache.lengths is None:  # the first pass
                 cache.lengths = torch.zeros(B, dtype=torch.int64, device=x.device)
-            position_ids = cache.lengths[:, None] + position_ids  # (B, T)
-            if not is_first:
-                mask = torch.arange(cache.n_positions, device=x.device) <= position_ids[:, None, :, None]
-        rope = tuple(t.to(x.dtype) for t in rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta))  # angles in float32, as the table
+            else:
+                position_ids = (cache.lengths[:, None] + position_ids).clamp(max=cache.max_length - 1)  # (B, T): a row that has ended may be full
+                mask = torch.arange(cache.n_positions, device=x.device) <= position_ids[:, None, :, None]  # (B, 1, T, n_positions)
+        rope = tuple(t.to(x.dtype) for t in rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta))  # only the finished cos and sin are rounded
         for i, layer in enumerate(self.layers):
-            if i < self.n_checkpointed and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, use_reentrant=False)
+            if i < self.n_checkpointed and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(layer, x, rope, use_reentrant=False, preserve_rng_state=False)  # nothing here draws
             else:
                 x = layer(x, rope, cache, position_ids, mask)
         return self.norm(x)
@@ -432,7 +420,7 @@ class Qilin(nn.Module):
 
     def logits(self, hidden):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float() if self.lm_head is None else head(hidden).float()  # (..., V)
+        return F.linear(hidden, head.weight).float()  # (..., V)
 
     def forward(self, input_ids, pixel_values=None, labels=None, reduction="mean", cache=None, lengths=None):
         """Logits, or with labels the loss.
@@ -461,6 +449,8 @@ class Qilin(nn.Module):
             return self.logits(hidden[last])  # (B, V)
         if labels is None:
             return self.logits(hidden)  # (B, T, V)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction {reduction!r} is unknown: mean or sum")
         return self.loss(hidden, labels, reduction)
 
     def loss(self, hidden, labels, reduction):
@@ -470,11 +460,132 @@ class Qilin(nn.Module):
         hidden, targets = hidden[:, :-1][counts], targets[counts]  # (n, C), (n,)
         total = hidden.float().sum() * 0.0  # keeps the graph when this rank has no label at all
         for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
-            total = total + checkpoint(lambda h, t: F.cross_entropy(self.logits(h), t, reduction="sum"), h, t, use_reentrant=False)
+            # checkpoint: backward computes a chunk's logits again instead of keeping them
+            total = total + checkpoint(lambda h, t: F.cross_entropy(self.logits(h), t, reduction="sum"), h, t, use_reentrant=False, preserve_rng_state=False)
         return total if reduction == "sum" else total / max(len(targets), 1)
 
 
-# --- 5. tokens ------------------------------------------------------------------------------------------------------
+# --- 5. files and errors --------------------------------------------------------------------------------------------
+# what every script shares: how a run ends, how a file is read, and that it is written beside and renamed when whole
+
+USER_ERRORS = (ValueError, OSError)  # what a user can cause
+
+
+def run_cli(main):
+    """Run a script's main(): what a user can cause ends in one line on stderr and exit code 2 (1 when the disk is full), Ctrl-C in 130."""
+    try:
+        main()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except USER_ERRORS as error:
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG) else 2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error):
+    """The message of an exception on a single line."""
+    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def check_ranges(options, **ranges):
+    """ValueError unless each named option lies in its (low, high); what was not given (None) passes."""
+    for name, (low, high) in ranges.items():
+        if getattr(options, name) is not None and not low <= getattr(options, name) <= high:  # also catches nan
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be from {low} to {high}")
+
+
+def read_json(path):
+    """The content of a JSON file; ValueError names the file when it is empty or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: some releases carry a byte-order mark
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+
+
+def read_rows(path):
+    """The rows of a .json list or a .jsonl file of dialogs; ValueError names file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such data file: {path}")
+    if path.suffix != ".jsonl":
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: not a list of rows (one object a line is .jsonl)")
+        return rows
+    rows = []
+    with open(path, "rb") as lines:
+        for i, line in enumerate(lines):
+            try:
+                rows += [json.loads(line.decode("utf-8-sig" if i == 0 else "utf-8"))] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {i + 1} is no JSON ({error})") from None
+    return rows
+
+
+def row_pictures(row, folder):
+    """Paths of the pictures of a row, under its "image": a name, a list of names, or none. ValueError when one is not there, lies outside
+    `folder` (by .., an absolute path or a link), or when the text does not hold as many <image>."""
+    names = row.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("'image' is neither a name nor a list of names")
+    if len(names) != count_images(row["conversations"]):
+        raise ValueError(f"{count_images(row['conversations'])} {IMAGE_TOKEN} in the text, but {len(names)} pictures under 'image'")
+    root = os.path.realpath(folder)
+    for name in names:
+        if "\0" in name or os.path.commonpath((root, os.path.realpath(os.path.join(root, name)))) != root:
+            raise ValueError(f"picture {name!r} lies outside the image folder {folder}")
+        if not os.path.isfile(os.path.join(root, name)):
+            raise ValueError(f"no such picture: {Path(folder) / name}" if os.path.isdir(root) else f"no such image folder: {folder}")
+    return [Path(folder) / name for name in names]
+
+
+def write_text(path, text):
+    """A text file, whole or not at all; half a surrogate pair, which UTF-8 has no bytes for, becomes an escape."""
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+    partial.replace(path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def save_tensors(tensors, path):
+    """A .safetensors file that others may read as they may its folder: the library alone makes it private to its owner."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def replace_folder(partial, path):
+    """Give a finished folder its final name; what stood there goes only when the new one is complete."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path, mark):
+    """ValueError when `path` is there and is no folder of the kind that holds a file `mark`, which alone may be replaced."""
+    path = Path(path)
+    if not path.name or path.is_symlink() or (path.exists() and not (path.is_dir() and ((path / mark).is_file() or not any(path.iterdir())))):
+        raise ValueError(f"{path or repr('')} is there and holds something else: give another name, or remove it")
+
+
+def model_folder(path):
+    """The folder that holds a model: a train.py --out folder keeps it in final/."""
+    path = Path(path)
+    return path / "final" if (path / "final").is_dir() and not (path / "config.json").exists() else path
+
+
+# --- 6. tokens ------------------------------------------------------------------------------------------------------
 # in: [{"from": "human", "value": "<image>\n…"}, {"from": "gpt", "value": "…"}]; out: input_ids and labels, lists of int of one length
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -487,9 +598,10 @@ class Tokenizer:
     """The sentencepiece model of a LLaMA folder. Never adds or recognises control ids in text: `</s>` typed by a person is four plain characters."""
 
     def __init__(self, path):
-        """path: a folder that holds tokenizer.model, or the file. FileNotFoundError or ValueError names it."""
-        path = Path(path)
-        self.path = path / "tokenizer.model" if path.is_dir() else path
+        """path: a model's folder, or a file: tokenizer.model, or weights that it lies beside. FileNotFoundError or ValueError names it."""
+        path = model_folder(path)
+        path = path.parent if path.suffix in (".safetensors", ".bin") else path
+        self.path = path if path.is_file() else path / "tokenizer.model"
         if not self.path.is_file():
             raise FileNotFoundError(f"no tokenizer: {self.path} does not exist (it comes with the LLaMA weights)")
         try:
@@ -497,9 +609,14 @@ class Tokenizer:
         except (RuntimeError, OSError):
             raise ValueError(f"{self.path}: not a sentencepiece model") from None
         self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{self.path}: a tokenizer without ids for begin and end of text")
 
     def encode(self, text, bos=False):
-        return [self.bos_id] * bos + self.sp.encode(text)
+        try:
+            return [self.bos_id] * bos + self.sp.encode(text)
+        except RuntimeError:
+            raise ValueError(f"not valid Unicode: {text[:40]!r}") from None
 
     def decode(self, ids):
         return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size])
@@ -529,8 +646,8 @@ def check_conversation(conversation, n_images=None):
             raise ValueError(f"turn {i} is not an object with text under 'value'")
         if turn.get("from") != role:
             raise ValueError(f"turn {i} is from {turn.get('from')!r}, expected {role!r}")
-        if role == "gpt" and not turn["value"].strip():
-            raise ValueError(f"turn {i} is an empty answer")
+        if not turn["value"].strip() and not (i == 0 and n_images):  # a picture alone may be a question
+            raise ValueError(f"turn {i} is an empty {'question' if role == 'human' else 'answer'}")
         if role == "gpt" and n_images is None and IMAGE_TOKEN in turn["value"]:
             raise ValueError(f"turn {i} is an answer that holds {IMAGE_TOKEN}")
 
@@ -612,7 +729,7 @@ def encode_prompt(conversation, tokenizer, n_image_tokens, template="v1", n_imag
     return _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)[0]
 
 
-# --- 6. pixels ------------------------------------------------------------------------------------------------------
+# --- 7. pixels ------------------------------------------------------------------------------------------------------
 # in: a picture file or PIL image of any kind; out: float32 (3, size, size), normalised for CLIP
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -625,19 +742,23 @@ def open_image(image):
 
     16-bit grey keeps its high byte: PIL's own conversion clips at 255 and turns a CT slice white.
     """
+    name = getattr(image, "filename", None) or image
     try:
-        if not isinstance(image, Image.Image):
-            with Image.open(image) as opened:
-                opened.load()
-                image = opened
-        image = ImageOps.exif_transpose(image)
+        with warnings.catch_warnings(action="ignore"):  # of Pillow about harmless damage
+            if not isinstance(image, Image.Image):
+                with Image.open(image) as opened:
+                    opened.load()
+                    image = opened
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # I;16 and its byte orders, and I, which older files of 16 bits open as
             return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"no such picture: {image}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{image}: the picture does not decode ({one_line(error)})") from None
+        raise FileNotFoundError(f"no such picture: {name}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: the picture does not decode ({one_line(error)})") from None
 
 
 def preprocess_image(image, size=336, mode="pad"):
@@ -646,8 +767,11 @@ def preprocess_image(image, size=336, mode="pad"):
 
     Bit for bit what transformers' PIL CLIP and LLaVA processors give; rounding as there: sizes truncated, offsets floored.
     """
-    image = open_image(image)
+    name, image = getattr(image, "filename", None) or image, open_image(image)
     width, height = image.size
+    longest = max(width, height) if mode == "pad" else size * max(width, height) // min(width, height)
+    if longest > 16384:  # a line of 100000 x 1 pixels would need a square of 30 GB
+        raise ValueError(f"{name}: a picture of {width} x {height} pixels is too long")
     if mode == "pad":
         side = max(width, height)
         square = Image.new("RGB", (side, side), PAD_COLOR)
@@ -665,32 +789,19 @@ def preprocess_image(image, size=336, mode="pad"):
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-# --- 7. weights in --------------------------------------------------------------------------------------------------
+# --- 8. weights in --------------------------------------------------------------------------------------------------
 # in: folders or files of any published layout; out: a model whose every parameter came from a named tensor
 
-PREFIXES = (  # names in files -> names here; the first that fits
-    ("base_model.model.", ""),                                         # peft's addition
-    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),  # original LLaVA and the Qilin release
-    ("model.vision_tower.vision_model.", "vision_tower."),             # llava-hf since 4.52
-    ("model.vision_tower.", "vision_tower."),                          # transformers 5
-    ("vision_tower.vision_model.", "vision_tower."),                   # llava-hf up to 4.51, and what we write
-    ("vision_tower.", "vision_tower."),
-    ("vision_model.", "vision_tower."),                                # CLIP
-    ("embeddings.", "vision_tower.embeddings."),                       # CLIP as transformers 5 saves it
-    ("encoder.", "vision_tower.encoder."),
-    ("pre_layrnorm.", "vision_tower.pre_layrnorm."),
-    ("post_layernorm.", "vision_tower.post_layernorm."),
-    ("model.multi_modal_projector.linear_1.", "mm_projector.0."),
-    ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
-    ("multi_modal_projector.linear_1.", "mm_projector.0."),
-    ("multi_modal_projector.linear_2.", "mm_projector.2."),
-    ("model.mm_projector.", "mm_projector."),
-    ("mm_projector.", "mm_projector."),
-    ("model.language_model.", "model."),
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.", "model."),                                              # LLaMA
-    ("lm_head.", "lm_head."),
+PARTS = ("llm", "vision_tower", "mm_projector")
+RENAMES = (  # names in files -> names here: patterns and what takes their place, tried one after the other
+    (r"^base_model\.model\.", ""),                                                             # peft's addition
+    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),         # llava-hf of any age; original LLaVA nests it twice
+    (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_tower."),  # CLIP, older and as transformers 5 saves it
+    (r"^(model\.)?multi_modal_projector\.linear_1\.", "mm_projector.0."),                      # llava-hf
+    (r"^(model\.)?multi_modal_projector\.linear_2\.", "mm_projector.2."),
+    (r"^model\.mm_projector\.", "mm_projector."),                                              # original LLaVA and the Qilin release
+    (r"^(language_model\.model|model\.language_model)\.", "model."),                           # llava-hf up to 4.51, and since
+    (r"^language_model\.(?=lm_head\.)", ""),
 )
 IGNORABLE = re.compile(  # what a checkpoint may hold that no model here needs
     r"rotary_emb\.inv_freq$"                     # computed, not stored, since transformers 4.32
@@ -699,31 +810,44 @@ IGNORABLE = re.compile(  # what a checkpoint may hold that no model here needs
 
 
 def our_name(name):
-    """The name here of a tensor of a file; None when no prefix fits."""
-    for theirs, ours in PREFIXES:
-        if name.startswith(theirs):
-            return our_name(name[len(theirs):]) if theirs == "base_model.model." else ours + name[len(theirs):]
-    return None
+    """The name here of a tensor of a file; None when it has the form of none."""
+    for pattern, ours in RENAMES:
+        name = re.sub(pattern, ours, name)
+    return name if name.startswith(("vision_tower.", "mm_projector.", "model.", "lm_head.")) else None
 
 
 def part_of(name):
-    """vision_tower, mm_projector or llm: the part of the model that a parameter (named as here) belongs to."""
+    """The one of PARTS that a parameter (named as here) belongs to."""
     part = name.split(".")[0]
-    return part if part in ("vision_tower", "mm_projector") else "llm"
+    return part if part in PARTS else "llm"
+
+
+def open_weights(file):
+    """[(name, tensor or slice of one)] of a .safetensors file, or of a .bin without pickled code; nothing is read before it is asked for."""
+    try:
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, framework="pt")
+            return [(name, opened.get_slice(name)) for name in opened.keys()]
+        # weights_only: no code runs; mmap, which the oldest format cannot: pages come as they are read
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for n, t in tensors.items()):
+            raise ValueError("not a dict from names to tensors")
+        return list(tensors.items())
+    except Exception as error:  # the readers raise many kinds for a damaged file, and each means this
+        raise ValueError(f"{file}: cannot be read as weights ({one_line(error)[:200]})") from None
 
 
 class WeightFiles:
     """The tensors of a checkpoint, by our names, read slice by slice when asked for.
 
-    path: a folder (one file, or shards with an index), or a file; .safetensors, or .bin / .pt without pickled code.
-    tensors: our name -> (file, name in the file). unknown: names that no prefix fits and that are not ignorable.
+    path: a folder (one file, or shards with an index), or a file. tensors: our name -> (file, name in it, tensor or slice).
+    unknown: names of no form that we know and that are not ignorable.
     """
 
     def __init__(self, path):
         self.path, self.tensors, self.unknown, self.n_ignored = Path(path), {}, [], 0
-        self.opened = {}
         for file in self._files():
-            for name in self._open(file):
+            for name, tensor in open_weights(file):
                 ours = our_name(name)
                 if IGNORABLE.search(name):
                     self.n_ignored += 1
@@ -732,7 +856,7 @@ class WeightFiles:
                 elif ours in self.tensors:
                     raise ValueError(f"{file}: {name} is also in {self.tensors[ours][0].name} (as {self.tensors[ours][1]})")
                 else:
-                    self.tensors[ours] = (file, name)
+                    self.tensors[ours] = (file, name, tensor)
 
     def _files(self):
         if self.path.is_file():
@@ -741,42 +865,27 @@ class WeightFiles:
             raise FileNotFoundError(f"no such folder or file: {self.path}")
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             if (self.path / index).is_file():
-                weight_map = read_json(self.path / index).get("weight_map")
-                if not isinstance(weight_map, dict) or not weight_map:
-                    raise ValueError(f"{self.path / index}: no weight_map")
-                files = [self.path / name for name in sorted(set(weight_map.values()))]
+                raw = read_json(self.path / index)
+                names = raw.get("weight_map") if isinstance(raw, dict) else None
+                if not isinstance(names, dict) or not names or any(not isinstance(n, str) or n != Path(n).name for n in names.values()):
+                    raise ValueError(f"{self.path / index}: no weight_map from tensors to files beside it")
+                files = [self.path / name for name in sorted(set(names.values()))]
                 missing = [f.name for f in files if not f.is_file()]
                 if missing:
                     raise FileNotFoundError(f"{self.path / index} names {missing[0]}, which is not there ({len(missing)} of {len(files)} files are missing)")
                 return files
-        for names in ("model.safetensors", "pytorch_model.bin", "projector.safetensors", "mm_projector.bin"):
-            if (self.path / names).is_file():
-                return [self.path / names]
+        for name in ("model.safetensors", "pytorch_model.bin", "projector.safetensors", "mm_projector.bin"):
+            if (self.path / name).is_file():
+                return [self.path / name]
         raise FileNotFoundError(f"no weights in {self.path}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
-    def _open(self, file):
-        if file not in self.opened:
-            try:
-                if file.suffix == ".safetensors":
-                    self.opened[file] = safe_open(file, framework="pt")
-                else:  # mmap: pages come as they are read; weights_only: no code runs
-                    self.opened[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # the readers raise many kinds for a damaged file, and each means this
-                raise ValueError(f"{file}: cannot be read as weights ({one_line(error)[:200]})") from None
-        return self.opened[file].keys()
-
     def shape(self, name):
-        file, key = self.tensors[name]
-        opened = self.opened[file]
-        return tuple(opened.get_slice(key).get_shape() if file.suffix == ".safetensors" else opened[key].shape)
+        tensor = self.tensors[name][2]
+        return tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
 
     def rows(self, name, start=0, stop=None):
         """Rows start:stop of a tensor, in the file's dtype, nothing else being read."""
-        file, key = self.tensors[name]
-        opened = self.opened[file]
-        if not self.shape(name):
-            return opened.get_tensor(key) if file.suffix == ".safetensors" else opened[key]
-        return (opened.get_slice(key) if file.suffix == ".safetensors" else opened[key])[start:stop]
+        return self.tensors[name][2][start:stop]
 
 
 def named_list(names):
@@ -822,9 +931,8 @@ class QuantizedLinear(nn.Module):
         weight = self.weight
         if self.bits == 4:
             weight = torch.stack((weight << 4 >> 4, weight >> 4), dim=-1).flatten(1)  # (out, in): shifts of int8 keep the sign
-        if self.bits == 8:
-            return F.linear(x, weight.to(x.dtype)) * self.scale[:, 0]
-        return F.linear(x, (weight.to(x.dtype).unflatten(1, (-1, self.group)) * self.scale[..., None]).flatten(1))
+        weight = weight.to(x.dtype).unflatten(1, (-1, self.group)) * self.scale[..., None]  # (out, in / group, group): scaled before the sum, which would leave float16's range
+        return F.linear(x, weight.flatten(1))
 
 
 @torch.no_grad()
@@ -840,57 +948,74 @@ def init_projector(module, seed=0):
 
 
 @torch.no_grad()
-def load_weights(model, sources, fresh=False):
-    """Fill every parameter of `model` (DTensor or not, any dtype) from the files; -> one line that accounts for all tensors.
+def load_weights(model, sources, device, fresh=False, seed=0):
+    """Give a model on the meta device (sharded or not, any dtype) memory on `device` and fill every parameter from the files;
+    -> one line that accounts for all tensors. What does not fit is found before any memory is taken.
 
     sources: [(WeightFiles, parts)]; of each file the parts named are taken, the tensors of other parts are skipped and counted.
-    fresh: the projector is in no file and comes from init_projector.
-    ValueError when a tensor is missing, has another shape, or is left over: names up to ten and how many more.
+    fresh: the projector is in no file and comes from init_projector with `seed`.
+    ValueError when a tensor is missing, has another shape, is left over (names up to ten and how many more), or holds no finite floats.
     """
-    wanted, skipped, identity = {}, 0, {}
-    params = {name: p for name, p in model.named_parameters() if not (fresh and part_of(name) == "mm_projector")}
+    where = ", ".join(str(files.path) for files, _ in sources)
+    is_linear, is_tied = model.config.projector_type == "linear", model.config.text.tie_word_embeddings
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not (fresh and part_of(name) == "mm_projector")}
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    shapes = {name: quantized[name].shape if name in quantized else tuple(p.shape) for name, p in params.items()}
+    found, skipped = {}, 0
     for files, parts in sources:
         if files.unknown:
             raise ValueError(f"{files.path}: tensors that this model has no place for: {named_list(files.unknown)}")
         for name in files.tensors:
-            if part_of(name) not in parts or (name == "lm_head.weight" and model.config.text.tie_word_embeddings):
+            if part_of(name) not in parts:
                 skipped += 1
-            elif model.config.projector_type == "linear" and name.startswith("mm_projector."):
-                # llava-hf has no linear projector: our export writes it as linear_1, an identity as linear_2, and a linear activation
-                if name.startswith("mm_projector.2."):
-                    identity[name] = files
-                else:
-                    wanted[name.replace("mm_projector.0.", "mm_projector.")] = (files, name)
+            elif is_tied and name == "lm_head.weight":
+                pairs = ((files.rows(n, i, i + 4096) for n in (name, "model.embed_tokens.weight")) for i in range(0, files.shape(name)[0], 4096))
+                if "model.embed_tokens.weight" in files.tensors and not all(torch.equal(*pair) for pair in pairs):
+                    raise ValueError(f"{files.path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
+                files.n_ignored += 1
+            elif is_linear and name.startswith("mm_projector.2."):  # llava-hf has no linear projector: ours goes out as linear_1, and an identity as linear_2
+                rows = files.rows(name).float()
+                if not torch.equal(rows, torch.eye(*rows.shape) if rows.ndim == 2 else torch.zeros(len(rows))):
+                    raise ValueError(f"{files.path}: {name} is no identity, so this is not a linear projector")
             else:
-                wanted[name] = (files, name)
-    where = ", ".join(str(files.path) for files, _ in sources)
-    if missing := params.keys() - wanted.keys():
-        raise ValueError(f"{where}: missing {named_list(missing)}")
-    if left := wanted.keys() - params.keys():
-        raise ValueError(f"{where}: tensors that this model has no place for: {named_list(left)}")
-    wrong = [f"{name} is {files.shape(key)} in the file, {shapes[name]} by the config"
-             for name, (files, key) in wanted.items() if files.shape(key) != shapes[name]]
-    if wrong:
-        raise ValueError(f"{where}: {named_list(wrong)}")
-    for name, files in identity.items():
-        want = torch.eye(*files.shape(name)) if name.endswith("weight") else torch.zeros(files.shape(name))
-        if not torch.equal(files.rows(name).float(), want):
-            raise ValueError(f"{files.path}: {name} is no identity, so this is not a linear projector")
-    for name, param in params.items():
-        files, key = wanted[name]
-        if name in quantized:
-            quantized[name].quantize_(files.rows(key))
+                found[name.replace("mm_projector.0.", "mm_projector.") if is_linear else name] = files, name
+    for problem, names in (("missing", shapes.keys() - found.keys()), ("tensors that this model has no place for:", found.keys() - shapes.keys())):
+        if names:
+            raise ValueError(f"{where}: {problem} {named_list(names)}")
+    for name, (files, key) in found.items():
+        want = quantized[name].shape if name in quantized else shapes[name]
+        if files.shape(key) != want:
+            raise ValueError(f"{files.path}: {name} is {files.shape(key)} in the file, {want} by the config")
+    model.to_empty(device=device)
+    for name, (files, key) in found.items():
+        param = model.get_parameter(name)
+        start, stop = local_rows(param) if name not in quantized else (0, None)
+        if stop == start:
             continue
-        local = param.to_local() if hasattr(param, "to_local") else param
-        start, stop = local_rows(param)
-        if stop > start:
-            local.copy_(files.rows(key, start, stop))
+        rows = files.rows(key, start, stop)
+        if not rows.is_floating_point() or not rows.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{files.tensors[key][0]}: {files.tensors[key][1]} holds {'values that are not finite' if rows.is_floating_point() else str(rows.dtype)}")
+        if name in quantized:
+            quantized[name].quantize_(rows)
+        else:
+            (param.to_local() if hasattr(param, "to_local") else param).copy_(rows)
     if fresh:
-        init_projector(model.mm_projector)
-    return (f"{len(wanted)} tensors loaded, {skipped} skipped (part given elsewhere), "
+        init_projector(model.mm_projector, seed)
+    return (f"{len(found)} tensors loaded, {skipped} skipped (part given elsewhere), "
             f"{sum(files.n_ignored for files, _ in sources)} ignorable, none missing, none left over{', fresh projector' * fresh}")
+
+
+def folder_config(path):
+    """(config.json as a dict, its path) of a model's folder, or of the folder that a weight file lies in."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such folder or file: {path}")
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no config.json in {file.parent}: it tells the sizes of the model")
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return raw, file
 
 
 def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projector_type="linear"):
@@ -899,58 +1024,51 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
     model: a folder or file of any layout, or a train.py --out folder; llm, vision, projector: parts given beside it, which override.
     fresh: True when no projector was given or found, or projector == "fresh": it is then made by init_projector.
     """
-    def folder_config(path):
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if not Path(path).exists():
-            raise FileNotFoundError(f"no such folder or file: {path}")
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {folder}: it tells the sizes of the model")
-        return read_json(folder / "config.json"), folder / "config.json"
-
-    config, given, raw = QilinConfig(projector_type=projector_type), {}, {}
-    text = picture = None
+    raw, where, given = {}, None, {}
     if model is not None:
         model = model_folder(model)
         if (model / "projector.safetensors").exists() and not (model / "config.json").exists():
             raise ValueError(f"{model} holds only a projector (stage 1): give it as --projector, with --llm and --vision")
         raw, where = folder_config(model)
-        text = text_config(raw.get("text_config", raw), where)
-        picture = vision_config(raw["vision_config"], where) if "vision_config" in raw else None
-        given = {part: model for part in ("llm", "vision_tower", "mm_projector")}
-    if llm is not None:
-        text, given["llm"] = text_config(*folder_config(llm)), llm
-    if vision is not None:
-        picture, given["vision_tower"] = vision_config(*folder_config(vision)), vision
-    if text is None or picture is None:
+        given = dict.fromkeys(PARTS, model)
+    projector = projector if projector in (None, "fresh") else model_folder(projector)
+    given.update({part: path for part, path in zip(PARTS, (llm, vision, projector)) if path is not None})
+    inner = raw.get("text_config", raw)
+    if inner is not raw and "tie_word_embeddings" in raw and isinstance(inner, dict):
+        inner = dict(inner, tie_word_embeddings=raw["tie_word_embeddings"])  # in llava-hf the outer one counts
+    text = text_config(*folder_config(llm)) if llm else text_config(inner, where) if raw else None
+    tower = vision_config(*folder_config(vision)) if vision else vision_config(raw, where) if "vision_config" in raw else None
+    if text is None or tower is None:
         raise ValueError("a model needs a language model and a vision tower: give a whole model, or "
-                         + " and ".join(f for f, c in (("--llm DIR", text), ("--vision DIR", picture)) if c is None))
-    if projector is not None:
-        given["mm_projector"] = None if projector == "fresh" else projector
-    config.text, config.vision = text, picture
+                         + " and ".join(option for option, config in (("--llm DIR", text), ("--vision DIR", tower)) if config is None))
     layer = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2))
-    picture.select_layer = layer if isinstance(layer, int) else -99
-    if not -picture.num_hidden_layers - 1 <= picture.select_layer <= picture.num_hidden_layers:
-        raise ValueError(f"vision_feature_layer = {layer!r}: not a layer of this tower")
-    files = {path: WeightFiles(path) for path in dict.fromkeys(given.values()) if path is not None}
-    sources = [(f, {part for part, path in given.items() if path == p}) for p, f in files.items()]
-    found = {name for f, parts in sources if "mm_projector" in parts for name in f.tensors if part_of(name) == "mm_projector"}
-    if given.get("mm_projector") not in (None, model) and not found:
-        raise ValueError(f"{projector}: no projector in it (names mm_projector.*)")
+    if not isinstance(layer, int) or not -tower.num_hidden_layers - 1 <= layer <= tower.num_hidden_layers:
+        raise ValueError(f"{where}: vision_feature_layer = {layer!r} is not a layer of this tower")
+    tower.select_layer = layer
+    for key, allowed in (("model_type", ("llava", "llava_llama", "llama")), ("vision_feature_select_strategy", ("default",)), ("mm_vision_select_feature", ("patch",)), ("projector_hidden_act", ("gelu", "linear"))):
+        if raw.get(key) not in (None, *allowed):
+            raise ValueError(f"{where}: {key} = {raw[key]!r} is not implemented here (only {' or '.join(allowed)})")
+
+    files = {path: WeightFiles(path) for path in dict.fromkeys(given.values()) if path != "fresh"}
+    sources = [(f, {part for part in given if given[part] == path}) for path, f in files.items()]
+    source = files.get(given.get("mm_projector"))
+    found = [name for name in source.tensors if part_of(name) == "mm_projector"] if source else []
+    if not found and (source if projector else "vision_config" in raw) and projector != "fresh":
+        raise ValueError(f"{source.path}: no projector in it (names mm_projector.* or multi_modal_projector.*)"
+                         + ("" if projector else "; --projector FILE gives one, --projector fresh starts one"))
     if found:
-        is_linear = "mm_projector.weight" in found or (given["mm_projector"] == model and raw.get("projector_hidden_act") == "linear")
-        config.projector_type = "linear" if is_linear else "mlp2x_gelu"
-    elif projector is None and model is not None and "vision_config" in raw:
-        raise ValueError(f"{model}: no projector in it (names multi_modal_projector.*); --projector FILE gives one, --projector fresh starts one")
-    build_projector(projector_type, 1, 1)  # an unknown type stops here, before any weight is read
-    config.n_words = config.text.vocab_size
-    tokenizer_folder = Path(given["llm"]) if Path(given["llm"]).is_dir() else Path(given["llm"]).parent
-    if isinstance(raw.get("image_token_index"), int) and given["llm"] == model:
-        config.n_words = min(config.n_words, raw["image_token_index"])
-    if (tokenizer_folder / "tokenizer.model").is_file():
-        tokenizer = Tokenizer(tokenizer_folder)
-        if tokenizer.vocab_size > config.text.vocab_size:
-            raise ValueError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but the model only {config.text.vocab_size} rows for them")
-        config.n_words = tokenizer.vocab_size
+        is_linear = "mm_projector.weight" in found or (source.path == model and raw.get("projector_hidden_act") == "linear")
+        projector_type = "linear" if is_linear else "mlp2x_gelu"
+    config = QilinConfig(text, tower, projector_type, text.vocab_size, "crop" if raw.get("image_aspect_ratio") == "crop" else "pad")
+    folder = Path(given["llm"]) if Path(given["llm"]).is_dir() else Path(given["llm"]).parent
+    if (folder / "tokenizer.model").is_file():
+        tokenizer = Tokenizer(folder)
+        if tokenizer.vocab_size > text.vocab_size:
+            raise ValueError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but the model only {text.vocab_size} rows for them")
+        config.n_token_ids = tokenizer.vocab_size
+        text.more_end_ids = tuple({*text.more_end_ids, tokenizer.eos_id} - {text.eos_token_id})  # the tokenizer's is what training teaches to say
+    elif llm is None and isinstance(picture_id := raw.get("image_token_index", raw.get("image_token_id")), int):
+        config.n_token_ids = min(text.vocab_size, picture_id)  # a llava-hf export without tokenizer: the picture token comes right after it
     return config, sources, not found
 
 
@@ -972,12 +1090,11 @@ def load_qilin(model=None, *, llm=None, vision=None, projector=None, projector_t
                 for name, linear in list(half.named_children()):
                     setattr(half, name, QuantizedLinear(linear.in_features, linear.out_features, int(quantize[3:])))
         qilin = qilin.to(dtype)
-    qilin = qilin.to_empty(device=device)
-    load_weights(qilin, sources, fresh)
+    load_weights(qilin, sources, device, fresh)
     return qilin.eval()
 
 
-# --- 8. weights out -------------------------------------------------------------------------------------------------
+# --- 9. weights out -------------------------------------------------------------------------------------------------
 # in: a model, sharded or not; out: a llava-hf folder that transformers 4.57 and 5, vLLM and we load
 
 SHARD_BYTES = 5_000_000_000
@@ -994,26 +1111,12 @@ def hf_name(name):
 
 def full_tensors(model, names=None, dtype=None):
     """Yield (name, whole tensor on CPU) one by one; on a sharded model every rank must iterate, and rank 0 alone gets tensors, the others None."""
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
     for name, param in model.named_parameters():
         if names is None or name.startswith(names):
             full = param.detach().to(dtype or param.dtype)  # cast first: half the traffic
             full = full.full_tensor() if hasattr(full, "full_tensor") else full
-            yield name, full.cpu().contiguous() if is_first else None
-
-
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def replace_folder(partial, path):
-    """Give a finished folder its final name; what stood there goes only when the new one is complete."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+            yield name, full.cpu().contiguous() if is_rank0 else None
 
 
 def save_qilin(model, tokenizer, path, dtype=None):
@@ -1027,22 +1130,23 @@ def save_qilin(model, tokenizer, path, dtype=None):
     config = model.config
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("a quantised model cannot be saved: load it without quantize")
+    check_replaceable(path, "config.json")
     path, partial = Path(path), Path(path).with_name(Path(path).name + ".partial")
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    n_words = tokenizer.vocab_size if tokenizer else config.n_words
-    n_rows = max(config.text.vocab_size, -(-(n_words + 1) // 64) * 64)
-    if is_first:
+    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
+    n_token_ids = tokenizer.vocab_size if tokenizer else config.n_token_ids
+    n_rows = max(config.text.vocab_size, -(-(n_token_ids + 1) // 64) * 64)
+    if is_rank0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     shards, sizes, shard, total = [], {}, {}, 0
 
     def close_shard():
-        save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(shard, partial / f"shard-{len(shards)}")
         shards.append(sorted(shard))
         shard.clear()
 
     for name, full in full_tensors(model, dtype=dtype):
-        if not is_first:
+        if not is_rank0:
             continue
         out = {hf_name(name): full}
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -1054,7 +1158,7 @@ def save_qilin(model, tokenizer, path, dtype=None):
             if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
                 close_shard()
             shard[key], sizes[key], total = tensor, tensor.nbytes, total + tensor.nbytes
-    if is_first:
+    if is_rank0:
         close_shard()
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors" for i in range(len(shards))]
         for i, name in enumerate(names):
@@ -1063,7 +1167,7 @@ def save_qilin(model, tokenizer, path, dtype=None):
             weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
             write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-        for file, value in hf_configs(config, n_words, n_rows, dtype_name).items():
+        for file, value in hf_configs(config, n_token_ids, n_rows, dtype_name).items():
             write_json(partial / file, value)
         if tokenizer:
             save_tokenizer(tokenizer, partial)
@@ -1072,27 +1176,28 @@ def save_qilin(model, tokenizer, path, dtype=None):
         dist.barrier()
 
 
-def hf_configs(config, n_words, n_rows, dtype_name):
+def hf_configs(config, n_token_ids, n_rows, dtype_name):
     """The JSON files beside the weights: {file name: content}."""
     text, vision = config.text, config.vision
     text_json = {f.name: getattr(text, f.name) for f in fields(text)}
-    text_json.update(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=n_rows, hidden_act="silu", torch_dtype=dtype_name)
+    ends = config.end_ids if text_json.pop("more_end_ids") else text.eos_token_id
+    text_json.update(eos_token_id=ends, model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=n_rows, hidden_act="silu", torch_dtype=dtype_name)
     vision_json = {f.name: getattr(vision, f.name) for f in fields(vision) if f.name != "select_layer"}
     vision_json.update(model_type="clip_vision_model", projection_dim=vision.hidden_size, torch_dtype=dtype_name)
-    size = {"height": vision.image_size, "width": vision.image_size}
+    size, is_pad = {"height": vision.image_size, "width": vision.image_size}, config.image_mode == "pad"
     return {
         "config.json": {
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "torch_dtype": dtype_name,
-            "image_token_index": n_words, "image_seq_length": config.n_image_tokens, "tie_word_embeddings": text.tie_word_embeddings,
+            "image_token_index": n_token_ids, "image_seq_length": config.n_image_tokens, "tie_word_embeddings": text.tie_word_embeddings,
             "projector_hidden_act": "linear" if config.projector_type == "linear" else "gelu", "multimodal_projector_bias": True,
-            "vision_feature_layer": vision.select_layer, "vision_feature_select_strategy": "default",
+            "image_aspect_ratio": config.image_mode, "vision_feature_layer": vision.select_layer, "vision_feature_select_strategy": "default",
             "text_config": text_json, "vision_config": vision_json},
         "generation_config.json": {  # filler rows and the picture token are never said
-            "bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": 0,
-            "suppress_tokens": list(range(n_words, n_rows))},
+            "bos_token_id": text.bos_token_id, "eos_token_id": ends, "pad_token_id": 0,
+            "suppress_tokens": list(range(n_token_ids, n_rows))},
         "preprocessor_config.json": {
-            "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_pad": True, "do_resize": True, "size": size,
-            "resample": 3, "do_center_crop": False, "crop_size": size, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_pad": is_pad, "do_resize": True,
+            "size": size if is_pad else {"shortest_edge": vision.image_size}, "resample": 3, "do_center_crop": not is_pad, "crop_size": size, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
             "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "do_convert_rgb": True},
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "image_token": IMAGE_TOKEN, "patch_size": vision.patch_size,
@@ -1146,7 +1251,7 @@ def save_tokenizer(tokenizer, folder):
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-# --- 9. generation --------------------------------------------------------------------------------------------------
+# --- 10. generation --------------------------------------------------------------------------------------------------
 # in: prompts of different lengths; out: one new id a row a step, until every row has said its end id
 
 
@@ -1169,7 +1274,7 @@ def sample_next_token(logits, seen, temperature=0.0, top_p=1.0, top_k=0, repetit
     if top_p < 1.0:
         ranked, order = logits.sort(descending=True)
         probs = ranked.softmax(-1)
-        ranked = ranked.masked_fill(probs.cumsum(-1) - probs > top_p, -torch.inf)  # keeps the one that crosses top_p
+        ranked = ranked.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)  # keeps the one that reaches top_p
         logits = torch.full_like(logits, -torch.inf).scatter(1, order, ranked)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -1181,34 +1286,34 @@ def generate(model, input_ids, pixel_values=None, *, max_new_tokens, temperature
 
     A row's end id is yielded, after that None. Rows of different lengths answer as each would alone. Ids past the tokenizer never come.
     stop: asked before each step with one bool a row (has it ended?); on a sharded model it must agree over ranks, since each step is a
-    collective. Ends as well after max_new_tokens or at the model's last position. ValueError when a prompt already fills the positions.
+    collective. A row ends as well after max_new_tokens or at the model's last position. ValueError when a prompt is empty or already fills the positions.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(row) for row in input_ids], device=device)
-    limit = model.config.text.max_position_embeddings
-    longest = max(map(len, input_ids))
+    limit, longest = model.config.text.max_position_embeddings, max(map(len, input_ids))
     if longest >= limit:
         raise ValueError(f"the prompt has {longest} tokens, the model's positions end at {limit}: ask a shorter question")
-    max_new_tokens = min(max_new_tokens, limit - longest)
+    if not all(input_ids):
+        raise ValueError("a prompt is empty")
     ids = pad_rows(input_ids, 0).to(device)
     seen = torch.zeros(len(input_ids), model.config.text.vocab_size, dtype=torch.bool, device=device)
     for row, prompt in zip(seen, input_ids):
         row[[i for i in set(prompt) if i >= 0]] = True
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     pixel_values = None if pixel_values is None else pixel_values.to(device)
-    cache = KVCache(model.config.text.num_hidden_layers, longest + max_new_tokens)
+    cache = KVCache(model.config.text.num_hidden_layers, min(longest + max_new_tokens, limit))
     ended = [False] * len(input_ids)
     logits = model(ids, pixel_values, cache=cache, lengths=lengths)  # prefill: (B, V)
     for step in range(max_new_tokens):
-        logits[:, model.config.n_words:] = -torch.inf
+        logits[:, model.config.n_token_ids:] = -torch.inf
         ids = sample_next_token(logits, seen, temperature, top_p, top_k, repetition_penalty, generator)  # (B,)
         seen[torch.arange(len(ids), device=device), ids] = True
         new = [None if end else i for end, i in zip(ended, ids.tolist())]
         yield new
-        ended = [end or i == model.config.text.eos_token_id for end, i in zip(ended, new)]
+        ended = [end or i in model.config.end_ids or len(row) + step + 1 >= limit for end, i, row in zip(ended, new, input_ids)]
         if stop(ended) or step == max_new_tokens - 1:
             return
-        logits = model(ids[:, None], cache=cache, lengths=torch.ones_like(lengths))  # one token a row: (B, V)
+        logits = model(ids[:, None], cache=cache, lengths=torch.tensor([int(not end) for end in ended], device=device))  # one token a row: (B, V)
 
 
 def answer_ids(model, input_ids, pixel_values=None, **options):
@@ -1216,6 +1321,6 @@ def answer_ids(model, input_ids, pixel_values=None, **options):
     answers = [[] for _ in input_ids]
     for new in generate(model, input_ids, pixel_values, **options):
         for answer, i in zip(answers, new):
-            if i is not None and i != model.config.text.eos_token_id:
+            if i is not None and i not in model.config.end_ids:
                 answer.append(i)
     return answers

@@ -5,7 +5,7 @@
     python sample.py a.png b.png "两张图有何不同?"                       several pictures
     python sample.py "什么是肺结节?"                                     text only
 
-The answer streams to stdout, everything else goes to stderr. Research code: an answer is no medical advice.
+The answer streams to stdout, everything else goes to stderr. Before a question that begins with a dash put `--`. Research code: an answer is no medical advice.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from qilin_min import Tokenizer, encode_prompt, generate, load_qilin, model_folder, preprocess_image, run_cli
+from qilin_min import Tokenizer, check_ranges, encode_prompt, generate, load_qilin, one_line, preprocess_image, run_cli
 
 
 def parse_args():
@@ -37,13 +38,14 @@ def parse_args():
     add("--device", default=None, help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, else float32")
     add("--quantize", default=None, choices=("int8", "int4"), help="keep the language model's blocks in 8 or 4 bits: less memory, not more speed")
-    args = parser.parse_args()
-    if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.repetition_penalty <= 0:
-        raise ValueError("--max-new-tokens must be at least 1, --temperature and --top-k not negative, --top-p in (0, 1], --repetition-penalty positive")
+    args = parser.parse_intermixed_args()
+    check_ranges(args, max_new_tokens=(1, 10**6), temperature=(0, 100), top_p=(1e-9, 1), top_k=(0, 10**9), repetition_penalty=(1e-3, 1e3), seed=(0, 2**63 - 1))
     if args.model is None and not (args.llm and args.vision):
         args.model = "out/stage2"
         if not Path(args.model).exists():
             raise FileNotFoundError("no model in out/stage2: train one (bash demo.sh shows how), or give --model DIR")
+    if args.model is None and args.projector is None:
+        raise ValueError("--llm and --vision need the projector between them: give --projector FILE (or fresh: untrained, its answers mean nothing)")
     return args
 
 
@@ -54,30 +56,37 @@ def main():
         raise ValueError("the question is empty")
     if os.path.isfile(question):
         raise ValueError(f"the last word must be the question, but {question!r} is a file")
+    if Path(question).suffix.lower() in Image.registered_extensions():
+        raise FileNotFoundError(f"no such picture: {question} (and the last word must be the question)")
     for path in pictures:
         if "://" in path:
             raise ValueError(f"{path}: only files, no URLs; download the picture first")
     device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no GPU here")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: not to be had here ({one_line(error)[:100]})") from None
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    tokenizer = Tokenizer(args.llm or model_folder(args.model))
 
     tic = time.perf_counter()
     model = load_qilin(args.model, llm=args.llm, vision=args.vision, projector=args.projector, dtype=dtype, device=device, quantize=args.quantize)
-    pixels = torch.stack([preprocess_image(path, model.config.vision.image_size) for path in pictures]) if pictures else None  # (M, 3, H, W)
+    tokenizer = Tokenizer(args.llm or args.model)
+    pixels = torch.stack([preprocess_image(path, model.config.vision.image_size, model.config.image_mode) for path in pictures]) if pictures else None  # (M, 3, H, W)
     conversation = [{"from": "human", "value": question}]
     prompt = encode_prompt(conversation, tokenizer, model.config.n_image_tokens, args.template, n_images=len(pictures))
-    print(f"{model.config.text.num_hidden_layers}-layer model on {device} in {time.perf_counter() - tic:.1f} s. Research code: no medical advice.", file=sys.stderr)
+    if len(prompt) >= model.config.text.max_position_embeddings:
+        raise ValueError(f"{len(pictures)} pictures and the question take {len(prompt)} tokens, the model's positions end at "
+                         f"{model.config.text.max_position_embeddings}: fewer pictures, or a shorter question")
+    print(f"{model.config.text.num_hidden_layers}-layer model loaded on {device} in {time.perf_counter() - tic:.1f} s. Research code: no medical advice.", file=sys.stderr)
 
-    tic, n_new, eos = time.perf_counter(), 0, model.config.text.eos_token_id
+    tic, n_new = time.perf_counter(), 0
 
     def new_ids():
         nonlocal n_new
         for (i,) in generate(model, [prompt], pixels, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
                              top_k=args.top_k, repetition_penalty=args.repetition_penalty, seed=args.seed):
             n_new += 1
-            if i != eos:
+            if i not in model.config.end_ids:
                 yield i
 
     for text in tokenizer.decode_stream(new_ids()):

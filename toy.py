@@ -10,16 +10,17 @@ no question can be answered from another, nor without the picture.
 import argparse
 import io
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 from PIL import Image, ImageDraw, ImageFilter
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from qilin_min import IMAGE_TOKEN, SYSTEM, Qilin, QilinConfig, TextConfig, VisionConfig, part_of, read_json, replace_folder, run_cli, write_json
+from qilin_min import (IMAGE_TOKEN, SYSTEM, Qilin, QilinConfig, TextConfig, VisionConfig, check_ranges, check_replaceable, hf_configs, part_of, read_rows, replace_folder,
+                       run_cli, save_tensors, write_json)
 
 # --- 1. what can be seen, and how it is said ------------------------------------------------------------------------
 
@@ -178,24 +179,26 @@ def save_random_weights(out, text, vision, seed):
         layer.self_attn.out_proj.weight.mul_(0.5)
     llm = {name: p.clone() for name, p in model.named_parameters() if part_of(name) == "llm"}
     clip = {name.replace("vision_tower.", "vision_model.", 1): p.clone() for name, p in model.named_parameters() if part_of(name) == "vision_tower"}
-    save_file(llm, out / "llama" / "model.safetensors", metadata={"format": "pt"})
-    save_file(clip, out / "clip" / "model.safetensors", metadata={"format": "pt"})
-    write_json(out / "llama" / "config.json", dict(vars(text), model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu"))
-    vision_json = {k: v for k, v in vars(vision).items() if k != "select_layer"}
-    write_json(out / "clip" / "config.json", dict(vision_json, model_type="clip_vision_model", architectures=["CLIPVisionModel"]))
+    save_tensors(llm, out / "llama" / "model.safetensors")
+    save_tensors(clip, out / "clip" / "model.safetensors")
+    config = hf_configs(model.config, text.vocab_size, text.vocab_size, "float32")["config.json"]
+    write_json(out / "llama" / "config.json", config["text_config"])
+    write_json(out / "clip" / "config.json", dict(config["vision_config"], architectures=["CLIPVisionModel"]))
 
 
 def ask(out):
     """Three lines for demo.sh: a held-out picture, a question about it, and its answer."""
-    row = read_json(out / "heldout.json")[3]  # the shape of the first picture's lesions
+    row = next((row for row in read_rows(out / "heldout.json") if row["kind"] == "shape"), None)
+    if row is None:
+        raise ValueError(f"{out}: no question about a shape in heldout.json")
     question, answer = (turn["value"] for turn in row["conversations"])
     print(out / "images" / row["image"], question.removeprefix(IMAGE_TOKEN).strip(), answer, sep="\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write; replaced when it exists")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path, help="folder to write; a toy world that is there already is replaced")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another world (default %(default)s)")
     parser.add_argument("--language", type=int, default=2800, help="text-only dialogs (default %(default)s)")
     parser.add_argument("--alignment", type=int, default=2400, help="pictures with captions, stage 1 (default %(default)s)")
     parser.add_argument("--instruction", type=int, default=4400, help="pictures with questions, stage 2 (default %(default)s)")
@@ -204,7 +207,10 @@ def main():
     args = parser.parse_args()
     if args.ask:
         return ask(args.out)
+    check_ranges(args, seed=(0, 2**31), language=(1, 10**7), alignment=(1, 10**7), instruction=(1, 10**7), heldout=(1, 10**7))
+    check_replaceable(args.out, "language.json")
     out = args.out.with_name(args.out.name + ".partial")
+    shutil.rmtree(out, ignore_errors=True)
     for folder in ("images", "llama", "clip"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     build_dialogs(out, args.seed, args.language, args.alignment, args.instruction, args.heldout)

@@ -34,18 +34,19 @@ from torch.distributed.checkpoint import save as save_sharded
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from qilin_min import (IGNORE_INDEX, TEMPLATES, Qilin, Tokenizer, answer_ids, count_images, encode_conversation, encode_prompt, full_tensors,
-                       load_weights, model_folder, one_line, pad_rows, part_of, preprocess_image, read_checkpoint, replace_folder, run_cli, save_qilin, write_json)
+from qilin_min import (IGNORE_INDEX, TEMPLATES, USER_ERRORS, Qilin, Tokenizer, answer_ids, check_ranges, count_images, encode_conversation, encode_prompt,
+                       full_tensors, load_weights, one_line, pad_rows, part_of, preprocess_image, read_checkpoint, read_rows, replace_folder,
+                       row_pictures, run_cli, save_qilin, save_tensors, write_json)
 
 # --- 1. the two stages ----------------------------------------------------------------------------------------------
 # paper, section 5.2, and the released scripts; every row can be overridden by the option of the same name
 
 STAGES = {
-    1: dict(trained=("mm_projector",), lr=1e-3, batch_size=256, micro_batch_size=32, data="data/chimed/alignment.json", out="out/stage1"),
-    2: dict(trained=("mm_projector", "llm"), lr=2e-5, batch_size=128, micro_batch_size=16, data="data/chimed/instruction.json", out="out/stage2"),
+    1: dict(trained=("mm_projector",), lr=1e-3, batch_size=256, micro_batch_size=32, data="data/chimed/alignment.json", projector=None, out="out/stage1"),
+    2: dict(trained=("mm_projector", "llm"), lr=2e-5, batch_size=128, micro_batch_size=16, data="data/chimed/instruction.json",
+            projector="out/stage1/final/projector.safetensors", out="out/stage2"),
 }
 
 
@@ -78,21 +79,22 @@ def parse_args(argv=None):
     add("--samples", type=int, default=4, help="questions of --val-data answered at each look (default %(default)s)")
     add("--log-every", type=int, default=1, help="steps between two printed lines; log.jsonl has every step (default %(default)s)")
     add("--workers", type=int, default=None, help="processes a rank that decode pictures ahead (default: spare cores, at most 8)")
-    add("--seed", type=int, default=0, help="of the order of samples (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the order of samples and of a fresh projector (default %(default)s)")
     args = parser.parse_args(argv)
+    stage, most = STAGES[args.stage], 10**9
     for name in ("lr", "batch_size", "micro_batch_size", "out"):
         if getattr(args, name) is None:
-            setattr(args, name, STAGES[args.stage][name])
-    args.data = args.data or [STAGES[args.stage]["data"]]
-    args.out = Path(args.out)
+            setattr(args, name, stage[name])
+    args.data, args.out = args.data or [stage["data"]], Path(args.out)
     if args.model is None:
         args.llm = args.llm or "weights/Llama2-Chinese-13b-Chat"
         args.vision = args.vision or "weights/clip-vit-large-patch14-336"
-        if args.projector is None and args.stage == 2:
-            args.projector = "out/stage1/final/projector.safetensors"
-    for name in ("batch_size", "micro_batch_size", "epochs", "max_length", "eval_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        if args.projector is None and stage["projector"]:
+            args.projector = stage["projector"]
+            if not Path(args.projector).is_file():
+                raise FileNotFoundError(f"stage {args.stage} starts from {args.projector}, which is not there: run --stage 1, or give --projector FILE or --projector fresh")
+    check_ranges(args, lr=(0, 10), batch_size=(1, most), micro_batch_size=(1, most), epochs=(1, 10**4), max_steps=(0, most), max_length=(2, most), warmup_ratio=(0, 1),
+                 weight_decay=(0, 1), max_grad_norm=(0, most), checkpoint_layers=(0, most), eval_every=(1, most), samples=(0, most), log_every=(1, most), workers=(0, 256), seed=(0, 2**31))
     return args
 
 
@@ -125,7 +127,7 @@ def together(function, *args):
     result, error = None, None
     try:
         result = function(*args)
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as raised:
+    except USER_ERRORS as raised:
         error = one_line(raised)
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
@@ -135,6 +137,15 @@ def together(function, *args):
         dist.destroy_process_group()
         sys.exit(2)
     return result
+
+
+def stop_unless_finite(step, loss, grad_norm):
+    """Exit code 1 on all ranks, before the weights are touched, when the loss or the gradient is inf or nan: both are the same on every rank."""
+    if not (loss.isfinite() and grad_norm.isfinite()):
+        if dist.get_rank() == 0:
+            print(f"train.py: step {step}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}; stopped (a smaller --lr may help)", file=sys.stderr, flush=True)
+        dist.destroy_process_group()
+        sys.exit(1)
 
 
 def sum_over_ranks(values, device):
@@ -147,23 +158,6 @@ def sum_over_ranks(values, device):
 # --- 3. data: rows -> samples -> batches ----------------------------------------------------------------------------
 
 
-def read_rows(path):
-    """The rows of a .json list or a .jsonl file; ValueError names file and line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such data file: {path}")
-    try:
-        if path.suffix == ".jsonl":
-            with open(path, encoding="utf-8-sig") as lines:
-                return [json.loads(line) for line in lines if line.strip()]
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not {'JSON Lines' if path.suffix == '.jsonl' else 'JSON'} ({error})") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: not a list of rows")
-    return rows
-
-
 class Dialogs(torch.utils.data.Dataset):
     """Samples of the data files; indexed by a list of row numbers, it gives their batch.
 
@@ -171,49 +165,33 @@ class Dialogs(torch.utils.data.Dataset):
     lengths int32 (n,): tokens of each sample kept. Samples of which max_length leaves no label are dropped and counted.
     """
 
-    def __init__(self, files, images, tokenizer, n_image_tokens, image_size, args):
-        self.images, self.tokenizer, self.n_image_tokens, self.image_size, self.args = Path(images), tokenizer, n_image_tokens, image_size, args
-        self.root = self.images.resolve()
+    def __init__(self, files, tokenizer, n_image_tokens, image_size, args):
+        self.tokenizer, self.n_image_tokens, self.image_size, self.args = tokenizer, n_image_tokens, image_size, args
         self.rows, lengths, self.n_dropped, self.n_cut = [], [], 0, 0
         for file in files:
             for i, row in enumerate(tqdm(read_rows(file), desc=f"tokenising {Path(file).name}", unit=" rows", disable=None if dist.get_rank() == 0 else True)):
                 try:
                     ids, labels = self.encode(row)
-                    for path in self.picture_paths(row):
-                        if not path.is_file():
-                            raise FileNotFoundError(f"no such picture: {path}" if self.root.is_dir() else f"no such image folder: {self.images}")
-                except (ValueError, FileNotFoundError) as error:
+                    row_pictures(row, args.images)
+                except USER_ERRORS as error:
                     name = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
                     raise ValueError(f"{file}: row {i}{name}: {one_line(error)}") from None
                 if all(label == IGNORE_INDEX for label in labels[1:]):
                     self.n_dropped += 1
                     continue
-                self.n_cut += labels[-1] != IGNORE_INDEX and ids[-1] != tokenizer.eos_id and args.template == "v1"
+                n_ends = labels.count(tokenizer.eos_id)  # one an answer, so that a missing one tells a cut
+                self.n_cut += len(ids) == args.max_length if args.template == "plain" else n_ends < len(row["conversations"]) // 2
                 self.rows.append(row)
                 lengths.append(len(ids))
         if not self.rows:
-            raise ValueError(f"{', '.join(map(str, files))}: no sample to learn from ({self.n_dropped} dropped: longer than --max-length {args.max_length} before any answer)")
+            raise ValueError(f"{', '.join(map(str, files))}: no sample to learn from"
+                             + f" ({self.n_dropped} dropped: longer than --max-length {args.max_length} before any answer)" * bool(self.n_dropped))
         self.lengths = np.array(lengths, dtype=np.int32)
 
     def encode(self, row):
         if not isinstance(row, dict):
             raise ValueError("not an object with id, image and conversations")
-        ids, labels = encode_conversation(row.get("conversations"), self.tokenizer, self.n_image_tokens, self.args.template, self.args.max_length)
-        n_images, n_places = len(self.picture_paths(row)), count_images(row["conversations"])
-        if n_images != n_places:
-            raise ValueError(f"{n_places} <image> in the text, but {n_images} pictures under 'image'")
-        return ids, labels
-
-    def picture_paths(self, row):
-        """Paths of a row's pictures; ValueError when one would leave the image folder."""
-        names = row.get("image") or []
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("'image' is neither a name nor a list of names")
-        for name in names:
-            if not (self.images / name).resolve().is_relative_to(self.root):
-                raise ValueError(f"picture {name!r} lies outside the image folder {self.images}")
-        return [self.images / name for name in names]
+        return encode_conversation(row.get("conversations"), self.tokenizer, self.n_image_tokens, self.args.template, self.args.max_length)
 
     def __len__(self):
         return len(self.rows)
@@ -223,8 +201,8 @@ class Dialogs(torch.utils.data.Dataset):
         so that a rank with nothing to do still takes part in the collectives. An error comes back as text under "error"."""
         try:
             samples = [self.encode(self.rows[i]) for i in batch] or [([self.tokenizer.bos_id] * 2, [IGNORE_INDEX] * 2)]
-            pictures = [preprocess_image(path, self.image_size, self.args.image_mode) for i in batch for path in self.picture_paths(self.rows[i])]
-        except (ValueError, FileNotFoundError) as error:
+            pictures = [preprocess_image(path, self.image_size, self.args.image_mode) for i in batch for path in row_pictures(self.rows[i], self.args.images)]
+        except USER_ERRORS as error:
             return {"error": one_line(error)}
         input_ids, labels = pad_rows([ids for ids, _ in samples], 0), pad_rows([labels for _, labels in samples], IGNORE_INDEX)
         return {"input_ids": input_ids, "labels": labels, "pixel_values": torch.stack(pictures) if pictures else None,
@@ -308,14 +286,14 @@ def shard_model(model, device, trained, compute_dtype):
 
 def build_model(args, checkpoint, device):
     """The sharded model with its weights, each rank having read only its own rows. -> (model, line that accounts for all tensors)"""
-    config, sources, fresh = checkpoint
+    config, sources, fresh = checkpoint  # of read_checkpoint
+    config.image_mode = args.image_mode  # goes out with the weights, so that they are asked as they were trained
     with torch.device("meta"):
         model = Qilin(config)
     model = shard_model(model, device, STAGES[args.stage]["trained"], torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model.to_empty(device=device)
     n_layers = config.text.num_hidden_layers
     model.model.n_checkpointed = n_layers if args.checkpoint_layers is None else args.checkpoint_layers
-    return model, load_weights(model, sources, fresh)
+    return model, load_weights(model, sources, device, fresh, args.seed)
 
 
 # --- 5. optimiser and schedule --------------------------------------------------------------------------------------
@@ -350,16 +328,17 @@ def draw_curves(path, title, train, held_out):
         y = bottom - (bottom - top) * math.log(min(max(loss, low), high) / low) / math.log(high / low)
         return 2 * x, 2 * y
 
-    for k in range(6):
-        loss, step = low * (high / low) ** (k / 5), round(x_max * k / 5)
+    ticks = [d * 10.0**e for e in range(-7, 10) for d in ((1, 2, 5) if high / low < 200 else (1,)) if low <= d * 10.0**e <= high]
+    for loss in ticks or [low, high]:
         pen.line((*at(0, loss), *at(x_max, loss)), fill="#e4e4e4", width=2)
         pen.text((2 * left - 12, at(0, loss)[1]), f"{loss:.3g}", fill="#444444", anchor="rm", font_size=24)
+    for step in sorted({round(x_max * k / 5) for k in range(6)}):
         pen.text((at(step, low)[0], 2 * bottom + 12), f"{step}", fill="#444444", anchor="mt", font_size=24)
-    mean, smooth = None, []
+    smooth, total, weight = [], 0.0, 0.0  # an exponential mean that starts without a bias to its first value
     for step, loss in train:
         if math.isfinite(loss):
-            mean = loss if mean is None else 0.95 * mean + 0.05 * loss
-            smooth.append((step, mean))
+            total, weight = 0.95 * total + loss, 0.95 * weight + 1
+            smooth.append((step, total / weight))
     for line, color, thick in ((train, "#bcd3ee", 2), (smooth, "#1f5fa8", 5)):
         line = [at(*p) for p in line if math.isfinite(p[1])]
         if len(line) > 1:
@@ -373,16 +352,20 @@ def draw_curves(path, title, train, held_out):
 
 
 class Log:
-    """log.jsonl, loss.png and the printed lines, all from rank 0."""
+    """run.json, log.jsonl, loss.png and the printed lines, all from rank 0."""
 
-    def __init__(self, args, n_steps):
-        self.args, self.n_steps, self.train, self.held_out, self.is_first = args, n_steps, [], [], dist.get_rank() == 0
-        self.file = open(args.out / "log.jsonl", "w", encoding="utf-8") if self.is_first else None
-        self.bar = tqdm(total=n_steps, desc=f"stage {args.stage}", unit="step", disable=None if self.is_first else True)
+    def __init__(self, args, n_steps, n_params):
+        self.args, self.n_steps, self.train, self.held_out, self.is_rank0 = args, n_steps, [], [], dist.get_rank() == 0
+        if self.is_rank0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_run_json(args, n_params)
+            (args.out / "samples.jsonl").unlink(missing_ok=True)
+            self.file = open(args.out / "log.jsonl", "w", encoding="utf-8")
+        self.bar = tqdm(total=n_steps, desc=f"stage {args.stage}", unit="step", disable=None if self.is_rank0 else True)
         self.drawn = time.monotonic()
 
     def write(self, **entry):
-        if self.is_first:
+        if self.is_rank0:
             self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self.file.flush()
 
@@ -407,9 +390,12 @@ class Log:
         self.draw()
 
     def draw(self):
-        if self.is_first:
-            draw_curves(self.args.out / "loss.png", f"stage {self.args.stage}", self.train, self.held_out)
-            self.drawn = time.monotonic()
+        self.drawn = time.monotonic()
+        if self.is_rank0:
+            try:
+                draw_curves(self.args.out / "loss.png", f"stage {self.args.stage}", self.train, self.held_out)
+            except OSError as error:  # a picture is not worth a run
+                print0(f"loss.png was not drawn: {one_line(error)}")
 
 
 @torch.no_grad()
@@ -430,13 +416,14 @@ def evaluate(model, dataset, args, device):
 
 
 def answer_held_out(model, dataset, args, step, device):
-    """Greedy answers to the first questions of the held-out file into samples.jsonl. All ranks answer the same and step together."""
-    rows = dataset.rows[: args.samples]
+    """Greedy answers to first questions spread over the held-out file into samples.jsonl. All ranks answer the same and step together."""
+    rows = [dataset.rows[i * len(dataset) // args.samples] for i in range(min(args.samples, len(dataset)))]
     if not rows:
         return
     model.eval()
-    prompts = [encode_prompt(row["conversations"][:1], dataset.tokenizer, dataset.n_image_tokens, args.template) for row in rows]
-    pictures = [path for row in rows if count_images(row["conversations"][:1]) for path in dataset.picture_paths(row)[: count_images(row["conversations"][:1])]]
+    questions = [row["conversations"][:1] for row in rows]
+    prompts = [encode_prompt(question, dataset.tokenizer, dataset.n_image_tokens, args.template) for question in questions]
+    pictures = [path for row, question in zip(rows, questions) for path in row_pictures(row, args.images)[: count_images(question)]]
     pixels = together(lambda: torch.stack([preprocess_image(p, dataset.image_size, args.image_mode) for p in pictures]) if pictures else None)
 
     def all_ended(ended):  # a rank that stopped alone would leave the others waiting in an all-gather
@@ -497,7 +484,7 @@ def export(args, model, tokenizer):
         partial = final.with_name("final.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(tensors, partial / "projector.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, partial / "projector.safetensors")
         replace_folder(partial, final)
     dist.barrier()
 
@@ -505,26 +492,26 @@ def export(args, model, tokenizer):
 # --- 8. main --------------------------------------------------------------------------------------------------------
 
 
-def prepare(args, device):
+def prepare(args):
     """Everything that can go wrong before the first step: weights' headers, tokenizer, data."""
-    if args.projector == "out/stage1/final/projector.safetensors" and not Path(args.projector).is_file():
-        raise FileNotFoundError(f"stage 2 starts from stage 1's {args.projector}, which is not there: run --stage 1, or give --projector FILE or --projector fresh")
+    if not args.out.name or (args.out.exists() and not args.out.is_dir()):
+        raise ValueError(f"--out {str(args.out)!r} is no folder")
     checkpoint = read_checkpoint(args.model, llm=args.llm, vision=args.vision, projector=args.projector, projector_type=args.projector_type)
     config = checkpoint[0]
     if args.max_length > config.text.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is more than the model's {config.text.max_position_embeddings} positions")
-    tokenizer = Tokenizer(args.llm or model_folder(args.model))
+    tokenizer = Tokenizer(args.llm or args.model)
     files = [args.data] + ([[args.val_data]] if args.val_data else [])
-    datasets = [Dialogs(f, args.images, tokenizer, config.n_image_tokens, config.vision.image_size, args) for f in files]
+    datasets = [Dialogs(f, tokenizer, config.n_image_tokens, config.vision.image_size, args) for f in files]
     return checkpoint, tokenizer, datasets[0], datasets[1] if args.val_data else None
 
 
 def run_training(args):
     rank, world_size, device = setup_distributed()
-    if (args.out / "final").is_dir():
+    if any((args.out / "final" / name).is_file() for name in ("config.json", "projector.safetensors")):
         print0(f"{args.out / 'final'} is there: this run is finished (another --out, or remove the folder, to train again)")
         return dist.destroy_process_group()
-    checkpoint, tokenizer, dataset, held_out = together(prepare, args, device)
+    checkpoint, tokenizer, dataset, held_out = together(prepare, args)
     model, accounting = together(build_model, args, checkpoint, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
@@ -534,16 +521,11 @@ def run_training(args):
     if args.workers is None:
         args.workers = min(8, max(0, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     n_params = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in trained)}
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_run_json(args, n_params)
-        (args.out / "samples.jsonl").unlink(missing_ok=True)
-    dist.barrier()
+    log = together(Log, args, n_steps, n_params)
     print0(f"stage {args.stage}: {n_params['trained']:,} of {n_params['all']:,} parameters trained; {accounting}")
     print0(f"{len(dataset):,} samples ({dataset.n_dropped} dropped, {dataset.n_cut} cut), median {int(np.median(dataset.lengths))} tokens; {n_steps} steps of "
            f"{args.batch_size} = {world_size} ranks x {math.ceil(args.batch_size / world_size)}, at most {args.micro_batch_size} at a time; {device.type}")
 
-    log = Log(args, n_steps)
     stream = load_ahead(dataset, [micro for step in micro_batches for micro in step], args.workers)
     model.train()
     for step in range(n_steps):
@@ -560,27 +542,27 @@ def run_training(args):
         parts = [next(stream) for _ in micro_batches[step]]
         n_errors, n_targets, n_tokens, n_slots = sum_over_ranks(count(parts), device)
         if n_errors:
+            save_checkpoint(args, model, optimizer, step)
             together(check_batches, parts)
         step_loss = 0.0
-        for i, batch in enumerate(parts):
-            model.set_requires_gradient_sync(i == len(parts) - 1)
+        for batch in parts:  # each backward sums its gradients over ranks: kept for the last one, they would stand whole on every rank
             loss = model(**to_device(batch, device), reduction="sum") / n_targets
             (loss * world_size).backward()
             step_loss += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf).full_tensor()
+        dist.all_reduce(step_loss)
+        stop_unless_finite(step + 1, step_loss, grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-        dist.all_reduce(step_loss)
         log.step(step + 1, step_loss.item(), lr, grad_norm.item(), time.perf_counter() - tic, n_tokens, n_slots, n_targets, device)
 
+    export(args, model, tokenizer)
+    save_checkpoint(args, model, optimizer, n_steps)
     if held_out:
         log.held_out_loss(n_steps, evaluate(model, held_out, args, device))
         answer_held_out(model, held_out, args, n_steps, device)
     log.draw()
     log.bar.close()
-    save_checkpoint(args, model, optimizer, n_steps)
-    export(args, model, tokenizer)
     print0(f"done: {args.out / 'final'}, {args.out / 'loss.png'}")
     dist.destroy_process_group()
 
@@ -591,7 +573,7 @@ def main():
     try:  # what is wrong with the options rank 0 says, once
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
             args = parse_args()
-    except ValueError:
+    except USER_ERRORS:
         sys.exit(2)
     run_training(args)
 

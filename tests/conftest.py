@@ -101,18 +101,18 @@ def tokenizer(spm_path):
     return q.Tokenizer(spm_path)
 
 
-def make_qilin(projector_type="mlp2x_gelu", text=None, vision=None, n_words=300, seed=3):
-    """A Qilin with random weights; n_words below vocab_size so that ids past the tokenizer exist."""
+def make_qilin(projector_type="mlp2x_gelu", text=None, vision=None, n_token_ids=300, seed=3):
+    """A Qilin with random weights; n_token_ids below vocab_size so that ids past the tokenizer exist."""
     text = q.TextConfig(**{**dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                                   num_key_value_heads=2, max_position_embeddings=256), **(text or {})})
     vision = q.VisionConfig(**{**dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14),
                                **(vision or {})})
-    return randomise(q.Qilin(q.QilinConfig(text, vision, projector_type, n_words)), seed)
+    return randomise(q.Qilin(q.QilinConfig(text, vision, projector_type, n_token_ids)), seed)
 
 
-def words(n, seed, n_words=300):
+def words(n, seed, n_token_ids=300):
     """n ids of words, no control id among them."""
-    return torch.randint(3, n_words, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(3, n_token_ids, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def pictures(n, seed=5, size=56):

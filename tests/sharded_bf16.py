@@ -18,7 +18,8 @@ worst = 0.0
 for stage in (1, 2):
     args = train.parse_args(["--stage", str(stage), "--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"])
     config, sources, fresh = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
-    data = train.Dialogs([toy / "mixed.json"], toy / "images", Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args)
+    args.images = toy / "images"
+    data = train.Dialogs([toy / "mixed.json"], Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args)
     batch = data[[0, 1, 2] if rank == 0 else [len(data) - 3, len(data) - 4]]  # rank 1: text only
     _, n_targets, _, _ = train.sum_over_ranks(train.count([batch]), device)
     gradients = []
@@ -26,8 +27,7 @@ for stage in (1, 2):
         with torch.device("meta"):
             model = Qilin(config)
         model = train.shard_model(model, device, train.STAGES[stage]["trained"], dtype)
-        model.to_empty(device=device)
-        load_weights(model, sources, fresh)
+        load_weights(model, sources, device, fresh)
         model.model.n_checkpointed = config.text.num_hidden_layers
         model.train()
         assert all(p.dtype == (torch.float32 if p.requires_grad else dtype) for p in model.parameters())

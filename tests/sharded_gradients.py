@@ -14,7 +14,8 @@ args = train.parse_args(["--stage", "2", "--llm", str(toy / "llama"), "--vision"
 rank, world_size, device = train.setup_distributed()
 checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
 config = checkpoint[0]
-data = train.Dialogs([toy / "mixed.json"], toy / "images", Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args)
+args.images = toy / "images"
+data = train.Dialogs([toy / "mixed.json"], Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args)
 
 plain = load_qilin(llm=args.llm, vision=args.vision).train()
 whole = data[list(range(len(data)))]
@@ -25,8 +26,7 @@ model.train()
 micro_batches = train.cut_batch(list(range(len(data))), rank, world_size, 5)
 parts = [data[micro] for micro in micro_batches]
 _, n_targets, _, _ = train.sum_over_ranks(train.count(parts), device)
-for i, batch in enumerate(parts):
-    model.set_requires_gradient_sync(i == len(parts) - 1)
+for batch in parts:
     (model(**train.to_device(batch, device), reduction="sum") / n_targets * world_size).backward()
 worst = 0.0
 for name, param in model.named_parameters():

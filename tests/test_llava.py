@@ -1,9 +1,11 @@
 """A folder that save_qilin writes is, to transformers, a LLaVA with the same logits, answers, prompt ids and pixels; to us, the same bits."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import IMG, ROW_PICTURES, ROWS, hf_ids, make_qilin, pictures, words
+from conftest import IMG, ROW_PICTURES, ROWS, edit_json, hf_ids, make_qilin, pictures, words
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -57,7 +59,7 @@ def test_reload_is_bit_exact(projector_type, tie, tmp_path, monkeypatch):
     model, folder = saved(tmp_path, projector_type, text=dict(tie_word_embeddings=tie))
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     again = q.load_qilin(folder)
-    assert again.config.projector_type == projector_type and again.config.n_words == 300
+    assert again.config.projector_type == projector_type and again.config.n_token_ids == 300
     ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, param in ours.items():
@@ -103,9 +105,33 @@ def test_an_ended_row_says_none_and_the_others_go_on():
     assert q.answer_ids(model, ROWS, pictures(3), max_new_tokens=12)[1] == q.answer_ids(model, ROWS[1:2], pictures(3)[:1], max_new_tokens=12)[0]
 
 
+def test_any_of_several_ids_ends_an_answer(tmp_path, tokenizer):
+    """A list in config.json, as LLaMA-3 has it; the export keeps the list."""
+    model, folder = saved(tmp_path, "linear")
+    full = q.answer_ids(q.load_qilin(folder), ROWS[:1], max_new_tokens=12)[0]
+    edit_json(folder / "config.json", text_config={**json.loads((folder / "config.json").read_text())["text_config"], "eos_token_id": [299, full[4]]})
+    model = q.load_qilin(folder)
+    assert q.answer_ids(model, ROWS[:1], max_new_tokens=12)[0] == full[: full.index(full[4])]
+    q.save_qilin(model, None, tmp_path / "again")
+    assert q.load_qilin(tmp_path / "again").config.end_ids == [299, full[4]]
+    load_hf(tmp_path / "again")
+
+
+@torch.no_grad()
+def test_a_row_at_the_last_position_ends_alone():
+    """A long neighbour does not shorten a short row's answer: each has all positions of the model."""
+    model = make_qilin(text=dict(max_position_embeddings=60))
+    rows = [words(56, 1), words(5, 2)]
+    together = q.answer_ids(model, rows, max_new_tokens=30)
+    assert together == [q.answer_ids(model, [row], max_new_tokens=30)[0] for row in rows]
+    assert len(together[0]) <= 4 < len(together[1])
+
+
 def test_prompt_as_long_as_the_positions():
     model = make_qilin(text=dict(max_position_embeddings=10))
     assert len(q.answer_ids(model, [words(8, 1)], max_new_tokens=9)[0]) <= 2
+    with pytest.raises(ValueError, match="empty"):
+        q.answer_ids(model, [words(8, 1), []], max_new_tokens=9)
     with pytest.raises(ValueError, match="10"):
         q.answer_ids(model, [words(10, 1)], max_new_tokens=9)
 
@@ -117,7 +143,7 @@ QUESTIONS = ["<image>", "<image>\nWhat does the scan show?", "<image>\n肺部有
 
 @pytest.fixture(scope="module")
 def processor_and_folder(tmp_path_factory, tokenizer):
-    _, folder = saved(tmp_path_factory.mktemp("export"), "linear", tokenizer, n_words=32000,
+    _, folder = saved(tmp_path_factory.mktemp("export"), "linear", tokenizer, n_token_ids=32000,
                       text=dict(vocab_size=32000, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_key_value_heads=4))
     return AutoProcessor.from_pretrained(folder, backend="pil"), folder
 

@@ -97,6 +97,19 @@ def test_other_modes_are_converted_as_pil_does(mode):
     assert torch.equal(q.preprocess_image(image), clip_pixels(padded(np.array(image.convert("RGB")))))
 
 
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+def test_a_line_is_refused_before_it_takes_the_memory(mode, tmp_path):
+    Image.fromarray(np.zeros((1, 100_000), np.uint8)).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match="line.png.*100000 x 1"):
+        q.preprocess_image(tmp_path / "line.png", mode=mode)
+
+
+def test_float_pixels_are_refused(tmp_path):
+    Image.fromarray(np.random.default_rng(0).random((20, 20), dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="float.tiff.*8 or 16 bits"):
+        q.preprocess_image(tmp_path / "float.tiff")
+
+
 def test_bad_files_are_named(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(scan(90, 90)).save(whole)

@@ -140,7 +140,24 @@ def test_bad_rows_stop_with_one_line(toy, tmp_path, row, words, ranks):
     assert "Traceback" not in ours and 'train.py", line' not in done.stderr and not (tmp_path / "out/final").exists()
 
 
-@pytest.mark.parametrize("options, words", [(("--llm", "gone"), "gone"), (("--images", "gone"), "gone"), (("--batch-size", 0), "--batch-size"), (("--projector", "gone"), "gone")])
+def test_a_run_that_leaves_the_numbers_stops_before_it_writes_them(toy, tmp_path):
+    done = run(toy, tmp_path / "out", "--lr", 9, "--max-grad-norm", 0, "--epochs", 40, ranks=2, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "--lr" in lines[0] and not (tmp_path / "out/final").exists(), done.stderr[-2000:]
+
+
+def test_what_was_trained_is_saved_when_a_picture_is_gone(toy, tmp_path):
+    rows = [dict(row, image="lost.png") if i == 13 else row for i, row in enumerate(json.loads((toy / "instruction.json").read_text())[:14])]
+    (toy / "images/lost.png").write_bytes((toy / "images" / rows[0]["image"]).read_bytes()[:300])
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = run(toy, tmp_path / "out", "--batch-size", 1, data=tmp_path / "rows.json", check=False)
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "out/log.jsonl")]
+    assert done.returncode == 2 and "lost.png" in done.stderr and steps and (tmp_path / f"out/checkpoints/step-{steps[-1]}/.metadata").is_file()
+
+
+@pytest.mark.parametrize("options, words", [
+    (("--llm", "gone"), "gone"), (("--images", "gone"), "gone"), (("--batch-size", 0), "--batch-size"), (("--projector", "gone"), "gone"), (("--lr", "nan"), "--lr"),
+    (("--max-grad-norm", -1), "--max-grad-norm"), (("--out", "/dev/null"), "/dev/null")])
 def test_bad_options_stop_with_one_line(toy, tmp_path, options, words):
     done = run(toy, tmp_path / "out", *options, ranks=2, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]

@@ -133,7 +133,7 @@ def test_every_tensor_arrives(llama, clip):
     theirs = load_file(llama / "model.safetensors") | {"vision_tower." + n.removeprefix("vision_model."): t for n, t in load_file(clip / "model.safetensors").items()}
     ours = {n: p for n, p in model.named_parameters() if not n.startswith("mm_projector.")}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    assert not model.training and model.config.n_words == 320  # without a tokenizer, all of the vocabulary
+    assert not model.training and model.config.n_token_ids == 320  # without a tokenizer, all of the vocabulary
 
 
 def test_pickled_weights(llama, clip):
@@ -145,6 +145,91 @@ def test_pickled_weights(llama, clip):
     (llama / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'exit 1'\ntR.")  # a pickle that would run a command
     with pytest.raises(ValueError, match="pytorch_model.bin"):
         q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("change, culprit", [(lambda t: t[1].fill_(torch.nan), "not finite"), (lambda t: t[-1].fill_(torch.inf), "not finite"),
+                                             (lambda t: None, "int8"), (lambda t: None, "bool")])
+def test_weights_that_are_no_finite_floats(change, culprit, llama, clip):
+    def spoil(tensors):
+        change(tensors[NORM])
+        if culprit in ("int8", "bool"):
+            tensors[NORM] = tensors[NORM].to(getattr(torch, culprit))
+    edit_weights(llama, spoil)
+    with pytest.raises(ValueError, match=f"{NORM} holds .*{culprit}"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+def test_shapes_are_compared_before_memory_is_taken(llama, clip):
+    """A config without sizes means 7B, 27 GB in float32, beside files of a few kB."""
+    (llama / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="missing model.layers.10"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("key, value", [
+    (key, value) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "head_dim")
+    for value in ("64", -1, True, [1], 1e30, float("nan"))] + [("hidden_size", 64.5), ("tie_word_embeddings", "yes"), ("eos_token_id", "2"), ("rope_scaling", 3), ("head_dim", 15)])
+def test_config_values_of_the_wrong_kind(key, value, llama, clip):
+    edit_json(llama / "config.json", **{"rope_parameters": None, key: value})
+    with pytest.raises(ValueError, match="config.json"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("key, value", [("patch_size", 0), ("patch_size", 57), ("num_attention_heads", 3), ("image_size", "56"), ("layer_norm_eps", -1.0)])
+def test_tower_values_of_the_wrong_kind(key, value, llama, clip):
+    edit_json(clip / "config.json", **{key: value})
+    with pytest.raises(ValueError, match="config.json"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"x"'])
+def test_a_config_that_is_no_object(content, llama, clip):
+    (llama / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("weight_map", [[], None, {}, {"a": 3}, {"a": None}, {"a": "../llama/model.safetensors"}, {"a": "/etc/passwd"}])
+def test_an_index_that_names_no_files_beside_it(weight_map, llama, clip):
+    edit_json(llama / "config.json")
+    (llama / "model.safetensors.index.json").write_text('{"weight_map": %s}' % __import__("json").dumps(weight_map))
+    with pytest.raises(ValueError, match="index.json"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("content", [[1], {"a": [1.0]}, {1: torch.ones(2)}, torch.ones(2), {"a": torch.ones(2).to_sparse()}])
+def test_a_bin_that_is_no_dict_of_tensors(content, llama, clip):
+    (llama / "model.safetensors").unlink()
+    torch.save(content, llama / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+def test_tied_head_on_disk(tmp_path, clip):
+    """A tied head may lie on disk as well; one that differs is no tied head, whatever the config says."""
+    hf_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    embed = load_file(tmp_path / "tied/model.safetensors")["model.embed_tokens.weight"]
+    edit_weights(tmp_path / "tied", lambda t: t.update({"lm_head.weight": embed.clone()}))
+    assert q.load_qilin(llm=tmp_path / "tied", vision=clip).lm_head is None
+    edit_weights(tmp_path / "tied", lambda t: t["lm_head.weight"][-1].add_(1))
+    with pytest.raises(ValueError, match="lm_head.weight is not embed_tokens.weight"):
+        q.load_qilin(llm=tmp_path / "tied", vision=clip)
+
+
+@pytest.mark.parametrize("change, culprit", [(dict(vision_feature_select_strategy="full"), "full"), (dict(projector_hidden_act="relu"), "relu"), (dict(model_type="bert"), "bert"),
+                                             (dict(vision_feature_layer=[-2, -3]), "vision_feature_layer"), (dict(vision_feature_layer=9), "vision_feature_layer"),
+                                             (dict(text_config=3), "config.json"), (dict(vision_config=[]), "config.json")])
+def test_refused_whole_models(change, culprit, tmp_path):
+    q.save_qilin(make_qilin(), None, tmp_path / "out")
+    edit_json(tmp_path / "out/config.json", **change)
+    with pytest.raises(ValueError, match=culprit):
+        q.load_qilin(tmp_path / "out")
+
+
+def test_files_are_readable_like_their_folder(tmp_path):
+    q.save_qilin(make_qilin(), None, tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        assert file.stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666, file
 
 
 def test_dtype_is_the_one_asked_for(llama, clip):
@@ -191,7 +276,7 @@ def test_no_projector_where_one_is_named(llama, clip):
 
 
 def test_parts_beside_a_model_override_it(llama, clip, tmp_path):
-    whole = make_qilin("linear", text=dict(num_key_value_heads=4), vision=dict(hidden_size=64, intermediate_size=96), n_words=320)
+    whole = make_qilin("linear", text=dict(num_key_value_heads=4), vision=dict(hidden_size=64, intermediate_size=96), n_token_ids=320)
     q.save_qilin(whole, None, tmp_path / "whole")
     model = q.load_qilin(tmp_path / "whole", llm=llama)
     assert torch.equal(model.lm_head.weight, load_file(llama / "model.safetensors")["lm_head.weight"])
