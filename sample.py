@@ -1,9 +1,9 @@
 """Ask Qilin-Med-VL one question about a picture.
 
-    python sample.py image.png "图中有什么异常?"                        the model that train.py left in out/stage2
+    python sample.py image.png "图中有什么异常？"                        the model that train.py left in out/stage2
     python sample.py image.png "问题" --model DIR                        any folder: ours, llava-hf
-    python sample.py a.png b.png "两张图有何不同?"                       several pictures
-    python sample.py "什么是肺结节?"                                     text only
+    python sample.py a.png b.png "两张图有何不同？"                       several pictures
+    python sample.py "什么是肺结节？"                                     text only
 
 The answer streams to stdout, everything else goes to stderr. Before a question that begins with a dash put `--`. Research code: an answer is no medical advice.
 """

@@ -32,18 +32,18 @@ WORLD = {  # one value of each is drawn for a picture, all equally likely
     "size": ["较小", "较大"],
 }
 QUESTIONS = {
-    "modality": ["这是哪种检查的图像?", "这张图像是用什么方法拍摄的?", "请判断图像的检查方式。"],
-    "place": ["病灶位于图像的什么位置?", "病灶在哪个区域?", "请指出病灶所在的区域。"],
-    "count": ["图中有几个病灶?", "可以看到多少个病灶?", "请数一数病灶的数目。"],
-    "shape": ["病灶是什么形状?", "病灶的形态如何?", "请描述病灶的形状。"],
-    "size": ["病灶的大小如何?", "病灶是大还是小?", "请判断病灶的大小。"],
+    "modality": ["这是哪种检查的图像？", "这张图像是用什么方法拍摄的？", "请判断图像的检查方式。"],
+    "place": ["病灶位于图像的什么位置？", "病灶在哪个区域？", "请指出病灶所在的区域。"],
+    "count": ["图中有几个病灶？", "可以看到多少个病灶？", "请数一数病灶的数目。"],
+    "shape": ["病灶是什么形状？", "病灶的形态如何？", "请描述病灶的形状。"],
+    "size": ["病灶的大小如何？", "病灶是大还是小？", "请判断病灶的大小。"],
 }
-CAPTION_REQUESTS = ["请描述这张医学图像。", "请为这张图像写一段说明。", "这张图像显示了什么?", "请概括图像所见。"]
+CAPTION_REQUESTS = ["请描述这张医学图像。", "请为这张图像写一段说明。", "这张图像显示了什么？", "请概括图像所见。"]
 CAPTIONS = [
-    "{modality}图像,{place}区域可见{count}{size}的{shape}病灶。",
-    "本次{modality}检查于{place}区域发现{count}{shape}病灶,{size}。",
+    "{modality}图像，{place}区域可见{count}{size}的{shape}病灶。",
+    "本次{modality}检查于{place}区域发现{count}{shape}病灶，{size}。",
 ]
-TEXT_SCENE = "检查:{modality};位置:{place};数目:{count};形状:{shape};大小:{size}。\n"  # what the language model reads before it has eyes
+TEXT_SCENE = "检查：{modality}；位置：{place}；数目：{count}；形状：{shape}；大小：{size}。\n"  # what the language model reads before it has eyes
 
 
 # --- 2. pictures ----------------------------------------------------------------------------------------------------
