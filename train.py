@@ -328,7 +328,7 @@ def draw_curves(path, title, train, held_out):
         y = bottom - (bottom - top) * math.log(min(max(loss, low), high) / low) / math.log(high / low)
         return 2 * x, 2 * y
 
-    ticks = [d * 10.0**e for e in range(-7, 10) for d in ((1, 2, 5) if high / low < 200 else (1,)) if low <= d * 10.0**e <= high]
+    ticks = [d * 10.0**e for e in range(-7, 10) for d in (range(1, 10) if high / low < 6 else (1, 2, 5) if high / low < 200 else (1,)) if low <= d * 10.0**e <= high]
     for loss in ticks or [low, high]:
         pen.line((*at(0, loss), *at(x_max, loss)), fill="#e4e4e4", width=2)
         pen.text((2 * left - 12, at(0, loss)[1]), f"{loss:.3g}", fill="#444444", anchor="rm", font_size=24)
@@ -416,8 +416,8 @@ def evaluate(model, dataset, args, device):
 
 
 def answer_held_out(model, dataset, args, step, device):
-    """Greedy answers to first questions spread over the held-out file into samples.jsonl. All ranks answer the same and step together."""
-    rows = [dataset.rows[i * len(dataset) // args.samples] for i in range(min(args.samples, len(dataset)))]
+    """Greedy answers to the first questions of some held-out rows, the same each time, into samples.jsonl. All ranks answer all and step together."""
+    rows = [dataset.rows[i] for i in np.random.default_rng(0).permutation(len(dataset))[: args.samples]]
     if not rows:
         return
     model.eval()
