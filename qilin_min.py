@@ -1,6 +1,6 @@
 """qilin-min: Qilin-Med-VL (arXiv 2310.17956) from scratch in PyTorch: CLIP ViT -> projector -> LLaMA-2, and what carries data in and out.
 
-Read from top to bottom. Sections 2 to 4, 320 lines, are the model; the rest carries data in and out of it:
+Read from top to bottom. Sections 2 to 4, some 310 lines, are the model; the rest carries data in and out of it:
 
     1. constants and configuration        config.json of a checkpoint -> QilinConfig
     2. LLaMA-2 decoder                    RMSNorm, RoPE, attention (GQA, KV cache), SwiGLU
