@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way once, on a CPU: install, make a small world, train both stages under FSDP2 on 2 processes, evaluate, ask.
-#   bash demo.sh         the toy world, about 4 minutes after the install
-#   bash demo.sh real    a dozen real medical pictures at the paper's 336 pixels and with the real tokenizer, about 6 minutes
+#   bash demo.sh         the toy world, 2 to 4 minutes after the install
+#   bash demo.sh real    a dozen real medical pictures at the paper's 336 pixels and with the real tokenizer, 2 to 5 minutes
 # Uses the active virtual environment, or makes .venv. Everything it writes is under out/demo or out/real, made anew each time.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -71,7 +71,8 @@ step "6/6 one question to sample.py"
 python toy.py --ask $TOY > $OUT/question.txt
 { read -r IMAGE; read -r QUESTION; read -r TRUTH; } < $OUT/question.txt
 echo "\$ python sample.py $IMAGE \"$QUESTION\" --model $OUT/stage2"
-python sample.py "$IMAGE" "$QUESTION" --model $OUT/stage2 | tee $OUT/answer.txt
+python sample.py "$IMAGE" "$QUESTION" --model $OUT/stage2 > $OUT/answer.txt
+cat $OUT/answer.txt
 
 python - $OUT "$TRUTH" $((SECONDS - START)) <<'PY'
 import json, sys
