@@ -103,7 +103,7 @@ def main():
     report = {"file": str(args.file), "model": str(args.model), **total, "pictures": len({p for *_, paths in questions for p in paths}), "kinds": kinds}
     lines = [f"# {Path(args.file).name}: {total['n']} questions about {report['pictures']} pictures", "",
              "| kind | n | accuracy | picture withheld | best constant answer of its kind |", "|---|---|---|---|---|"]
-    lines += [f"| {kind} | {s['n']} | {s['accuracy']:.1%} | {s['blind']:.1%} | {s['constant']:.1%} |" for kind, s in [*kinds.items(), ("all", total)]]
+    lines += [f"| {kind} | {s['n']} | {s['accuracy']:.1%} | {s['blind']:.1%} | {s['constant']:.1%} |" for kind, s in [*((kind.replace("|", "/"), s) for kind, s in kinds.items() if kind != "all"), ("all", total)]]
     write_text(args.out / "predictions.jsonl", "".join(
         json.dumps({"id": id, "kind": kind, "image": [p.name for p in paths], "question": conversation[-1]["value"], "answer": a, "blind_answer": b,
                     "truth": truth, "right": r}, ensure_ascii=False) + "\n" for (id, kind, conversation, truth, paths), a, b, r in zip(questions, seen, blind, right)))

@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -130,10 +130,12 @@ def text_config(raw, where):
         raise ValueError(f"{where}: not an object with the sizes of a language model")
     rope = raw.get("rope_parameters") or {}              # transformers 5 nests what older files spell rope_theta, rope_scaling
     scaling = raw.get("rope_scaling") or {}
-    for kind in {d[key] for d in (rope, scaling) for key in ("rope_type", "type") if d.get(key)} - {"default"}:
+    for kind in [d[key] for d in (rope, scaling) for key in ("rope_type", "type") if d.get(key) not in (None, "default")]:
         raise ValueError(f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be silently wrong")
     raw = dict(raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}))
     first, *more = raw["eos_token_id"] if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"] else [raw.get("eos_token_id")]
+    if not all(type(i) is int and i >= 0 for i in more):
+        raise ValueError(f"{where}: eos_token_id = {raw['eos_token_id']!r} is no list of ids")
     raw = dict(raw, eos_token_id=first, more_end_ids=tuple(more))
     fixed = {"model_type": ["llama", "llava", "llava_llama"], "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False]}
     config = _fields_from(TextConfig, raw, where, fixed)
@@ -255,11 +257,16 @@ class LlamaDecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def build_embedding(n, size):
+    """nn.Embedding, its rows drawn uniform with nn.Embedding's own variance of 1: the normal draw alone makes torch import for a second on the meta device."""
+    return nn.Embedding(n, size, _weight=torch.empty(n, size).uniform_(-(3**0.5), 3**0.5))
+
+
 class LlamaModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = build_embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.n_checkpointed = 0  # how many layers, from the first, recompute their inside in backward instead of keeping it
@@ -299,7 +306,7 @@ class CLIPVisionEmbeddings(nn.Module):
         n_positions = (config.image_size // config.patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(n_positions, config.hidden_size)
+        self.position_embedding = build_embedding(n_positions, config.hidden_size)
 
     def forward(self, pixel_values):
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (M, Cv, h, w)
@@ -558,7 +565,11 @@ def write_json(path, value):
 
 def save_tensors(tensors, path):
     """A .safetensors file that others may read as they may its folder: the library alone makes it private to its owner."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk reaches us as a text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"could not be written ({one_line(error)})", str(path)) from None
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
@@ -757,7 +768,7 @@ def open_image(image):
         return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such picture: {name}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the decoders raise many kinds for a damaged file, and each means this
         raise ValueError(f"{name}: the picture does not decode ({one_line(error)})") from None
 
 
@@ -793,6 +804,7 @@ def preprocess_image(image, size=336, mode="pad"):
 # in: folders or files of any published layout; out: a model whose every parameter came from a named tensor
 
 PARTS = ("llm", "vision_tower", "mm_projector")
+EMBED = "model.embed_tokens.weight"
 RENAMES = (  # names in files -> names here: patterns and what takes their place, tried one after the other
     (r"^base_model\.model\.", ""),                                                             # peft's addition
     (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),         # llava-hf of any age; original LLaVA nests it twice
@@ -967,14 +979,17 @@ def load_weights(model, sources, device, fresh=False, seed=0):
         for name in files.tensors:
             if part_of(name) not in parts:
                 skipped += 1
-            elif is_tied and name == "lm_head.weight":
-                pairs = ((files.rows(n, i, i + 4096) for n in (name, "model.embed_tokens.weight")) for i in range(0, files.shape(name)[0], 4096))
-                if "model.embed_tokens.weight" in files.tensors and not all(torch.equal(*pair) for pair in pairs):
+            elif is_tied and name == "lm_head.weight" and EMBED in files.tensors:
+                rows = files.shape(EMBED)[0]
+                if files.shape(name) != files.shape(EMBED) or not all(
+                        torch.equal(files.rows(name, i, i + 4096).float(), files.rows(EMBED, i, i + 4096).float()) for i in range(0, rows, 4096)):
                     raise ValueError(f"{files.path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
                 files.n_ignored += 1
+            elif is_tied and name == "lm_head.weight":  # the one copy was saved under the head's name
+                found[EMBED] = files, name
             elif is_linear and name.startswith("mm_projector.2."):  # llava-hf has no linear projector: ours goes out as linear_1, and an identity as linear_2
-                rows = files.rows(name).float()
-                if not torch.equal(rows, torch.eye(*rows.shape) if rows.ndim == 2 else torch.zeros(len(rows))):
+                want = torch.eye(model.config.text.hidden_size) if name.endswith("weight") else torch.zeros(model.config.text.hidden_size)
+                if files.shape(name) != want.shape or not torch.equal(files.rows(name).float(), want):
                     raise ValueError(f"{files.path}: {name} is no identity, so this is not a linear projector")
             else:
                 found[name.replace("mm_projector.0.", "mm_projector.") if is_linear else name] = files, name
@@ -985,19 +1000,24 @@ def load_weights(model, sources, device, fresh=False, seed=0):
         want = quantized[name].shape if name in quantized else shapes[name]
         if files.shape(key) != want:
             raise ValueError(f"{files.path}: {name} is {files.shape(key)} in the file, {want} by the config")
-    model.to_empty(device=device)
+    # what to_empty does; a plain tensor without its empty_like, which makes torch import for half a second
+    model._apply(lambda t: torch.empty_like(t, device=device) if hasattr(t, "to_local") else torch.empty(t.shape, dtype=t.dtype, device=device))
     for name, (files, key) in found.items():
         param = model.get_parameter(name)
         start, stop = local_rows(param) if name not in quantized else (0, None)
         if stop == start:
             continue
         rows = files.rows(key, start, stop)
-        if not rows.is_floating_point() or not rows.sum(dtype=torch.float32).isfinite():
+        if not rows.is_floating_point() or not all(extreme.isfinite() for extreme in torch.aminmax(rows)):  # aminmax passes nan on
             raise ValueError(f"{files.tensors[key][0]}: {files.tensors[key][1]} holds {'values that are not finite' if rows.is_floating_point() else str(rows.dtype)}")
         if name in quantized:
             quantized[name].quantize_(rows)
+        elif hasattr(param, "to_local"):
+            param.to_local().copy_(rows)
+        elif (rows.dtype, rows.device) == (param.dtype, param.device) and rows.is_contiguous():
+            param.data = rows  # no copy: the parameter is the file, mapped into memory; writing to it changes pages of our own
         else:
-            (param.to_local() if hasattr(param, "to_local") else param).copy_(rows)
+            param.copy_(rows)
     if fresh:
         init_projector(model.mm_projector, seed)
     return (f"{len(found)} tensors loaded, {skipped} skipped (part given elsewhere), "
@@ -1031,18 +1051,19 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
             raise ValueError(f"{model} holds only a projector (stage 1): give it as --projector, with --llm and --vision")
         raw, where = folder_config(model)
         given = dict.fromkeys(PARTS, model)
-    projector = projector if projector in (None, "fresh") else model_folder(projector)
+    llm, vision, projector = (path if path in (None, "fresh") else model_folder(path) for path in (llm, vision, projector))
     given.update({part: path for part, path in zip(PARTS, (llm, vision, projector)) if path is not None})
     inner = raw.get("text_config", raw)
     if inner is not raw and "tie_word_embeddings" in raw and isinstance(inner, dict):
         inner = dict(inner, tie_word_embeddings=raw["tie_word_embeddings"])  # in llava-hf the outer one counts
-    text = text_config(*folder_config(llm)) if llm else text_config(inner, where) if raw else None
+    llm_raw, llm_where = folder_config(llm) if llm else (None, None)
+    text = text_config(llm_raw.get("text_config", llm_raw), llm_where) if llm else text_config(inner, where) if raw else None
     tower = vision_config(*folder_config(vision)) if vision else vision_config(raw, where) if "vision_config" in raw else None
     if text is None or tower is None:
         raise ValueError("a model needs a language model and a vision tower: give a whole model, or "
                          + " and ".join(option for option, config in (("--llm DIR", text), ("--vision DIR", tower)) if config is None))
     layer = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2))
-    if not isinstance(layer, int) or not -tower.num_hidden_layers - 1 <= layer <= tower.num_hidden_layers:
+    if type(layer) is not int or not -tower.num_hidden_layers - 1 <= layer <= tower.num_hidden_layers:
         raise ValueError(f"{where}: vision_feature_layer = {layer!r} is not a layer of this tower")
     tower.select_layer = layer
     for key, allowed in (("model_type", ("llava", "llava_llama", "llama")), ("vision_feature_select_strategy", ("default",)), ("mm_vision_select_feature", ("patch",)), ("projector_hidden_act", ("gelu", "linear"))):
@@ -1057,7 +1078,8 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
         raise ValueError(f"{source.path}: no projector in it (names mm_projector.* or multi_modal_projector.*)"
                          + ("" if projector else "; --projector FILE gives one, --projector fresh starts one"))
     if found:
-        is_linear = "mm_projector.weight" in found or (source.path == model and raw.get("projector_hidden_act") == "linear")
+        beside = source.path.with_name("config.json") if source.path.is_file() else source.path / "config.json"
+        is_linear = "mm_projector.weight" in found or (beside.is_file() and folder_config(source.path)[0].get("projector_hidden_act") == "linear")
         projector_type = "linear" if is_linear else "mlp2x_gelu"
     config = QilinConfig(text, tower, projector_type, text.vocab_size, "crop" if raw.get("image_aspect_ratio") == "crop" else "pad")
     folder = Path(given["llm"]) if Path(given["llm"]).is_dir() else Path(given["llm"]).parent
@@ -1067,7 +1089,7 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
             raise ValueError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but the model only {text.vocab_size} rows for them")
         config.n_token_ids = tokenizer.vocab_size
         text.more_end_ids = tuple({*text.more_end_ids, tokenizer.eos_id} - {text.eos_token_id})  # the tokenizer's is what training teaches to say
-    elif llm is None and isinstance(picture_id := raw.get("image_token_index", raw.get("image_token_id")), int):
+    elif llm is None and type(picture_id := raw.get("image_token_index", raw.get("image_token_id"))) is int and picture_id > 0:
         config.n_token_ids = min(text.vocab_size, picture_id)  # a llava-hf export without tokenizer: the picture token comes right after it
     return config, sources, not found
 
@@ -1149,7 +1171,7 @@ def save_qilin(model, tokenizer, path, dtype=None):
         if not is_rank0:
             continue
         out = {hf_name(name): full}
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in (EMBED, "lm_head.weight"):
             out = {hf_name(name): torch.cat((full, full[:1].expand(n_rows - len(full), -1)))}
         elif config.projector_type == "linear" and name.startswith("mm_projector."):
             second = torch.eye(len(full), dtype=full.dtype) if name.endswith("weight") else torch.zeros_like(full)

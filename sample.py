@@ -5,7 +5,7 @@
     python sample.py a.png b.png "两张图有何不同？"                       several pictures
     python sample.py "什么是肺结节？"                                     text only
 
-The answer streams to stdout, everything else goes to stderr. Before a question that begins with a dash put `--`. Research code: an answer is no medical advice.
+The answer streams to stdout, everything else goes to stderr. Before a question that begins with a dash put `--`, after all options. Research code: an answer is no medical advice.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main():
         raise ValueError("the question is empty")
     if os.path.isfile(question):
         raise ValueError(f"the last word must be the question, but {question!r} is a file")
-    if Path(question).suffix.lower() in Image.registered_extensions():
+    if " " not in question and Path(question).suffix.lower() in Image.registered_extensions():
         raise FileNotFoundError(f"no such picture: {question} (and the last word must be the question)")
     for path in pictures:
         if "://" in path:

@@ -36,7 +36,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from qilin_min import (IGNORE_INDEX, TEMPLATES, USER_ERRORS, Qilin, Tokenizer, answer_ids, check_ranges, count_images, encode_conversation, encode_prompt,
+from qilin_min import (IGNORE_INDEX, TEMPLATES, USER_ERRORS, Qilin, Tokenizer, answer_ids, check_ranges, check_replaceable, count_images, encode_conversation, encode_prompt,
                        full_tensors, load_weights, one_line, pad_rows, part_of, preprocess_image, read_checkpoint, read_rows, replace_folder,
                        row_pictures, run_cli, save_qilin, save_tensors, write_json)
 
@@ -50,6 +50,9 @@ STAGES = {
 }
 
 
+FINAL_FILES = {1: "projector.safetensors", 2: "config.json"}  # in --out/final, of a finished run
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -57,7 +60,7 @@ def parse_args(argv=None):
     add("--llm", default=None, help="LLaMA folder (default weights/Llama2-Chinese-13b-Chat)")
     add("--vision", default=None, help="CLIP folder (default weights/clip-vit-large-patch14-336)")
     add("--model", default=None, help="a whole model to go on from, in place of --llm and --vision")
-    add("--projector", default=None, help="file to start from, or `fresh` (default: stage 1 fresh, stage 2 out/stage1/final/projector.safetensors)")
+    add("--projector", default=None, help="file to start from, or `fresh` (default: the one in --model; else stage 1 fresh, stage 2 out/stage1/final/projector.safetensors)")
     add("--projector-type", default="linear", choices=("linear", "mlp2x_gelu"), help="of a fresh one: the paper's, or the released weights' (default %(default)s)")
     add("--data", nargs="+", default=None, help=".json lists or .jsonl of {id, image, conversations} (default by stage: data/chimed/…)")
     add("--images", default="data/chimed/images", help="folder that the data's picture names are relative to (default %(default)s)")
@@ -173,6 +176,7 @@ class Dialogs(torch.utils.data.Dataset):
                 try:
                     ids, labels = self.encode(row)
                     row_pictures(row, args.images)
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair stops here, not when an answer is logged
                 except USER_ERRORS as error:
                     name = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
                     raise ValueError(f"{file}: row {i}{name}: {one_line(error)}") from None
@@ -496,6 +500,7 @@ def prepare(args):
     """Everything that can go wrong before the first step: weights' headers, tokenizer, data."""
     if not args.out.name or (args.out.exists() and not args.out.is_dir()):
         raise ValueError(f"--out {str(args.out)!r} is no folder")
+    check_replaceable(args.out / "final", FINAL_FILES[args.stage])
     checkpoint = read_checkpoint(args.model, llm=args.llm, vision=args.vision, projector=args.projector, projector_type=args.projector_type)
     config = checkpoint[0]
     if args.max_length > config.text.max_position_embeddings:
@@ -508,7 +513,7 @@ def prepare(args):
 
 def run_training(args):
     rank, world_size, device = setup_distributed()
-    if any((args.out / "final" / name).is_file() for name in ("config.json", "projector.safetensors")):
+    if together(lambda: (args.out / "final" / FINAL_FILES[args.stage]).is_file()):
         print0(f"{args.out / 'final'} is there: this run is finished (another --out, or remove the folder, to train again)")
         return dist.destroy_process_group()
     checkpoint, tokenizer, dataset, held_out = together(prepare, args)

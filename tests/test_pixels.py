@@ -97,6 +97,20 @@ def test_other_modes_are_converted_as_pil_does(mode):
     assert torch.equal(q.preprocess_image(image), clip_pixels(padded(np.array(image.convert("RGB")))))
 
 
+def test_damaged_exif_is_one_error(tmp_path):
+    image = Image.fromarray(scan(40, 61))
+    exif = image.getexif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    image.save(tmp_path / "a.jpg", exif=exif)
+    whole, start = (tmp_path / "a.jpg").read_bytes(), (tmp_path / "a.jpg").read_bytes().index(b"Exif")
+    for i in range(start, start + 60):
+        (tmp_path / "b.jpg").write_bytes(whole[:i] + b"\0" + whole[i + 1 :])
+        try:
+            assert q.preprocess_image(tmp_path / "b.jpg").isfinite().all()
+        except ValueError as error:
+            assert "b.jpg" in str(error)
+
+
 @pytest.mark.parametrize("mode", ["pad", "crop"])
 def test_a_line_is_refused_before_it_takes_the_memory(mode, tmp_path):
     Image.fromarray(np.zeros((1, 100_000), np.uint8)).save(tmp_path / "line.png")

@@ -122,6 +122,7 @@ def test_batch_order_takes_every_sample_once():
 @pytest.mark.parametrize("row, words, ranks", [
     ({"conversations": None}, "not a list of turns", 1),
     ([1, 2], "not an object", 1),
+    ({"id": "\ud800"}, "row 1", 1),
     ({"image": "gone.png"}, "gone.png", 2),
     ({"image": "../clip/config.json"}, "outside", 1),
     ({"image": ["{a}", "{a}"]}, "1 <image>", 1),
@@ -144,6 +145,24 @@ def test_a_run_that_leaves_the_numbers_stops_before_it_writes_them(toy, tmp_path
     done = run(toy, tmp_path / "out", "--lr", 9, "--max-grad-norm", 0, "--epochs", 40, ranks=2, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert done.returncode == 1 and len(lines) == 1 and "--lr" in lines[0] and not (tmp_path / "out/final").exists(), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_strangers_final_folder_stops_the_run_at_its_start(toy, tmp_path, stage):
+    (tmp_path / "out/final").mkdir(parents=True)
+    (tmp_path / "out/final/notes.txt").write_text("mine")
+    done = run(toy, tmp_path / "out", "--batch-size", 8, stage=stage, data="instruction.json", check=False)
+    assert done.returncode == 2 and "final" in done.stderr and [p.name for p in (tmp_path / "out").iterdir()] == ["final"]
+    assert (tmp_path / "out/final/notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(toy, tmp_path):
+    """A limit on the size of files stands for the disk: the export of 3 MB meets it."""
+    words = [sys.executable, ROOT / "train.py", "--stage", 2, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
+             "--data", toy / "one.json", "--out", tmp_path / "out", "--workers", 0]
+    done = subprocess.run(["bash", "-c", "ulimit -f 100; exec " + " ".join(map(str, words))], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "could not be written" in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    assert not (tmp_path / "out/final").exists()
 
 
 def test_what_was_trained_is_saved_when_a_picture_is_gone(toy, tmp_path):

@@ -284,6 +284,33 @@ def test_parts_beside_a_model_override_it(llama, clip, tmp_path):
     assert torch.equal(model.vision_tower.embeddings.class_embedding, whole.vision_tower.embeddings.class_embedding)
 
 
+def test_a_tied_head_may_be_the_only_copy(tmp_path, clip):
+    hf_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    embed = load_file(tmp_path / "tied/model.safetensors")[q.EMBED]
+    edit_weights(tmp_path / "tied", lambda t: t.update({"lm_head.weight": t.pop(q.EMBED)}))
+    assert torch.equal(q.load_qilin(llm=tmp_path / "tied", vision=clip).model.embed_tokens.weight, embed)
+
+
+@pytest.mark.parametrize("ends", [[2, [3]], [2, "a"], [2, None], [2, -5], [-1]])
+def test_end_ids_that_are_none(ends, llama, clip):
+    edit_json(llama / "config.json", eos_token_id=ends)
+    with pytest.raises(ValueError, match="eos_token_id"):
+        q.load_qilin(llm=llama, vision=clip)
+
+
+@pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
+def test_parts_may_come_out_of_whole_models(projector_type, llama, clip, tmp_path):
+    """A projector, a tower or a language model out of an export: a linear projector stays linear."""
+    whole = make_qilin(projector_type, vision=dict(hidden_size=64, intermediate_size=96), text=dict(num_key_value_heads=4), n_token_ids=320)
+    q.save_qilin(whole, None, tmp_path / "whole")
+    for path in (tmp_path / "whole", tmp_path / "whole/model.safetensors"):
+        model = q.load_qilin(llm=llama, vision=clip, projector=path)
+        assert model.config.projector_type == projector_type
+        assert all(torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters() if n.startswith("mm_projector."))
+    model = q.load_qilin(llm=tmp_path / "whole", vision=tmp_path / "whole")
+    assert all(torch.equal(p, model.get_parameter(n)[: len(p)]) for n, p in whole.named_parameters() if not n.startswith("mm_projector."))
+
+
 def test_a_spoilt_linear_export_is_refused(tmp_path):
     q.save_qilin(make_qilin("linear"), None, tmp_path / "out")
     edit_weights(tmp_path / "out", lambda t: t["multi_modal_projector.linear_2.weight"].mul_(2))
