@@ -1038,6 +1038,23 @@ def folder_config(path):
     return raw, file
 
 
+def find_tower(name, model):
+    """The folder of the tower that an original LLaVA config names by a path or hub name: beside the checkpoint, from here, or in weights/; or None."""
+    folder, last = model if model.is_dir() else model.parent, Path(str(name)).name
+    places = (folder / str(name), folder / last, folder.parent / last, Path(str(name)), Path("weights") / last)
+    return next((place for place in places if last and (place / "config.json").is_file()), None)
+
+
+def tower_config(files):
+    """VisionConfig by the shapes of a tower whose config.json is nowhere: heads of 64, as in every CLIP."""
+    layers = {name.split(".")[3] for name in files.tensors if name.startswith("vision_tower.encoder.layers.")}
+    names = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
+    if missing := [name for name in names if "vision_tower." + name not in files.tensors]:
+        raise ValueError(f"{files.path}: missing {named_list(missing)} of its vision tower")
+    (hidden, _, _, patch), (n_positions, _), (intermediate, _) = (files.shape("vision_tower." + name) for name in names)
+    return VisionConfig(hidden, intermediate, len(layers), max(1, hidden // 64), math.isqrt(n_positions - 1) * patch, patch)
+
+
 def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projector_type="linear"):
     """(QilinConfig, sources for load_weights, fresh): what the given paths hold together, before any weight is read.
 
@@ -1059,6 +1076,14 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
     llm_raw, llm_where = folder_config(llm) if llm else (None, None)
     text = text_config(llm_raw.get("text_config", llm_raw), llm_where) if llm else text_config(inner, where) if raw else None
     tower = vision_config(*folder_config(vision)) if vision else vision_config(raw, where) if "vision_config" in raw else None
+    files = {model: WeightFiles(model)} if model in given.values() else {}
+    if tower is None and model is not None:  # original LLaVA: the tower inside, or named by a path
+        place, is_inside = find_tower(raw.get("mm_vision_tower", ""), model), any(part_of(name) == "vision_tower" for name in files[model].tensors)
+        if place or is_inside:
+            tower = vision_config(*folder_config(place)) if place else tower_config(files[model])
+            given["vision_tower"] = model if is_inside else place
+        elif "mm_vision_tower" in raw:
+            raise ValueError(f"{where} names the vision tower {raw['mm_vision_tower']!r}, which is neither in the checkpoint nor beside it, here or in weights/: give --vision DIR")
     if text is None or tower is None:
         raise ValueError("a model needs a language model and a vision tower: give a whole model, or "
                          + " and ".join(option for option, config in (("--llm DIR", text), ("--vision DIR", tower)) if config is None))
@@ -1066,15 +1091,16 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
     if type(layer) is not int or not -tower.num_hidden_layers - 1 <= layer <= tower.num_hidden_layers:
         raise ValueError(f"{where}: vision_feature_layer = {layer!r} is not a layer of this tower")
     tower.select_layer = layer
-    for key, allowed in (("model_type", ("llava", "llava_llama", "llama")), ("vision_feature_select_strategy", ("default",)), ("mm_vision_select_feature", ("patch",)), ("projector_hidden_act", ("gelu", "linear"))):
+    for key, allowed in (("model_type", ("llava", "llava_llama", "llama")), ("vision_feature_select_strategy", ("default",)), ("mm_vision_select_feature", ("patch",)),
+                         ("projector_hidden_act", ("gelu", "linear")), ("mm_use_im_start_end", (False,))):
         if raw.get(key) not in (None, *allowed):
-            raise ValueError(f"{where}: {key} = {raw[key]!r} is not implemented here (only {' or '.join(allowed)})")
+            raise ValueError(f"{where}: {key} = {raw[key]!r} is not implemented here (only {' or '.join(map(str, allowed))})")
 
-    files = {path: WeightFiles(path) for path in dict.fromkeys(given.values()) if path != "fresh"}
+    files.update({path: WeightFiles(path) for path in dict.fromkeys(given.values()) if path != "fresh" and path not in files})
     sources = [(f, {part for part in given if given[part] == path}) for path, f in files.items()]
     source = files.get(given.get("mm_projector"))
     found = [name for name in source.tensors if part_of(name) == "mm_projector"] if source else []
-    if not found and (source if projector else "vision_config" in raw) and projector != "fresh":
+    if not found and (source if projector else raw.keys() & {"vision_config", "mm_vision_tower"}) and projector != "fresh":
         raise ValueError(f"{source.path}: no projector in it (names mm_projector.* or multi_modal_projector.*)"
                          + ("" if projector else "; --projector FILE gives one, --projector fresh starts one"))
     if found:
