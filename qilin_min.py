@@ -804,6 +804,7 @@ def preprocess_image(image, size=336, mode="pad"):
 # in: folders or files of any published layout; out: a model whose every parameter came from a named tensor
 
 PARTS = ("llm", "vision_tower", "mm_projector")
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}  # safetensors' spelling of torch's
 EMBED = "model.embed_tokens.weight"
 RENAMES = (  # names in files -> names here: patterns and what takes their place, tried one after the other
     (r"^base_model\.model\.", ""),                                                             # peft's addition
@@ -853,16 +854,16 @@ class WeightFiles:
     """The tensors of a checkpoint, by our names, read slice by slice when asked for.
 
     path: a folder (one file, or shards with an index), or a file. tensors: our name -> (file, name in it, tensor or slice).
-    unknown: names of no form that we know and that are not ignorable.
+    ignored: names on the short list of what no model needs. unknown: names of no form that we know.
     """
 
     def __init__(self, path):
-        self.path, self.tensors, self.unknown, self.n_ignored = Path(path), {}, [], 0
+        self.path, self.tensors, self.unknown, self.ignored = Path(path), {}, [], []
         for file in self._files():
             for name, tensor in open_weights(file):
                 ours = our_name(name)
                 if IGNORABLE.search(name):
-                    self.n_ignored += 1
+                    self.ignored.append(name)
                 elif ours is None:
                     self.unknown.append(name)
                 elif ours in self.tensors:
@@ -894,6 +895,10 @@ class WeightFiles:
     def shape(self, name):
         tensor = self.tensors[name][2]
         return tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
+
+    def dtype(self, name):
+        tensor = self.tensors[name][2]
+        return str(tensor.dtype)[6:] if isinstance(tensor, torch.Tensor) else DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
 
     def rows(self, name, start=0, stop=None):
         """Rows start:stop of a tensor, in the file's dtype, nothing else being read."""
@@ -959,14 +964,11 @@ def init_projector(module, seed=0):
                 (param.to_local() if hasattr(param, "to_local") else param).copy_(full[start:stop])
 
 
-@torch.no_grad()
-def load_weights(model, sources, device, fresh=False, seed=0):
-    """Give a model on the meta device (sharded or not, any dtype) memory on `device` and fill every parameter from the files;
-    -> one line that accounts for all tensors. What does not fit is found before any memory is taken.
+def account(model, sources, fresh=False):
+    """({parameter: (WeightFiles, name there)}, one line that accounts for all tensors) of a model, on the meta device or not.
 
     sources: [(WeightFiles, parts)]; of each file the parts named are taken, the tensors of other parts are skipped and counted.
-    fresh: the projector is in no file and comes from init_projector with `seed`.
-    ValueError when a tensor is missing, has another shape, is left over (names up to ten and how many more), or holds no finite floats.
+    ValueError when a tensor is missing, has another shape, or is left over: names up to ten and how many more.
     """
     where = ", ".join(str(files.path) for files, _ in sources)
     is_linear, is_tied = model.config.projector_type == "linear", model.config.text.tie_word_embeddings
@@ -984,7 +986,7 @@ def load_weights(model, sources, device, fresh=False, seed=0):
                 if files.shape(name) != files.shape(EMBED) or not all(
                         torch.equal(files.rows(name, i, i + 4096).float(), files.rows(EMBED, i, i + 4096).float()) for i in range(0, rows, 4096)):
                     raise ValueError(f"{files.path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
-                files.n_ignored += 1
+                files.ignored.append(name)
             elif is_tied and name == "lm_head.weight":  # the one copy was saved under the head's name
                 found[EMBED] = files, name
             elif is_linear and name.startswith("mm_projector.2."):  # llava-hf has no linear projector: ours goes out as linear_1, and an identity as linear_2
@@ -1000,6 +1002,30 @@ def load_weights(model, sources, device, fresh=False, seed=0):
         want = quantized[name].shape if name in quantized else shapes[name]
         if files.shape(key) != want:
             raise ValueError(f"{files.path}: {name} is {files.shape(key)} in the file, {want} by the config")
+    return found, (f"{len(found)} tensors loaded, {skipped} skipped (part given elsewhere), {sum(len(files.ignored) for files, _ in sources)} ignorable, "
+                   f"none missing, none left over{', fresh projector' * fresh}")
+
+
+def is_finite(tensor):
+    return all(extreme.isfinite() for extreme in torch.aminmax(tensor))  # one pass, nothing allocated; aminmax passes nan on
+
+
+@torch.no_grad()
+def check_finite(model):
+    """ValueError that names the parameters holding inf or nan."""
+    if names := [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)]:
+        raise ValueError(f"values that are not finite in {named_list(names)}: the weights are damaged")
+
+
+@torch.no_grad()
+def load_weights(model, sources, device, fresh=False, seed=0):
+    """Give a model on the meta device (sharded or not, any dtype) memory on `device` and fill every parameter from the files;
+    -> the line of account(), whose errors come before any memory is taken. ValueError as well when a tensor holds no finite floats.
+
+    fresh: the projector is in no file and comes from init_projector with `seed`.
+    """
+    found, line = account(model, sources, fresh)
+    quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     # what to_empty does; a plain tensor without its empty_like, which makes torch import for half a second
     model._apply(lambda t: torch.empty_like(t, device=device) if hasattr(t, "to_local") else torch.empty(t.shape, dtype=t.dtype, device=device))
     for name, (files, key) in found.items():
@@ -1008,20 +1034,19 @@ def load_weights(model, sources, device, fresh=False, seed=0):
         if stop == start:
             continue
         rows = files.rows(key, start, stop)
-        if not rows.is_floating_point() or not all(extreme.isfinite() for extreme in torch.aminmax(rows)):  # aminmax passes nan on
+        is_mapped = (rows.dtype, rows.device) == (param.dtype, param.device) and rows.is_contiguous() and not hasattr(param, "to_local") and name not in quantized
+        # what is mapped is not read through here: a sample of it is; generate() and convert.py find the rest
+        if not rows.is_floating_point() or not is_finite(rows.view(-1)[:: 1 + rows.numel() // 4096] if is_mapped and rows.numel() > 65536 else rows):
             raise ValueError(f"{files.tensors[key][0]}: {files.tensors[key][1]} holds {'values that are not finite' if rows.is_floating_point() else str(rows.dtype)}")
         if name in quantized:
             quantized[name].quantize_(rows)
-        elif hasattr(param, "to_local"):
-            param.to_local().copy_(rows)
-        elif (rows.dtype, rows.device) == (param.dtype, param.device) and rows.is_contiguous():
+        elif is_mapped:
             param.data = rows  # no copy: the parameter is the file, mapped into memory; writing to it changes pages of our own
         else:
-            param.copy_(rows)
+            (param.to_local() if hasattr(param, "to_local") else param).copy_(rows)
     if fresh:
         init_projector(model.mm_projector, seed)
-    return (f"{len(found)} tensors loaded, {skipped} skipped (part given elsewhere), "
-            f"{sum(files.n_ignored for files, _ in sources)} ignorable, none missing, none left over{', fresh projector' * fresh}")
+    return line
 
 
 def folder_config(path):
@@ -1167,10 +1192,10 @@ def full_tensors(model, names=None, dtype=None):
             yield name, full.cpu().contiguous() if is_rank0 else None
 
 
-def save_qilin(model, tokenizer, path, dtype=None):
+def save_qilin(model, tokenizer, path, dtype=None, made_from="weights in memory"):
     """Write `model` as a llava-hf folder: safetensors shards of at most 5 GB, config, tokenizer and processor files.
 
-    tokenizer: a Tokenizer, or None (then no tokenizer files). dtype: of the floats on disk (None: as they are).
+    tokenizer: a Tokenizer, or None (then no tokenizer files). dtype: of the floats on disk (None: as they are). made_from: for its README.md.
     On a sharded model every rank calls it; tensors are gathered one at a time and rank 0 writes, beside, then renames.
     The picture token is the first id past the tokenizer; rows are padded to a multiple of 64 with copies of <unk>'s.
     A linear projector has no llava-hf class: it is written as linear_1, an identity as linear_2, and a linear activation, which is equal.
@@ -1217,11 +1242,39 @@ def save_qilin(model, tokenizer, path, dtype=None):
         dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
         for file, value in hf_configs(config, n_token_ids, n_rows, dtype_name).items():
             write_json(partial / file, value)
+        write_text(partial / "README.md", MODEL_CARD.format(made_from=made_from, n=sum(p.numel() for p in model.parameters()) / 1e9, dtype=dtype_name, projector=config.projector_type))
         if tokenizer:
             save_tokenizer(tokenizer, partial)
         replace_folder(partial, path)
     if dist.is_initialized():
         dist.barrier()
+
+
+MODEL_CARD = """---
+language: [zh, en]
+pipeline_tag: image-text-to-text
+library_name: transformers
+---
+# A Qilin-Med-VL model
+
+Made from {made_from} by qilin-min: CLIP ViT, a {projector} projector and a LLaMA-2 decoder, {n:.3g} billion parameters in {dtype}.
+
+Research only. This model gives no medical advice, must not be used to diagnose or treat anyone, and may be wrong in every sentence.
+仅供研究。本模型不提供医疗建议，不得用于诊断或治疗，其任何一句话都可能有误。
+
+```python
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+processor, model = AutoProcessor.from_pretrained("."), LlavaForConditionalGeneration.from_pretrained(".")
+messages = [{{"role": "user", "content": [{{"type": "image", "path": "image.png"}}, {{"type": "text", "text": "图中有什么异常？"}}]}}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=200)[0], skip_special_tokens=True))
+```
+
+or `python sample.py image.png "图中有什么异常？" --model .` with qilin-min, or `vllm serve .` for many users.
+
+Licences: those of the parts hold. LLaMA-2 weights come under the LLaMA 2 Community License, CLIP's under MIT; data and fine-tuned parts under what their
+sources say. Method: Qilin-Med-VL, arXiv 2310.17956; LLaVA, arXiv 2304.08485.
+"""
 
 
 def hf_configs(config, n_token_ids, n_rows, dtype_name):
@@ -1353,6 +1406,9 @@ def generate(model, input_ids, pixel_values=None, *, max_new_tokens, temperature
     ended = [False] * len(input_ids)
     logits = model(ids, pixel_values, cache=cache, lengths=lengths)  # prefill: (B, V)
     for step in range(max_new_tokens):
+        if step == 0 and not is_finite(logits):
+            check_finite(model)
+            raise ValueError("the model's logits are not finite, though its weights are: try another dtype")
         logits[:, model.config.n_token_ids:] = -torch.inf
         ids = sample_next_token(logits, seen, temperature, top_p, top_k, repetition_penalty, generator)  # (B,)
         seen[torch.arange(len(ids), device=device), ids] = True

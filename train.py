@@ -482,7 +482,7 @@ def export(args, model, tokenizer):
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     final = args.out / "final"
     if "llm" in STAGES[args.stage]["trained"]:
-        return save_qilin(model, tokenizer, final, dtype)
+        return save_qilin(model, tokenizer, final, dtype, f"a language model and a projector tuned in stage {args.stage}")
     tensors = {"model." + name: full for name, full in full_tensors(model, "mm_projector.", dtype)}
     if dist.get_rank() == 0:
         partial = final.with_name("final.partial")

@@ -12,6 +12,8 @@ fi
 python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 python -m pip install --quiet --disable-pip-version-check --no-deps mistral-common==1.13.1  # only its tokenizer file: a real 32000-piece model
+export TRANSFORMERS_4="$VIRTUAL_ENV/transformers-4.57.6"  # an older one beside the pinned one, for what users of 4.57 see
+[ -d "$TRANSFORMERS_4/transformers" ] || python -m pip install --quiet --disable-pip-version-check --target "$TRANSFORMERS_4" transformers==4.57.6 2>&1 | { grep -v -e incompatible -e "dependency resolver" || true; }
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python -m pytest -q tests "$@"
 if [ -n "$LONG" ]; then

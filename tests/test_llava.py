@@ -127,6 +127,13 @@ def test_a_row_at_the_last_position_ends_alone():
     assert len(together[0]) <= 4 < len(together[1])
 
 
+def test_damaged_weights_are_named_when_they_show():
+    model = make_qilin()
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="not finite in model.layers.1.mlp.up_proj.weight"):
+        q.answer_ids(model, ROWS, pictures(3), max_new_tokens=3)
+
+
 def test_prompt_as_long_as_the_positions():
     model = make_qilin(text=dict(max_position_embeddings=10))
     assert len(q.answer_ids(model, [words(8, 1)], max_new_tokens=9)[0]) <= 2
