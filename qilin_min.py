@@ -1034,13 +1034,12 @@ def load_weights(model, sources, device, fresh=False, seed=0):
         if stop == start:
             continue
         rows = files.rows(key, start, stop)
-        is_mapped = (rows.dtype, rows.device) == (param.dtype, param.device) and rows.is_contiguous() and not hasattr(param, "to_local") and name not in quantized
-        # what is mapped is not read through here: a sample of it is; generate() and convert.py find the rest
-        if not rows.is_floating_point() or not is_finite(rows.view(-1)[:: 1 + rows.numel() // 4096] if is_mapped and rows.numel() > 65536 else rows):
+        # of a large tensor a sample is looked at, since what is mapped need not be read yet; generate() and convert.py find the rest
+        if not rows.is_floating_point() or not is_finite(rows.flatten()[:: 1 + rows.numel() // 4096] if rows.numel() > 65536 and rows.is_contiguous() else rows):
             raise ValueError(f"{files.tensors[key][0]}: {files.tensors[key][1]} holds {'values that are not finite' if rows.is_floating_point() else str(rows.dtype)}")
         if name in quantized:
             quantized[name].quantize_(rows)
-        elif is_mapped:
+        elif (rows.dtype, rows.device) == (param.dtype, param.device) and rows.is_contiguous() and not hasattr(param, "to_local"):
             param.data = rows  # no copy: the parameter is the file, mapped into memory; writing to it changes pages of our own
         else:
             (param.to_local() if hasattr(param, "to_local") else param).copy_(rows)
