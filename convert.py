@@ -6,7 +6,7 @@
     python convert.py SRC DST --dtype bfloat16                        half the size (default: as on disk, float32 where parts differ)
 
 DST gets safetensors shards of at most 5 GB, config.json, generation_config.json, tokenizer, processor and chat template, and a README.md to be completed.
-Weights are mapped from disk, not held: a 13B model converts in the memory of one shard. DST appears when it is whole; an interrupted run can be repeated.
+Weights of one dtype are mapped from disk, not held: a 13B model converts in the memory of one shard. DST appears when it is whole; an interrupted run can be repeated.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from qilin_min import (PARTS, Qilin, QilinConfig, Tokenizer, WeightFiles, account, check_finite, check_replaceable, folder_config, load_qilin, model_folder, part_of, read_checkpoint,
+from qilin_min import (DTYPES, PARTS, Qilin, Tokenizer, WeightFiles, account, check_finite, check_replaceable, folder_config, load_qilin, model_folder, part_of, read_checkpoint,
                        run_cli, save_qilin, text_config, vision_config)
 
 LAYOUTS = (  # the beginning of a tensor's name in the file -> layout; the first that any name has
@@ -113,11 +113,11 @@ def convert(args):
         if path is not None and args.dst.exists() and args.dst.resolve() in (Path(path).resolve(), model_folder(path).resolve()):
             raise ValueError(f"{args.dst} is a source as well: give another name")
     dtypes = {files.dtype(name) for files, parts in sources for name in files.tensors if part_of(name) in parts}
-    dtype = args.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
-    if not hasattr(torch, dtype) or not getattr(torch, dtype).is_floating_point:
-        raise ValueError(f"weights of type {dtype} are not implemented here")
-    model = load_qilin(args.src, llm=args.llm, vision=args.vision, projector=args.projector, dtype=getattr(torch, dtype))
-    check_finite(model)
+    stored = dtypes.pop() if len(dtypes) == 1 else "float32"  # which holds all others exactly
+    if stored not in DTYPES.values():
+        raise ValueError(f"weights of type {stored} are not implemented here")
+    model, dtype = load_qilin(args.src, llm=args.llm, vision=args.vision, projector=args.projector, dtype=getattr(torch, stored)), args.dtype or stored
+    check_finite(model, getattr(torch, dtype))
     folder = args.llm or args.src
     try:
         tokenizer = Tokenizer(folder)
@@ -125,7 +125,7 @@ def convert(args):
         tokenizer = None
         print(f"convert.py: {error}; DST is written without tokenizer and chat template", file=sys.stderr)
     names = [Path(path).name for path in (args.src, args.llm, args.vision, args.projector) if path is not None]
-    save_qilin(model, tokenizer, args.dst, made_from=", ".join(names))
+    save_qilin(model, tokenizer, args.dst, getattr(torch, dtype), made_from=", ".join(names))
     size = sum(f.stat().st_size for f in args.dst.iterdir())
     n_shards = len(list(args.dst.glob("*.safetensors")))
     print(f"{args.dst}: {human(size)} in {dtype}, {n_shards} shard{'s' * (n_shards > 1)}, {model.config.projector_type} projector; complete its README.md before you share it")

@@ -1011,10 +1011,10 @@ def is_finite(tensor):
 
 
 @torch.no_grad()
-def check_finite(model):
-    """ValueError that names the parameters holding inf or nan."""
-    if names := [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)]:
-        raise ValueError(f"values that are not finite in {named_list(names)}: the weights are damaged")
+def check_finite(model, dtype=None):
+    """ValueError that names the parameters holding inf or nan, or that would in `dtype`."""
+    if names := [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p.to(dtype or p.dtype))]:
+        raise ValueError(f"values that are not finite in {named_list(names)}: the weights are damaged{f', or too large for {dtype}' if dtype else ''}")
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 import train

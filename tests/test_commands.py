@@ -126,6 +126,6 @@ def test_only_its_own_folder_is_replaced(world, tmp_path):
 
 
 def test_help_teaches_without_traceback():
-    for script in ("train.py", "sample.py", "evaluate.py", "toy.py", "demo_real.py"):
+    for script in ("train.py", "sample.py", "evaluate.py", "toy.py", "demo_real.py", "convert.py"):
         done = call(script, "--help")
         assert done.returncode == 0 and "usage" in done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import edit_json, make_qilin
+from conftest import make_qilin
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -79,6 +79,18 @@ def test_parts_and_dtypes(world, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "half/model.safetensors").values()} == {torch.bfloat16}
     done = call(tmp_path / "half", tmp_path / "half2")
     assert "bfloat16" in done.stdout and (tmp_path / "half/model.safetensors").read_bytes() == (tmp_path / "half2/model.safetensors").read_bytes()
+
+
+def test_what_float16_cannot_hold_is_refused(world, tmp_path):
+    _, folder = world
+    tensors = {n: t * 1e6 if n.endswith("layers.1.mlp.up_proj.weight") else t for n, t in load_file(folder / "ours/model.safetensors").items()}
+    (tmp_path / "src").mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (tmp_path / "src" / name).write_bytes((folder / "ours" / name).read_bytes())
+    save_file(tensors, tmp_path / "src/model.safetensors")
+    done = call(tmp_path / "src", tmp_path / "dst", "--dtype", "float16")
+    assert done.returncode == 2 and "layers.1.mlp.up_proj.weight" in done.stderr and not (tmp_path / "dst").exists()
+    assert call(tmp_path / "src", tmp_path / "dst", "--dtype", "bfloat16").returncode == 0
 
 
 QUESTIONS = ["<image>\n肺部有没有结节？请说明。", "<image>\n<image>\nCompare  both 龘 😀.", "<image>", "没有图片的问题?"]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROW_PICTURES, ROWS, edit_json, hf_clip, hf_ids, hf_llama, make_qilin, pictures
+from conftest import ROW_PICTURES, ROWS, edit_json, hf_clip, hf_ids, make_qilin, pictures
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
