@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from qilin_min import (IMAGE_TOKEN, TextConfig, Tokenizer, VisionConfig, answer_ids, check_replaceable, encode_prompt, load_qilin, open_image,
-                       preprocess_image, read_rows, replace_folder, run_cli, write_json)
+from qilin_min import (IMAGE_TOKEN, Rows, TextConfig, Tokenizer, VisionConfig, answer_ids, check_replaceable, encode_prompt, load_qilin, open_image,
+                       preprocess_image, replace_folder, run_cli, write_json)
 from toy import save_random_weights, turns
 
 # --- 1. the pictures, and what we say of them -----------------------------------------------------------------------
@@ -158,7 +158,7 @@ def check(out, model_path):
         raise ValueError(f"{out} was not made by `demo_real.py prepare`")
     model, tokenizer = load_qilin(model_path), Tokenizer(model_path)
     right = {"caption": 0, "answer": 0}
-    for i, row in enumerate(read_rows(out / "instruction.json")):
+    for i, row in enumerate(Rows(out / "instruction.json")):
         question, truth = (turn["value"] for turn in row["conversations"])
         question, picture = question.removeprefix(IMAGE_TOKEN).strip(), out / "images" / row["image"]
         prompt = encode_prompt(turns(question), tokenizer, model.config.n_image_tokens, n_images=1)

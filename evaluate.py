@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from qilin_min import (PAD_COLOR, USER_ERRORS, Tokenizer, answer_ids, check_conversation, check_ranges, encode_prompt, load_qilin, one_line,
-                       preprocess_image, read_rows, row_pictures, run_cli, write_json, write_text)
+from qilin_min import (PAD_COLOR, USER_ERRORS, Rows, Tokenizer, answer_ids, check_conversation, check_ranges, encode_prompt, load_qilin, one_line,
+                       preprocess_image, row_pictures, run_cli, write_json, write_text)
 
 GREY = Image.new("RGB", (8, 8), PAD_COLOR)  # almost 0 once normalised
 
@@ -30,7 +30,7 @@ def normalise(text):
 def read_questions(path, images):
     """[(id, kind, conversation up to the question, truth, picture paths)] of a dialog file; ValueError names file and row."""
     questions = []
-    for i, row in enumerate(read_rows(path)):
+    for i, row in enumerate(Rows(path)):
         try:
             if not isinstance(row, dict):
                 raise ValueError("not an object with id, image and conversations")

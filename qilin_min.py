@@ -21,12 +21,14 @@ Module attributes are the names in published checkpoints, so that loading is nea
 import errno
 import json
 import math
+import mmap
 import os
 import re
 import shutil
 import sys
 import warnings
 import zipfile
+from array import array
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -514,36 +516,91 @@ def read_json(path):
         raise ValueError(f"{path}: not a JSON file ({error})") from None
 
 
-def read_rows(path):
-    """The rows of a .json list or a .jsonl file of dialogs; ValueError names file and line."""
+ROW_STEP = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}])', re.DOTALL)  # to the next bracket that stands in no string
+
+
+def find_rows(path):
+    """int64 (n, 2): the first byte of each row of a .json list or .jsonl file, and the one after its last. ValueError names file and row.
+
+    Brackets are counted, nothing is parsed, and what has been passed leaves memory: a file of 400 MB takes seconds and no memory.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such data file: {path}")
-    if path.suffix != ".jsonl":
-        rows = read_json(path)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: not a list of rows (one object a line is .jsonl)")
-        return rows
-    rows = []
-    with open(path, "rb") as lines:
-        for i, line in enumerate(lines):
-            try:
-                rows += [json.loads(line.decode("utf-8-sig" if i == 0 else "utf-8"))] if line.strip() else []
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {i + 1} is no JSON ({error})") from None
-    return rows
+    rows = array("q")
+    with open(path, "rb") as file:
+        position = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # some releases carry a byte-order mark
+        if path.suffix == ".jsonl":
+            file.seek(position)
+            for line in file:
+                if line.strip():
+                    rows.extend((position, position + len(line)))
+                position += len(line)
+            return np.array(rows, dtype=np.int64).reshape(-1, 2)
+        if path.stat().st_size <= position:
+            raise ValueError(f"{path}: not a JSON file (it is empty)")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            depth, end = 0, position  # end: of what has been accounted for
+            while match := ROW_STEP.match(data, position):
+                bracket, position = match.start(1), match.end()
+                depth += 1 if data[bracket] in b"[{" else -1
+                if depth == 1 and data[bracket] in b"[{":
+                    if data[bracket] != ord("[") or data[end:bracket].strip():
+                        raise ValueError(f"{path}: not a list of rows (one object a line is .jsonl)")
+                    end = position
+                elif depth == 2 and data[bracket] in b"[{":
+                    if data[end:bracket].strip() != (b"," if rows else b""):
+                        raise ValueError(f"{path}: what stands before row {len(rows) // 2} is no object, or no comma: {bytes(data[end:bracket][:40])!r}")
+                    rows.extend((bracket, 0))
+                elif depth == 1:
+                    rows[-1] = end = position
+                    if len(rows) % 2**16 == 0 and hasattr(data, "madvise"):
+                        data.madvise(mmap.MADV_DONTNEED)
+                elif depth == 0:
+                    break
+            if depth or end == 0 or not match:
+                raise ValueError(f"{path}: not a JSON file ({f'it breaks off, or is damaged, in row {(len(rows) - 1) // 2}' if rows else 'no list begins in it'})")
+            if data[end:match.start(1)].strip() or data[position:].strip():
+                raise ValueError(f"{path}: not a JSON file (after row {len(rows) // 2 - 1} stands something that is no row)")
+    return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 
-def row_pictures(row, folder):
-    """Paths of the pictures of a row, under its "image": a name, a list of names, or none. ValueError when one is not there, lies outside
-    `folder` (by .., an absolute path or a link), or when the text does not hold as many <image>."""
+class Rows:
+    """The rows of a data file, each read when it is asked for: rows[i] is one parsed row. ranges: of find_rows, or None to find them."""
+
+    def __init__(self, path, ranges=None):
+        self.path, self.ranges = Path(path), find_rows(path) if ranges is None else ranges
+
+    def __len__(self):
+        return len(self.ranges)
+
+    def __getitem__(self, i):
+        start, stop = (int(n) for n in self.ranges[i])  # IndexError past the last, which ends a for loop
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            raw = file.read(stop - start)
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            with open(self.path, "rb") as file:
+                line = file.read(start).count(b"\n") + 1
+            raise ValueError(f"{self.path}: row {i}, line {line}, is no JSON ({error})") from None
+
+
+def picture_names(row):
+    """The names under a row's "image": one, a list, or none. ValueError unless the text holds as many <image>."""
     names = row.get("image") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("'image' is neither a name nor a list of names")
     if len(names) != count_images(row["conversations"]):
         raise ValueError(f"{count_images(row['conversations'])} {IMAGE_TOKEN} in the text, but {len(names)} pictures under 'image'")
-    root = os.path.realpath(folder)
+    return names
+
+
+def row_pictures(row, folder):
+    """Paths of the pictures of a row. ValueError when one is not there, or lies outside `folder` (by .., an absolute path or a link)."""
+    names, root = picture_names(row), os.path.realpath(folder)
     for name in names:
         if "\0" in name or os.path.commonpath((root, os.path.realpath(os.path.join(root, name)))) != root:
             raise ValueError(f"picture {name!r} lies outside the image folder {folder}")
@@ -746,6 +803,8 @@ def encode_prompt(conversation, tokenizer, n_image_tokens, template="v1", n_imag
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOR = (122, 116, 104)  # CLIP_MEAN in 0 to 255: becomes almost 0 after normalisation
+NORMALISED = (((np.arange(256) * (1 / 255)).astype(np.float32)[None] - np.array(CLIP_MEAN, dtype=np.float32)[:, None])
+              / np.array(CLIP_STD, dtype=np.float32)[:, None])  # (3, 256) float32: what each of 256 values becomes, looked up instead of computed for each pixel
 
 
 def open_image(image):
@@ -795,9 +854,8 @@ def preprocess_image(image, size=336, mode="pad"):
         image = image.crop((left, top, left + size, top + size))
     else:
         raise ValueError(f"mode {mode!r} is unknown: pad or crop")
-    x = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)  # (H, W, 3)
-    x = (x - np.array(CLIP_MEAN, dtype=np.float32)) / np.array(CLIP_STD, dtype=np.float32)
-    return torch.from_numpy(x).permute(2, 0, 1).contiguous()  # (3, H, W)
+    channels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (3, H, W) uint8
+    return torch.from_numpy(np.stack([NORMALISED[c][channels[c]] for c in range(3)]))  # (3, H, W) float32
 
 
 # --- 8. weights in --------------------------------------------------------------------------------------------------
@@ -830,9 +888,9 @@ def our_name(name):
 
 
 def part_of(name):
-    """The one of PARTS that a parameter (named as here) belongs to."""
-    part = name.split(".")[0]
-    return part if part in PARTS else "llm"
+    """The one of PARTS that a parameter (named as here) belongs to; "lora" for an adapter, which no file holds."""
+    part = "lora" if name.endswith((".lora_A", ".lora_B")) else name.split(".")[0]
+    return part if part in (*PARTS, "lora") else "llm"
 
 
 def open_weights(file):
@@ -944,24 +1002,71 @@ class QuantizedLinear(nn.Module):
         x = (groups / self.scale.float()[..., None]).round().clamp(-largest, largest).to(torch.int8).flatten(1)  # (out, in)
         self.weight.copy_(x if self.bits == 8 else (x[:, ::2] & 15) | (x[:, 1::2] << 4))
 
-    def forward(self, x):
+    def dequantize(self, dtype):
+        """The weight as floats (out, in), as close as its bits allow."""
         weight = self.weight
         if self.bits == 4:
             weight = torch.stack((weight << 4 >> 4, weight >> 4), dim=-1).flatten(1)  # (out, in): shifts of int8 keep the sign
-        weight = weight.to(x.dtype).unflatten(1, (-1, self.group)) * self.scale[..., None]  # (out, in / group, group): scaled before the sum, which would leave float16's range
-        return F.linear(x, weight.flatten(1))
+        weight = weight.to(dtype).unflatten(1, (-1, self.group)) * self.scale[..., None]  # (out, in / group, group): scaled before the sum, which would leave float16's range
+        return weight.flatten(1)
+
+    def forward(self, x):
+        return QuantizedProduct.apply(x, self)
+
+
+class QuantizedProduct(torch.autograd.Function):
+    """x W^T of a QuantizedLinear. Backward widens the weight again: kept from the forward, the widened weights would stand whole in memory."""
+
+    @staticmethod
+    def forward(ctx, x, linear):
+        ctx.linear = linear
+        return F.linear(x, linear.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.linear.dequantize(grad.dtype), None
+
+
+def quantize_linears(model, bits):
+    """Put a QuantizedLinear, still empty, in the place of each linear layer of the decoder blocks; tower, projector, embeddings and head stay as they are."""
+    for block in model.model.layers:
+        for half in (block.self_attn, block.mlp):
+            for name, linear in list(half.named_children()):
+                setattr(half, name, QuantizedLinear(linear.in_features, linear.out_features, bits))
+
+
+def add_lora(model, rank, alpha):
+    """Give each linear layer of the decoder blocks low-rank adapters: y + alpha / rank * B (A x). Source: LoRA, arXiv 2106.09685, section 4.1.
+
+    lora_A (rank, in) and lora_B (out, rank) are parameters of the layer itself, quantised or not, so that every other name stays as it is.
+    """
+    for block in model.model.layers:
+        for linear in (*block.self_attn.children(), *block.mlp.children()):
+            out_features, in_features = linear.shape if isinstance(linear, QuantizedLinear) else linear.weight.shape
+            linear.lora_A, linear.lora_B = nn.Parameter(torch.empty(rank, in_features)), nn.Parameter(torch.zeros(out_features, rank))
+            linear.lora_scale = alpha / rank
+            linear.register_forward_hook(lambda layer, x, y: y + layer.lora_scale * F.linear(F.linear(x[0], layer.lora_A), layer.lora_B))
 
 
 @torch.no_grad()
-def init_projector(module, seed=0):
-    """torch's own init of nn.Linear (uniform within 1 / sqrt(fan_in)), from a seed: the same on every rank, sharded or not."""
+def init_uniform(params, fan_in, generator):
+    """torch's own init of nn.Linear, uniform within 1 / sqrt(fan_in), from a generator: the same on every rank, sharded or not."""
+    for param in params:
+        start, stop = local_rows(param)
+        full = torch.empty(param.shape).uniform_(-1, 1, generator=generator) / math.sqrt(fan_in)
+        (param.to_local() if hasattr(param, "to_local") else param).copy_(full[start:stop])
+
+
+def init_fresh(model, seed=0, projector=True):
+    """What no file holds, from a seed: the projector where asked for, and LoRA's A; its B is zero, so that adapters start as no change (as peft's)."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in module.modules():
+    for layer in model.mm_projector.modules() if projector else ():
         if isinstance(layer, nn.Linear):
-            for param in (layer.weight, layer.bias):
-                start, stop = local_rows(param)
-                full = torch.empty(param.shape).uniform_(-1, 1, generator=generator) / math.sqrt(layer.in_features)
-                (param.to_local() if hasattr(param, "to_local") else param).copy_(full[start:stop])
+            init_uniform((layer.weight, layer.bias), layer.in_features, generator)
+    for layer in model.model.modules():
+        if hasattr(layer, "lora_A"):
+            init_uniform([layer.lora_A], layer.lora_A.shape[1], generator)
+            nn.init.zeros_(layer.lora_B)
 
 
 def account(model, sources, fresh=False):
@@ -972,7 +1077,7 @@ def account(model, sources, fresh=False):
     """
     where = ", ".join(str(files.path) for files, _ in sources)
     is_linear, is_tied = model.config.projector_type == "linear", model.config.text.tie_word_embeddings
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not (fresh and part_of(name) == "mm_projector")}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if part_of(name) != "lora" and not (fresh and part_of(name) == "mm_projector")}
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     found, skipped = {}, 0
     for files, parts in sources:
@@ -1022,7 +1127,7 @@ def load_weights(model, sources, device, fresh=False, seed=0):
     """Give a model on the meta device (sharded or not, any dtype) memory on `device` and fill every parameter from the files;
     -> the line of account(), whose errors come before any memory is taken. ValueError as well when a tensor holds no finite floats.
 
-    fresh: the projector is in no file and comes from init_projector with `seed`.
+    fresh: the projector is in no file and comes from init_fresh with `seed`, as LoRA adapters do.
     """
     found, line = account(model, sources, fresh)
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -1043,8 +1148,7 @@ def load_weights(model, sources, device, fresh=False, seed=0):
             param.data = rows  # no copy: the parameter is the file, mapped into memory; writing to it changes pages of our own
         else:
             (param.to_local() if hasattr(param, "to_local") else param).copy_(rows)
-    if fresh:
-        init_projector(model.mm_projector, seed)
+    init_fresh(model, seed, projector=fresh)
     return line
 
 
@@ -1083,7 +1187,7 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
     """(QilinConfig, sources for load_weights, fresh): what the given paths hold together, before any weight is read.
 
     model: a folder or file of any layout, or a train.py --out folder; llm, vision, projector: parts given beside it, which override.
-    fresh: True when no projector was given or found, or projector == "fresh": it is then made by init_projector.
+    fresh: True when no projector was given or found, or projector == "fresh": it is then made by init_fresh.
     """
     raw, where, given = {}, None, {}
     if model is not None:
@@ -1157,10 +1261,8 @@ def load_qilin(model=None, *, llm=None, vision=None, projector=None, projector_t
     config, sources, fresh = read_checkpoint(model, llm=llm, vision=vision, projector=projector, projector_type=projector_type)
     with torch.device("meta"):
         qilin = Qilin(config)
-        for block in qilin.model.layers if quantize else ():
-            for half in (block.self_attn, block.mlp):
-                for name, linear in list(half.named_children()):
-                    setattr(half, name, QuantizedLinear(linear.in_features, linear.out_features, int(quantize[3:])))
+        if quantize:
+            quantize_linears(qilin, int(quantize[3:]))
         qilin = qilin.to(dtype)
     load_weights(qilin, sources, device, fresh)
     return qilin.eval()
@@ -1182,12 +1284,21 @@ def hf_name(name):
 
 
 def full_tensors(model, names=None, dtype=None):
-    """Yield (name, whole tensor on CPU) one by one; on a sharded model every rank must iterate, and rank 0 alone gets tensors, the others None."""
+    """Yield (name, whole tensor on CPU) one by one; on a sharded model every rank must iterate, and rank 0 alone gets tensors, the others None.
+    LoRA adapters are added to their layer's weight; that of a quantised layer is what its bits stood for in training, not what they were rounded from."""
+    def whole(param, dtype):
+        full = param.detach().to(dtype)  # cast first: half the traffic
+        return full.full_tensor() if hasattr(full, "full_tensor") else full
+
     is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
     for name, param in model.named_parameters():
-        if names is None or name.startswith(names):
-            full = param.detach().to(dtype or param.dtype)  # cast first: half the traffic
-            full = full.full_tensor() if hasattr(full, "full_tensor") else full
+        if part_of(name) != "lora" and (names is None or name.startswith(names)):
+            layer = model.get_submodule(name.rpartition(".")[0])
+            if hasattr(layer, "lora_A"):
+                base = layer.dequantize(torch.float32) if isinstance(layer, QuantizedLinear) else whole(param, torch.float32)
+                full = (base.float() + layer.lora_scale * (whole(layer.lora_B, torch.float32) @ whole(layer.lora_A, torch.float32))).to(dtype or torch.float32)
+            else:
+                full = whole(param, dtype or param.dtype)
             yield name, full.cpu().contiguous() if is_rank0 else None
 
 
@@ -1200,7 +1311,7 @@ def save_qilin(model, tokenizer, path, dtype=None, made_from="weights in memory"
     A linear projector has no llava-hf class: it is written as linear_1, an identity as linear_2, and a linear activation, which is equal.
     """
     config = model.config
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear) and not hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError("a quantised model cannot be saved: load it without quantize")
     check_replaceable(path, "config.json")
     path, partial = Path(path), Path(path).with_name(Path(path).name + ".partial")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from qilin_min import (IMAGE_TOKEN, SYSTEM, Qilin, QilinConfig, TextConfig, VisionConfig, check_ranges, check_replaceable, hf_configs, part_of, read_rows, replace_folder,
+from qilin_min import (IMAGE_TOKEN, SYSTEM, Qilin, QilinConfig, Rows, TextConfig, VisionConfig, check_ranges, check_replaceable, hf_configs, part_of, replace_folder,
                        run_cli, save_tensors, write_json)
 
 # --- 1. what can be seen, and how it is said ------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def save_random_weights(out, text, vision, seed):
 
 def ask(out):
     """Three lines for demo.sh: a held-out picture, a question about it, and its answer."""
-    row = next((row for row in read_rows(out / "heldout.json") if row["kind"] == "shape"), None)
+    row = next((row for row in Rows(out / "heldout.json") if row["kind"] == "shape"), None)
     if row is None:
         raise ValueError(f"{out}: no question about a shape in heldout.json")
     question, answer = (turn["value"] for turn in row["conversations"])

@@ -2,27 +2,36 @@
 
     torchrun --nproc_per_node 8 train.py --stage 1        align: the projector alone learns to caption
     torchrun --nproc_per_node 8 train.py --stage 2        tune: projector and language model learn to answer
+    python train.py --stage 2 --plan --world-size 8       memory, time and disk of such a run, before a GPU is rented
+    python train.py --smoke                               five minutes on new GPUs: does all of this work there?
 
 One process works too: `python train.py …`. Without options: the paper's settings, weights in weights/, data in data/chimed/ (see README).
 --out holds run.json, log.jsonl (a line a step), loss.png, samples.jsonl, checkpoints/ and, at the end, final/: stage 1's projector.safetensors,
-stage 2's whole model as a folder that sample.py, transformers and vLLM load.
+stage 2's whole model as a folder that sample.py, transformers and vLLM load. Started again, a run goes on from its newest checkpoint.
 
 One step is one mean over the labelled tokens of the global batch, however it is cut into ranks and micro-batches; the released code takes
 a mean of means, which weighs tokens by how their batch happened to be cut.
 """
 
 import argparse
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,15 +39,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from torch.distributed.checkpoint import save as save_sharded
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint import async_save
+from torch.distributed.checkpoint import load as load_sharded
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from qilin_min import (IGNORE_INDEX, TEMPLATES, USER_ERRORS, Qilin, Tokenizer, answer_ids, check_ranges, check_replaceable, count_images, encode_conversation, encode_prompt,
-                       full_tensors, load_weights, one_line, pad_rows, part_of, preprocess_image, read_checkpoint, read_rows, replace_folder,
-                       row_pictures, run_cli, save_qilin, save_tensors, write_json)
+from batches import Dialogs, all_batches, check_batches, count, cut_batch, digest, gather, leave, load_ahead, on_rank0, print0, sum_over_ranks, to_device, together
+from plan import GIB, LLAMA_SIZES, Fit, Machine, Sizes, blocks_to_checkpoint, choose, describe_fit, flops, run_plan
+from qilin_min import (LOSS_CHUNK, TEMPLATES, USER_ERRORS, Qilin, QuantizedLinear, Tokenizer, add_lora, answer_ids, check_ranges, check_replaceable, count_images,
+                       encode_prompt, full_tensors, load_weights, one_line, part_of, preprocess_image, quantize_linears, read_checkpoint, read_json, replace_folder,
+                       row_pictures, run_cli, save_qilin, save_tensors, write_json, write_text)
 
 # --- 1. the two stages ----------------------------------------------------------------------------------------------
 # paper, section 5.2, and the released scripts; every row can be overridden by the option of the same name
@@ -48,56 +61,99 @@ STAGES = {
     2: dict(trained=("mm_projector", "llm"), lr=2e-5, batch_size=128, micro_batch_size=16, data="data/chimed/instruction.json",
             projector="out/stage1/final/projector.safetensors", out="out/stage2"),
 }
-
-
+LORA = dict(trained=("mm_projector", "lora"), lr=2e-4)  # in place of stage 2's; ten times its rate is LLaVA's choice for adapters
 FINAL_FILES = {1: "projector.safetensors", 2: "config.json"}  # in --out/final, of a finished run
+DEFAULT_WEIGHTS = {"llm": "weights/Llama2-Chinese-13b-Chat", "vision": "weights/clip-vit-large-patch14-336"}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stage", type=int, choices=STAGES, required=True, help="1: projector on captions; 2: projector and language model on questions")
+    add("--stage", type=int, choices=STAGES, help="1: projector on captions; 2: projector and language model on questions")
+
+    add = parser.add_argument_group("what is trained on what").add_argument
     add("--llm", default=None, help="LLaMA folder (default weights/Llama2-Chinese-13b-Chat)")
     add("--vision", default=None, help="CLIP folder (default weights/clip-vit-large-patch14-336)")
     add("--model", default=None, help="a whole model to go on from, in place of --llm and --vision")
     add("--projector", default=None, help="file to start from, or `fresh` (default: the one in --model; else stage 1 fresh, stage 2 out/stage1/final/projector.safetensors)")
     add("--projector-type", default="linear", choices=("linear", "mlp2x_gelu"), help="of a fresh one: the paper's, or the released weights' (default %(default)s)")
-    add("--data", nargs="+", default=None, help=".json lists or .jsonl of {id, image, conversations} (default by stage: data/chimed/…)")
+    add("--data", nargs="+", default=None, help=".json lists or .jsonl of {id, image, conversations}; several are mixed (default by stage: data/chimed/…)")
     add("--images", default="data/chimed/images", help="folder that the data's picture names are relative to (default %(default)s)")
-    add("--out", default=None, help="folder to write (default out/stage1, out/stage2)")
-    add("--batch-size", type=int, default=None, help="samples a step over all ranks (default 256, 128)")
-    add("--micro-batch-size", type=int, default=None, help="samples a rank holds at one time; more a step are accumulated (default 32, 16)")
-    add("--lr", type=float, default=None, help="peak learning rate (default 1e-3, 2e-5)")
-    add("--warmup-ratio", type=float, default=0.03, help="share of the steps before the peak (default %(default)s)")
-    add("--weight-decay", type=float, default=0.0, help="(default %(default)s)")
-    add("--max-grad-norm", type=float, default=1.0, help="gradient norm is clipped there, 0: never (default %(default)s)")
-    add("--epochs", type=int, default=1, help="(default %(default)s)")
-    add("--max-steps", type=int, default=0, help="stop the run after this many steps; the schedule ends there as well (0: by --epochs)")
+    add("--strict", action="store_true", help="stop when a picture does not decode (default: a grey one takes its place and the sample teaches nothing; counted and logged)")
     add("--max-length", type=int, default=2048, help="tokens of a sample, pictures included; the end of longer ones is cut (default %(default)s)")
     add("--template", choices=TEMPLATES, default="v1", help="v1: dialogs, as in the paper; plain: picture then caption, the released stage 1")
     add("--image-mode", choices=("pad", "crop"), default="pad", help="how a picture becomes square (default %(default)s)")
-    add("--checkpoint-layers", type=int, default=None, help="LLM layers that recompute activations in backward (default all; 0 none)")
+
+    add = parser.add_argument_group("how it learns").add_argument
+    add("--batch-size", type=int, default=None, help="samples a step over all ranks (default 256, 128)")
+    add("--lr", type=float, default=None, help="peak learning rate (default 1e-3, 2e-5; with --lora 2e-4)")
+    add("--warmup-ratio", type=float, default=0.03, help="share of the steps before the peak (default %(default)s)")
+    add("--weight-decay", type=float, default=0.0, help="(default %(default)s)")
+    add("--max-grad-norm", type=float, default=1.0, help="gradient norm is clipped there, 0: never (default %(default)s)")
+    add("--max-bad-steps", type=int, default=10, help="steps in a row whose loss is not finite or explodes: each is skipped, so many stop the run (default %(default)s)")
+    add("--epochs", type=int, default=1, help="(default %(default)s)")
+    add("--max-steps", type=int, default=0, help="stop the run after this many steps; the schedule ends there as well (0: by --epochs)")
+    add("--seed", type=int, default=0, help="of the order of samples and of what starts fresh (default %(default)s)")
+    add("--lora", type=int, default=0, metavar="RANK", help="stage 2: train low-rank adapters of the language model instead of all of it; merged at the end")
+    add("--lora-alpha", type=float, default=None, help="their scale is alpha / rank (default: twice the rank)")
+    add("--quantize", choices=("int8", "int4"), default=None, help="keep the language model's frozen blocks in so many bits, whole on every GPU (stage 1, or --lora)")
+
+    add = parser.add_argument_group("how it fits (the plan chooses what is not given)").add_argument
+    add("--micro-batch-size", type=int, default=None, help="samples a GPU holds at one time (default: chosen, at most the paper's 32, 16)")
+    add("--checkpoint-layers", type=int, default=None, help="blocks that recompute activations in backward (default: as few as each batch needs)")
+    add("--reshard", choices=("auto", "always", "never"), default="auto", help="free a block's gathered weights between forward and backward (default auto: where memory wants it)")
+    add("--replicate", type=int, default=1, help="HSDP: so many copies of the sharded weights, one a node: only gradients cross nodes (default %(default)s)")
+    add("--compile", action="store_true", help="torch.compile each block: slower start, one recompilation when lengths vary")
+    add("--workers", type=int, default=None, help="processes a rank that decode pictures ahead (default: spare cores, at most 8)")
+
+    add = parser.add_argument_group("stopping and going on").add_argument
+    add("--out", default=None, help="folder to write (default out/stage1, out/stage2)")
+    add("--save-every", type=int, default=500, help="steps between two checkpoints (default %(default)s)")
+    add("--keep", type=int, default=2, help="newest checkpoints kept (default %(default)s)")
+    add("--resume", default="auto", metavar="auto|never|PATH", help="go on from the newest whole checkpoint in --out, from none, or from this one (default auto)")
+    add("--allow-changes", action="store_true", help="resume although data, weights or settings differ from the checkpoint's")
+
+    add = parser.add_argument_group("what one sees").add_argument
     add("--val-data", default=None, help="held-out file: its loss is logged, some of its questions are answered")
     add("--eval-every", type=int, default=500, help="steps between two looks at --val-data (default %(default)s; also before and after)")
     add("--samples", type=int, default=4, help="questions of --val-data answered at each look (default %(default)s)")
     add("--log-every", type=int, default=1, help="steps between two printed lines; log.jsonl has every step (default %(default)s)")
-    add("--workers", type=int, default=None, help="processes a rank that decode pictures ahead (default: spare cores, at most 8)")
-    add("--seed", type=int, default=0, help="of the order of samples and of a fresh projector (default %(default)s)")
+    add("--tensorboard", action="store_true", help="also write --out/tensorboard (pip install tensorboard)")
+
+    add = parser.add_argument_group("before a run").add_argument
+    add("--plan", action="store_true", help="print memory, work, hours and disk, and stop; without weights or data the paper's, saying so")
+    add("--world-size", type=int, default=8, help="GPUs of the plan (default %(default)s)")
+    add("--gpu-memory", type=float, default=None, help="GiB a GPU (default: what is there; for --plan 80)")
+    add("--gpu-tflops", type=float, default=None, help="its peak in bf16 (default: known by its name; for --plan 312, an A100)")
+    add("--size", choices=LLAMA_SIZES, default="13B", help="of the plan where there are no weights (default %(default)s)")
+    add("--smoke", action="store_true", help="train, kill, resume and export a random model on this machine's GPUs (or CPU); a table of what works")
+
     args = parser.parse_args(argv)
-    stage, most = STAGES[args.stage], 10**9
-    for name in ("lr", "batch_size", "micro_batch_size", "out"):
+    if args.smoke:
+        return args
+    if args.stage is None:
+        parser.error("--stage 1 or --stage 2 is needed (or --smoke)")
+    stage, most = dict(STAGES[args.stage], **(LORA if args.lora else {})), 10**9
+    if args.lora and args.stage != 2:
+        raise ValueError("--lora trains adapters of the language model, which stage 1 leaves alone: give it to --stage 2")
+    if args.quantize and "llm" in stage["trained"]:
+        raise ValueError(f"--quantize {args.quantize} keeps the language model frozen: add --lora RANK")
+    args.trained, args.lora_alpha = stage["trained"], args.lora_alpha or 2.0 * args.lora
+    for name in ("lr", "batch_size", "out"):
         if getattr(args, name) is None:
             setattr(args, name, stage[name])
+    args.is_default_data, args.default_weights = args.data is None, DEFAULT_WEIGHTS
     args.data, args.out = args.data or [stage["data"]], Path(args.out)
     if args.model is None:
-        args.llm = args.llm or "weights/Llama2-Chinese-13b-Chat"
-        args.vision = args.vision or "weights/clip-vit-large-patch14-336"
+        args.llm, args.vision = args.llm or DEFAULT_WEIGHTS["llm"], args.vision or DEFAULT_WEIGHTS["vision"]
         if args.projector is None and stage["projector"]:
             args.projector = stage["projector"]
-            if not Path(args.projector).is_file():
+            if not Path(args.projector).is_file() and not args.plan:
                 raise FileNotFoundError(f"stage {args.stage} starts from {args.projector}, which is not there: run --stage 1, or give --projector FILE or --projector fresh")
     check_ranges(args, lr=(0, 10), batch_size=(1, most), micro_batch_size=(1, most), epochs=(1, 10**4), max_steps=(0, most), max_length=(2, most), warmup_ratio=(0, 1),
-                 weight_decay=(0, 1), max_grad_norm=(0, most), checkpoint_layers=(0, most), eval_every=(1, most), samples=(0, most), log_every=(1, most), workers=(0, 256), seed=(0, 2**31))
+                 weight_decay=(0, 1), max_grad_norm=(0, most), checkpoint_layers=(0, most), eval_every=(1, most), samples=(0, most), log_every=(1, most), workers=(0, 256),
+                 seed=(0, 2**31), lora=(0, 4096), lora_alpha=(0, most), replicate=(1, most), save_every=(1, most), keep=(1, most), max_bad_steps=(1, most), world_size=(1, 10**5),
+                 gpu_memory=(0.001, 10**5), gpu_tflops=(0.001, 10**6))
     return args
 
 
@@ -111,196 +167,95 @@ def setup_distributed():
     if is_cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"  # gloo beside nccl: error messages travel as Python objects
+    backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"  # gloo beside nccl: error messages travel as Python objects, checkpoints in the background
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        store = dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's store still holds the addresses of ranks that died
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def print0(*values):
-    if dist.get_rank() == 0:
-        tqdm.write(" ".join(map(str, values)))
-        sys.stdout.flush()
+class StopRequest:
+    """Was this run asked to stop? By SIGTERM (a scheduler, torchrun), by Ctrl-C, or because the torchrun that started it is gone. A second Ctrl-C is not asked."""
+
+    def __init__(self):
+        self.code, self.parent = 0, os.getppid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.code = 128 + number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(self):
+        is_orphan = "RANK" in os.environ and os.getppid() != self.parent
+        return {"stop_term": float(self.code == 143 or is_orphan), "stop_int": float(self.code == 130)}
 
 
-def together(function, *args):
-    """function(*args) on every rank; if it raises what a user can cause on any of them, all ranks stop: one line from rank 0, exit code 2."""
-    result, error = None, None
-    try:
-        result = function(*args)
-    except USER_ERRORS as raised:
-        error = one_line(raised)
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    if first := next((e for e in errors if e), None):
-        if dist.get_rank() == 0:
-            print(f"train.py: {first}", file=sys.stderr, flush=True)
-        dist.destroy_process_group()
-        sys.exit(2)
-    return result
+# --- 3. model: meta device, freeze, shard, load ---------------------------------------------------------------------
 
 
-def stop_unless_finite(step, loss, grad_norm):
-    """Exit code 1 on all ranks, before the weights are touched, when the loss or the gradient is inf or nan: both are the same on every rank."""
-    if not (loss.isfinite() and grad_norm.isfinite()):
-        if dist.get_rank() == 0:
-            print(f"train.py: step {step}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}; stopped (a smaller --lr may help)", file=sys.stderr, flush=True)
-        dist.destroy_process_group()
-        sys.exit(1)
-
-
-def sum_over_ranks(values, device):
-    """The sums over ranks of a list of numbers, as Python floats (exact for counts up to 2^53)."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-# --- 3. data: rows -> samples -> batches ----------------------------------------------------------------------------
-
-
-class Dialogs(torch.utils.data.Dataset):
-    """Samples of the data files; indexed by a list of row numbers, it gives their batch.
-
-    Every row is checked and tokenised once at the start: a bad row or a picture that is not there stops the run before the first step.
-    lengths int32 (n,): tokens of each sample kept. Samples of which max_length leaves no label are dropped and counted.
-    """
-
-    def __init__(self, files, tokenizer, n_image_tokens, image_size, args):
-        self.tokenizer, self.n_image_tokens, self.image_size, self.args = tokenizer, n_image_tokens, image_size, args
-        self.rows, lengths, self.n_dropped, self.n_cut = [], [], 0, 0
-        for file in files:
-            for i, row in enumerate(tqdm(read_rows(file), desc=f"tokenising {Path(file).name}", unit=" rows", disable=None if dist.get_rank() == 0 else True)):
-                try:
-                    ids, labels = self.encode(row)
-                    row_pictures(row, args.images)
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair stops here, not when an answer is logged
-                except USER_ERRORS as error:
-                    name = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
-                    raise ValueError(f"{file}: row {i}{name}: {one_line(error)}") from None
-                if all(label == IGNORE_INDEX for label in labels[1:]):
-                    self.n_dropped += 1
-                    continue
-                n_ends = labels.count(tokenizer.eos_id)  # one an answer, so that a missing one tells a cut
-                self.n_cut += len(ids) == args.max_length if args.template == "plain" else n_ends < len(row["conversations"]) // 2
-                self.rows.append(row)
-                lengths.append(len(ids))
-        if not self.rows:
-            raise ValueError(f"{', '.join(map(str, files))}: no sample to learn from"
-                             + f" ({self.n_dropped} dropped: longer than --max-length {args.max_length} before any answer)" * bool(self.n_dropped))
-        self.lengths = np.array(lengths, dtype=np.int32)
-
-    def encode(self, row):
-        if not isinstance(row, dict):
-            raise ValueError("not an object with id, image and conversations")
-        return encode_conversation(row.get("conversations"), self.tokenizer, self.n_image_tokens, self.args.template, self.args.max_length)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, batch):
-        """A batch from row numbers: input_ids, labels (B, T), pixel_values (M, 3, H, W) or None; no rows at all give one row without labels,
-        so that a rank with nothing to do still takes part in the collectives. An error comes back as text under "error"."""
-        try:
-            samples = [self.encode(self.rows[i]) for i in batch] or [([self.tokenizer.bos_id] * 2, [IGNORE_INDEX] * 2)]
-            pictures = [preprocess_image(path, self.image_size, self.args.image_mode) for i in batch for path in row_pictures(self.rows[i], self.args.images)]
-        except USER_ERRORS as error:
-            return {"error": one_line(error)}
-        input_ids, labels = pad_rows([ids for ids, _ in samples], 0), pad_rows([labels for _, labels in samples], IGNORE_INDEX)
-        return {"input_ids": input_ids, "labels": labels, "pixel_values": torch.stack(pictures) if pictures else None,
-                "n_tokens": sum(len(ids) for ids, _ in samples) if batch else 0, "n_slots": input_ids.numel()}
-
-
-def batch_order(lengths, batch_size, seed, epoch, window=50):
-    """The global batches of an epoch: lists of row numbers, each row once, the longest sample first within a batch.
-
-    A pure function of its arguments, whatever the number of ranks. Rows are shuffled, then sorted by length in windows of 50 batches, so that a
-    batch holds samples alike in length and little is padding; then the batches are shuffled. The batch of the longest sample
-    comes first: a run that will not fit in memory fails at once. The last, smaller batch stays last: nothing is dropped.
-    """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    batches = []
-    for start in range(0, len(order), window * batch_size):
-        part = order[start : start + window * batch_size]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
-    tail = [batches.pop()] if len(batches[-1]) < batch_size else []
-    batches = [batches[i] for i in rng.permutation(len(batches))]
-    if batches:
-        batches.insert(0, batches.pop(int(np.argmax([lengths[batch[0]] for batch in batches]))))
-    return batches + tail
-
-
-def cut_batch(batch, rank, world_size, micro_batch_size):
-    """This rank's micro-batches of a global batch: every world_size-th sample, so that ranks get like lengths. As many on each rank; some may be empty."""
-    mine = batch[rank::world_size]
-    n = math.ceil(math.ceil(len(batch) / world_size) / micro_batch_size)
-    return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(n)]
-
-
-def load_ahead(dataset, micro_batches, workers):
-    """An iterator over the batches of a list of row-number lists, decoded by worker processes ahead of time."""
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=micro_batches, num_workers=workers, prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available()))
-
-
-def check_batches(parts):
-    """ValueError when the loader could not make one of the batches."""
-    for batch in parts:
-        if "error" in batch:
-            raise ValueError(batch["error"])
-
-
-def count(parts):
-    """[errors, labelled tokens that the loss counts, real tokens, tokens with padding] of a list of batches."""
-    good = [batch for batch in parts if "error" not in batch]
-    return [len(parts) - len(good), sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in good),
-            sum(batch["n_tokens"] for batch in good), sum(batch["n_slots"] for batch in good)]
-
-
-def to_device(batch, device):
-    return {k: None if batch[k] is None else batch[k].to(device, non_blocking=True) for k in ("input_ids", "pixel_values", "labels")}
-
-
-# --- 4. model: meta device, freeze, shard, load ---------------------------------------------------------------------
-
-
-def shard_model(model, device, trained, compute_dtype):
+def shard_model(model, device, trained, compute_dtype, replicate=1, is_kept=False, is_compiled=False):
     """Freeze what is not trained and shard in place with FSDP2: each decoder layer, then the rest in one group.
 
-    compute_dtype: bf16 on CUDA, float32 on CPU. Trained parameters are float32 and cast when gathered, frozen ones are kept in compute_dtype;
-    gradients are summed over ranks in float32.
-    The tower is not sharded: 0.6 GB that would be gathered in every step, and a rank without pictures must not wait for it.
+    trained: of PARTS, and "lora". compute_dtype: bf16 on CUDA, float32 on CPU. Trained parameters are float32 and cast when gathered, frozen ones are
+    kept in compute_dtype: no gradient, no moments, half the memory. Gradients are summed over ranks in float32.
+    replicate: copies of the sharded weights, along the first dimension of the mesh (HSDP). is_kept: a block stays gathered until its backward.
+    The tower is not sharded: 0.6 GB that would be gathered in every step, and a rank without pictures must not wait for it. Nor are quantised
+    weights, which are there for machines whose GPUs are few.
     """
     for name, param in model.named_parameters():
         param.requires_grad_(part_of(name) in trained)
-    for module in (model.vision_tower, model.mm_projector, model.model, model.lm_head):
-        if module is not None and not any(p.requires_grad for p in module.parameters()):
-            module.to(compute_dtype)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        if not param.requires_grad and param.is_floating_point():
+            param.data = param.data.to(compute_dtype)
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    for module in quantized:
+        module.scale = module.scale.to(compute_dtype)
+    world_size = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (world_size,)) if replicate == 1 else init_device_mesh(
+        device.type, (replicate, world_size // replicate), mesh_dim_names=("replicate", "shard"))
+    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+               ignored_params={*model.vision_tower.parameters(), *(module.weight for module in quantized)})
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(model.vision_tower.parameters()))
+        if is_compiled:
+            layer.compile()  # in place, so that names stay; before sharding, so that gathering is not traced
+        fully_shard(layer, reshard_after_forward=not is_kept, **how)
+    return fully_shard(model, **how)
 
 
-def build_model(args, checkpoint, device):
+def build_model(args, checkpoint, device, is_kept=False):
     """The sharded model with its weights, each rank having read only its own rows. -> (model, line that accounts for all tensors)"""
     config, sources, fresh = checkpoint  # of read_checkpoint
     config.image_mode = args.image_mode  # goes out with the weights, so that they are asked as they were trained
     with torch.device("meta"):
         model = Qilin(config)
-    model = shard_model(model, device, STAGES[args.stage]["trained"], torch.bfloat16 if device.type == "cuda" else torch.float32)
-    n_layers = config.text.num_hidden_layers
-    model.model.n_checkpointed = n_layers if args.checkpoint_layers is None else args.checkpoint_layers
+        if args.quantize:
+            quantize_linears(model, int(args.quantize[3:]))
+        if args.lora:
+            add_lora(model, args.lora, args.lora_alpha)
+    model = shard_model(model, device, args.trained, torch.bfloat16 if device.type == "cuda" else torch.float32, args.replicate, is_kept, args.compile)
     return model, load_weights(model, sources, device, fresh, args.seed)
 
 
-# --- 5. optimiser and schedule --------------------------------------------------------------------------------------
+PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "L40S": 362, "4090": 165, "3090": 71}  # bf16, dense, by the makers' sheets
+
+
+def this_machine(args, device):
+    """(Machine of this run, whether its peak is known): on a CPU all ranks share its memory, a fifth is left to others."""
+    world_size, name, tflops = dist.get_world_size(), "", args.gpu_tflops
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+        tflops = tflops or next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    memory = args.gpu_memory * GIB if args.gpu_memory else min(gather(memory))  # every rank must cut its batch into as many pieces
+    reserve = {} if device.type == "cuda" else dict(reserve=0.2 * memory)
+    return Machine(world_size, memory, (tflops or 312) * 1e12, replicate=args.replicate, **reserve), tflops is not None
+
+
+# --- 4. optimiser and schedule --------------------------------------------------------------------------------------
 
 
 def lr_at(step, n_steps, peak, warmup_ratio):
@@ -312,7 +267,28 @@ def lr_at(step, n_steps, peak, warmup_ratio):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup)))
 
 
-# --- 6. what one sees -----------------------------------------------------------------------------------------------
+@dataclass
+class Progress:
+    """Where a run stands: with the seed it is all that order, schedule and checks depend on. Goes into every checkpoint."""
+
+    step: int = 0              # optimiser steps done or skipped
+    n_bad: int = 0             # of them skipped
+    n_bad_in_a_row: int = 0
+    n_grey: int = 0            # samples whose picture did not decode
+    recent: list = field(default_factory=list)  # losses of the last 50 good steps
+
+    def is_bad(self, loss, grad_norm):
+        """Whether a step must not touch the weights: not finite, or a loss far above the last ones (3 times their mean and 2 more; nothing gentler is
+        wrong for certain). loss and norm are sums over ranks, so all agree."""
+        exploded = len(self.recent) >= 10 and loss > 3 * sum(self.recent) / len(self.recent) + 2
+        is_bad = not math.isfinite(loss) or not math.isfinite(grad_norm) or exploded
+        self.n_bad, self.n_bad_in_a_row = self.n_bad + is_bad, (self.n_bad_in_a_row + 1) * is_bad
+        if not is_bad:
+            self.recent = [*self.recent[-49:], loss]
+        return is_bad
+
+
+# --- 5. what one sees -----------------------------------------------------------------------------------------------
 
 
 def draw_curves(path, title, train, held_out):
@@ -356,36 +332,77 @@ def draw_curves(path, title, train, held_out):
 
 
 class Log:
-    """run.json, log.jsonl, loss.png and the printed lines, all from rank 0."""
+    """run.json, log.jsonl, loss.png and the printed lines, all from rank 0. A run that goes on at a step drops what was logged after it."""
 
-    def __init__(self, args, n_steps, n_params):
-        self.args, self.n_steps, self.train, self.held_out, self.is_rank0 = args, n_steps, [], [], dist.get_rank() == 0
+    def __init__(self, args, n_steps, n_params, data, start, peak_flops):
+        self.args, self.n_steps, self.peak_flops, self.train, self.held_out, self.is_rank0 = args, n_steps, peak_flops, [], [], dist.get_rank() == 0
+        self.seconds, self.board = deque(maxlen=50), None
         if self.is_rank0:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_run_json(args, n_params)
-            (args.out / "samples.jsonl").unlink(missing_ok=True)
-            self.file = open(args.out / "log.jsonl", "w", encoding="utf-8")
-        self.bar = tqdm(total=n_steps, desc=f"stage {args.stage}", unit="step", disable=None if self.is_rank0 else True)
+            write_run_json(args, n_params, data, start)
+            for name in ("log.jsonl", "samples.jsonl"):
+                self.truncate(args.out / name, start)
+            self.file = open(args.out / "log.jsonl", "a", encoding="utf-8")
+            if args.tensorboard:
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    raise ValueError("--tensorboard needs a package more: pip install tensorboard") from None
+                self.board = SummaryWriter(args.out / "tensorboard", purge_step=start)
+        self.bar = tqdm(total=n_steps, initial=start, desc=f"stage {args.stage}", unit="step", disable=None if self.is_rank0 else True)
         self.drawn = time.monotonic()
+
+    def truncate(self, path, start):
+        """Keep the lines of steps up to `start`; what is said at a step before it is trained (held-out loss, samples) is said again."""
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if start and path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                is_kept = entry["step"] <= start if "seconds" in entry or "bad" in entry or "grey" in entry else entry["step"] < start
+            except (ValueError, KeyError, TypeError):  # cut short by a kill
+                continue
+            if is_kept:
+                kept.append(line + "\n")
+                if "seconds" in entry:
+                    self.train.append((entry["step"], entry["loss"]))
+                elif "val_loss" in entry:
+                    self.held_out.append((entry["step"], entry["val_loss"]))
+        write_text(path, "".join(kept)) if kept or path.name == "log.jsonl" else path.unlink(missing_ok=True)
 
     def write(self, **entry):
         if self.is_rank0:
             self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self.file.flush()
+            for name, value in entry.items() if self.board else ():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, entry["step"])
 
-    def step(self, step, loss, lr, grad_norm, seconds, n_tokens, n_slots, n_targets, device):
-        """One line for step number `step` (1 is the first)."""
+    def step(self, step, loss, lr, grad_norm, seconds, n, n_flops, device):
+        """One line for step number `step` (1 is the first). n: what count() summed; n_flops: of plan.flops, for the whole step."""
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        entry = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=n_tokens / seconds, padding=1 - n_tokens / n_slots,
-                     memory_gib=memory / 2**30, n_targets=int(n_targets), seconds=seconds)
+        mfu = n_flops / seconds / self.peak_flops if self.peak_flops else None
+        entry = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=n["tokens"] / seconds, padding=1 - n["tokens"] / n["slots"],
+                     memory_gib=memory / GIB, mfu=mfu, n_targets=int(n["targets"]), seconds=seconds)
         self.write(**entry)
         self.train.append((step, loss))
+        self.seconds.append(seconds)
         self.bar.update()
         if step % self.args.log_every == 0 or step in (1, self.n_steps):
-            print0(f"step {step}/{self.n_steps} | loss {loss:.4f} | lr {lr:.2e} | grad {grad_norm:.2f} | {entry['tokens_per_s']:,.0f} tok/s | "
-                   f"padding {entry['padding']:.1%} | {entry['memory_gib']:.2f} GiB | {seconds:.2f} s")
+            eta = timedelta(seconds=round((self.n_steps - step) * sum(self.seconds) / len(self.seconds)))
+            print0(f"step {step}/{self.n_steps} | loss {loss:.4f} | lr {lr:.2e} | grad {grad_norm:.2f} | {entry['tokens_per_s']:,.0f} tok/s | " + (f"{mfu:.1%} of peak | " if mfu else "")
+                   + f"{entry['memory_gib']:.2f} GiB | padding {entry['padding']:.1%} | {seconds:.2f} s | {eta} to go")
         if time.monotonic() - self.drawn > 30:
             self.draw()
+
+    def bad_step(self, step, loss, grad_norm, dataset, batch):
+        """A step that was skipped, with the samples in it."""
+        if self.is_rank0:
+            self.write(step=step, bad=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}", ids=[dataset.row(i).get("id") for i in batch])
+        self.bar.update()
+        print0(f"step {step}/{self.n_steps} | skipped: loss {loss:.4g}, gradient norm {grad_norm:.4g}; its samples are in log.jsonl")
+
+    def grey(self, step, names):
+        self.write(step=step, grey=names)
+        print0(f"step {step}/{self.n_steps} | {len(names)} samples without their picture, which teach nothing: {'; '.join(names[:3])}" + f" and {len(names) - 3} more, in log.jsonl" * (len(names) > 3))
 
     def held_out_loss(self, step, loss):
         self.write(step=step, val_loss=loss)
@@ -401,27 +418,33 @@ class Log:
             except OSError as error:  # a picture is not worth a run
                 print0(f"loss.png was not drawn: {one_line(error)}")
 
+    def close(self):
+        self.draw()
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
 
 @torch.no_grad()
-def evaluate(model, dataset, args, device):
+def evaluate(model, dataset, micro_batch_size, device):
     """Held-out loss: mean over all labelled tokens of the file. Every rank takes its share and as many forward passes."""
     model.eval()
-    totals = [0.0, 0.0]
+    totals = {"ce_sum": 0.0, "targets": 0}
     order = np.argsort(-dataset.lengths, kind="stable").tolist()
-    micro_batches = cut_batch(order, dist.get_rank(), dist.get_world_size(), args.micro_batch_size)
+    micro_batches = cut_batch(order, dist.get_rank(), dist.get_world_size(), micro_batch_size)
     for batch in load_ahead(dataset, micro_batches, 0):
         together(check_batches, [batch])
-        totals[0] += float(model(**to_device(batch, device), reduction="sum"))
-        totals[1] += count([batch])[1]
+        totals["ce_sum"] += float(model(**to_device(batch, device), reduction="sum"))
+        totals["targets"] += count([batch])["targets"]
     model.reshard()  # the root keeps its parameters whole after a forward without backward
     model.train()
-    ce_sum, n = sum_over_ranks(totals, device)
-    return ce_sum / n
+    totals = sum_over_ranks(totals, device)
+    return totals["ce_sum"] / max(totals["targets"], 1)
 
 
 def answer_held_out(model, dataset, args, step, device):
     """Greedy answers to the first questions of some held-out rows, the same each time, into samples.jsonl. All ranks answer all and step together."""
-    rows = [dataset.rows[i] for i in np.random.default_rng(0).permutation(len(dataset))[: args.samples]]
+    rows = [dataset.row(i) for i in np.random.default_rng(0).permutation(len(dataset))[: args.samples]]
     if not rows:
         return
     model.eval()
@@ -431,7 +454,7 @@ def answer_held_out(model, dataset, args, step, device):
     pixels = together(lambda: torch.stack([preprocess_image(p, dataset.image_size, args.image_mode) for p in pictures]) if pictures else None)
 
     def all_ended(ended):  # a rank that stopped alone would leave the others waiting in an all-gather
-        return sum_over_ranks([float(not all(ended))], device)[0] == 0
+        return sum_over_ranks({"going on": float(not all(ended))}, device)["going on"] == 0
 
     answers = answer_ids(model, prompts, pixels, max_new_tokens=64, stop=all_ended)
     model.reshard()
@@ -444,44 +467,188 @@ def answer_held_out(model, dataset, args, step, device):
                 print0(f"    {question.replace('<image>', '').strip()}  ->  {dataset.tokenizer.decode(answer)}  (truth: {truth})")
 
 
-def write_run_json(args, n_params):
+def write_run_json(args, n_params, data, start):
     """run.json: what was run, with what, on what."""
-    def digest(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
     write_json(args.out / "run.json", {
         "command": sys.argv, "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}, "world_size": dist.get_world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "parameters": n_params,
-        "data": {str(path): digest(path) for path in [*args.data, *([args.val_data] if args.val_data else [])]}})
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "parameters": n_params, "started_at_step": start, "data": data})
 
 
-# --- 7. checkpoint and export ---------------------------------------------------------------------------------------
+# --- 6. checkpoints and export --------------------------------------------------------------------------------------
+
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # options of the state dict: frozen weights are in no checkpoint
+STEP_FOLDER = re.compile(r"step-(\d+)$")
 
 
-def save_checkpoint(args, model, optimizer, step):
-    """checkpoints/step-N: what was trained, the optimiser and the step, one file a rank; written beside, then renamed."""
-    path = args.out / "checkpoints" / f"step-{step}"
-    partial = path.with_name(path.name + ".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    save_sharded({"model": weights, "optimizer": moments, "step": step}, checkpoint_id=partial)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        replace_folder(partial, path)
-    dist.barrier()
+class Checkpoints:
+    """--out/checkpoints/step-N: weights trained, Adam's moments, RNG, progress and setup, one file a rank, resumable with any number of ranks.
+
+    Written by a background thread into step-N.partial from a copy in host memory, and renamed when every rank is done, so that a step-N is whole or not there;
+    a kill at any moment leaves the earlier ones as they are. The newest --keep stay.
+    """
+
+    def __init__(self, args, model, optimizer, setup):
+        self.args, self.model, self.optimizer, self.setup, self.folder = args, model, optimizer, setup, args.out / "checkpoints"
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # its own: on the default group it would meet training's collectives
+        self.writing = None  # (future, progress)
+
+    def tensors(self, with_rng=True):
+        weights, moments = get_state_dict(self.model, self.optimizer, options=TRAINED_ONLY)
+        rng = {f"cpu-{dist.get_rank()}": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng[f"cuda-{dist.get_rank()}"] = torch.cuda.get_rng_state()
+        return {"model": weights, "optimizer": moments, **({"rng": rng} if with_rng else {})}
+
+    def whole(self):
+        """{step: folder} of the checkpoints of which nothing is missing, oldest first."""
+        found = {}
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            try:
+                sizes = read_json(path / "state.json")["files"]
+                if (match := STEP_FOLDER.match(path.name)) and all((path / name).stat().st_size == size for name, size in sizes.items()):
+                    found[int(match[1])] = path
+            except (*USER_ERRORS, KeyError, TypeError, AttributeError):
+                continue
+        return dict(sorted(found.items()))
+
+    def clean(self):
+        """Remove what an interrupted save or removal left."""
+        whole = self.whole().values()
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if re.match(r"step-\d+(\.partial|\.old)?$", path.name) and path not in whole:
+                print0(f"{path} is not whole: removed")
+                shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, progress, wait=False):
+        """Start writing a checkpoint; what a step waits for is the copy to host memory. An earlier one under way is finished first."""
+        self.finish()
+        partial = self.folder / f"step-{progress.step}.partial"
+
+        def prepare():
+            if progress.step in self.whole():  # resumed from it, and stopped before another step
+                return False
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            return True
+
+        if progress.step and on_rank0(prepare):
+            self.writing = async_save(self.tensors(), checkpoint_id=partial, process_group=self.group), Progress(**asdict(progress)), partial
+        if wait:
+            self.finish()
+
+    def progress(self):
+        """For sum_over_ranks: has this rank written its part? When all have, finish() does not wait."""
+        return {"written": float(self.writing is not None and self.writing[0].done())}
+
+    def finish(self):
+        """Wait until every rank has written, then give the folder its name. A disk that is full stops all ranks with one line and exit code 1."""
+        if self.writing is None:
+            return
+        (future, progress, partial), self.writing = self.writing, None
+
+        def written():
+            try:
+                future.result()
+            except (CheckpointException, Exception) as error:  # the former is no Exception
+                cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) and error.failures else error
+                shutil.rmtree(partial, ignore_errors=True)
+                raise OSError(getattr(cause, "errno", None) or errno.EIO, f"checkpoint not written ({one_line(cause)[:200]}); the earlier ones are whole", str(partial)) from None
+
+        def seal():
+            files = {path.name: path.stat().st_size for path in partial.iterdir()}
+            write_json(partial / "state.json", {"progress": asdict(progress), "world_size": dist.get_world_size(), "setup": self.setup, "files": files})
+            for path in (partial / "state.json", partial):  # the tensors' files were synced by their writer
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            replace_folder(partial, partial.with_suffix(""))
+            for step in list(self.whole())[: -self.args.keep]:
+                gone = self.folder / f"step-{step}.old"
+                (self.folder / f"step-{step}").rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+        together(written)
+        on_rank0(seal)
+
+    def resume(self):
+        """Progress from the checkpoint that --resume names, its tensors being loaded; a new one where there is none."""
+        path = on_rank0(self.find)
+        if path is None:
+            return Progress()
+        saved = together(read_json, path / "state.json")
+        on_rank0(self.compare, saved["setup"], path)
+        is_same = saved["world_size"] == dist.get_world_size()
+        state = self.tensors(with_rng=is_same)
+        try:
+            load_sharded(state, checkpoint_id=path, process_group=self.group)
+        except CheckpointException as error:
+            leave(2, f"{path} cannot be loaded: {one_line(next(iter(error.failures.values()))[0])[:300]}")
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+        if is_same:
+            torch.set_rng_state(state["rng"][f"cpu-{dist.get_rank()}"])
+            if f"cuda-{dist.get_rank()}" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"][f"cuda-{dist.get_rank()}"])
+        print0(f"going on after step {saved['progress']['step']} ({path}, written by {saved['world_size']} ranks)")
+        return Progress(**saved["progress"])
+
+    def find(self):
+        """The folder to resume from, or None."""
+        if self.args.resume not in ("auto", "never"):
+            path = Path(self.args.resume)
+            if not (path / "state.json").is_file():
+                raise FileNotFoundError(f"--resume {path}: no checkpoint there (a folder step-N with state.json)")
+            return path
+        self.clean()
+        steps = self.whole()
+        if steps and self.args.resume == "never":
+            aside = next(p for i in range(1, 10**6) if not (p := self.folder.with_name(f"checkpoints.{i}")).exists())
+            self.folder.rename(aside)
+            print0(f"--resume never: earlier checkpoints are now in {aside}")
+            return None
+        return list(steps.values())[-1] if steps else None
+
+    def compare(self, old, path):
+        """ValueError that says what differs between this run and the one that wrote a checkpoint."""
+        differ = [f"{name}: {old.get(name)} there, {value} now" for name, value in json.loads(json.dumps(self.setup)).items() if old.get(name) != value]
+        if differ and not self.args.allow_changes:
+            raise ValueError(f"{path} is of a run with another setup ({'; '.join(differ)[:600]}): start with the old one, or another --out, or --allow-changes to go on all the same")
+
+
+def describe_setup(args, tokenizer, sources, data):
+    """What decides a run's numbers, to be compared when it goes on. Weights by the names, shapes and first rows of their tensors: reading 26 GB would take minutes."""
+    sha256 = hashlib.sha256()
+    for files, parts in sources:
+        for name in sorted(name for name in files.tensors if part_of(name) in parts):
+            sha256.update(f"{name} {files.shape(name)} ".encode() + files.rows(name, 0, 1).contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    names = ("stage", "batch_size", "lr", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "max_length", "template", "image_mode", "seed",
+             "lora", "lora_alpha", "quantize")
+    return {**{name: getattr(args, name) for name in names}, "data": data, "tokenizer": digest(tokenizer.path), "weights": sha256.hexdigest()}
+
+
+def lock(out):
+    """Hold --out/.lock until this process ends. While the ranks of an earlier start still save what they have, wait for them."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "w")
+    for second in range(660):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if second == 5:
+                print0(f"another run is still writing to {out}: waiting for it, up to 11 minutes")
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return file
+    raise ValueError(f"another run is writing to {out}: stop it, or give another --out")
 
 
 def export(args, model, tokenizer):
     """final/: what the next stage and sample.py read. Tensors are gathered one at a time; bf16 when trained on CUDA."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     final = args.out / "final"
-    if "llm" in STAGES[args.stage]["trained"]:
+    if args.trained != ("mm_projector",):
         return save_qilin(model, tokenizer, final, dtype, f"a language model and a projector tuned in stage {args.stage}")
     tensors = {"model." + name: full for name, full in full_tensors(model, "mm_projector.", dtype)}
     if dist.get_rank() == 0:
@@ -493,94 +660,203 @@ def export(args, model, tokenizer):
     dist.barrier()
 
 
-# --- 8. main --------------------------------------------------------------------------------------------------------
+# --- 7. main --------------------------------------------------------------------------------------------------------
 
 
 def prepare(args):
-    """Everything that can go wrong before the first step: weights' headers, tokenizer, data."""
+    """What can go wrong before data is read: --out, the weights' headers, the tokenizer. -> (checkpoint of read_checkpoint, Tokenizer)"""
     if not args.out.name or (args.out.exists() and not args.out.is_dir()):
         raise ValueError(f"--out {str(args.out)!r} is no folder")
+    if dist.get_world_size() % args.replicate:
+        raise ValueError(f"--replicate {args.replicate} does not divide {dist.get_world_size()} ranks")
     check_replaceable(args.out / "final", FINAL_FILES[args.stage])
     checkpoint = read_checkpoint(args.model, llm=args.llm, vision=args.vision, projector=args.projector, projector_type=args.projector_type)
-    config = checkpoint[0]
-    if args.max_length > config.text.max_position_embeddings:
-        raise ValueError(f"--max-length {args.max_length} is more than the model's {config.text.max_position_embeddings} positions")
-    tokenizer = Tokenizer(args.llm or args.model)
-    files = [args.data] + ([[args.val_data]] if args.val_data else [])
-    datasets = [Dialogs(f, tokenizer, config.n_image_tokens, config.vision.image_size, args) for f in files]
-    return checkpoint, tokenizer, datasets[0], datasets[1] if args.val_data else None
+    if args.max_length > checkpoint[0].text.max_position_embeddings:
+        raise ValueError(f"--max-length {args.max_length} is more than the model's {checkpoint[0].text.max_position_embeddings} positions")
+    return checkpoint, Tokenizer(args.llm or args.model)
 
 
-def run_training(args):
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dataset: Dialogs
+    held_out: Dialogs | None
+    batches: list                 # global batches of the whole run, one a step
+    micro_batches: list           # of each step, this rank's
+    sizes: Sizes
+    fit: Fit
+    blocks_for: object            # slots of a micro-batch -> blocks that must recompute
+    model: Qilin
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    trained: list
+    checkpoints: Checkpoints
+    progress: Progress
+    log: Log
+    lock: object                  # an open file: closed, it would let another run in
+
+
+def start(args):
+    """Everything before the first step; None when the run is finished already."""
     rank, world_size, device = setup_distributed()
-    if together(lambda: (args.out / "final" / FINAL_FILES[args.stage]).is_file()):
+    checkpoint, tokenizer = together(prepare, args)
+    held = together(lambda: lock(args.out) if rank == 0 else None)
+    if on_rank0(lambda: (args.out / "final" / FINAL_FILES[args.stage]).is_file()):
         print0(f"{args.out / 'final'} is there: this run is finished (another --out, or remove the folder, to train again)")
-        return dist.destroy_process_group()
-    checkpoint, tokenizer, dataset, held_out = together(prepare, args)
-    model, accounting = together(build_model, args, checkpoint, device)
+        return None
+    config = checkpoint[0]
+    dataset, held_out = (files and Dialogs(files, tokenizer, config.n_image_tokens, config.vision.image_size, args) for files in (args.data, args.val_data and [args.val_data]))
+    batches = all_batches(args, dataset.lengths)
+    sizes = Sizes(config, args.trained, args.lora, args.quantize, 2 if device.type == "cuda" else 4)
+    machine, is_peak_known = this_machine(args, device)
+    per_gpu, reshard = math.ceil(max(map(len, batches)) / world_size), {"auto": None, "always": False, "never": True}[args.reshard]
+    fit = choose(sizes, machine, dataset.lengths, batches, args.micro_batch_size, reshard, STAGES[args.stage]["micro_batch_size"])
+    is_tight, fit = fit is None, fit or Fit(args.micro_batch_size or 1, args.reshard == "never", deepest=sizes.L)
+
+    @functools.cache
+    def blocks_for(slots):  # recompute in as few blocks as this micro-batch's tokens need: most batches are short, and each block spared is a third of its work
+        if args.checkpoint_layers is not None:
+            return args.checkpoint_layers
+        n = blocks_to_checkpoint(sizes, world_size // args.replicate, slots, machine.budget, is_kept=fit.is_kept, is_accumulating=per_gpu > fit.micro_batch_size, n_labels=LOSS_CHUNK)
+        return sizes.L if n is None else n
+
+    model, accounting = together(build_model, args, checkpoint, device, fit.is_kept)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
-    batches = [b for epoch in range(args.epochs) for b in batch_order(dataset.lengths, args.batch_size, args.seed, epoch)][: args.max_steps or None]
-    n_steps = len(batches)
-    micro_batches = [cut_batch(batch, rank, world_size, args.micro_batch_size) for batch in batches]
+    checkpoints = Checkpoints(args, model, optimizer, together(describe_setup, args, tokenizer, checkpoint[1], dataset.digests))
+    progress = checkpoints.resume()
+    if progress.step == 0:  # a picture lost since does not keep a run from going on
+        for dialogs in filter(None, (dataset, held_out)):
+            together(dialogs.check_pictures)
     if args.workers is None:
         args.workers = min(8, max(0, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     n_params = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in trained)}
-    log = together(Log, args, n_steps, n_params)
+    data = {str(rows.path): sha256 for dialogs in filter(None, (dataset, held_out)) for rows, sha256 in zip(dialogs.files, dialogs.digests)}
+    log = together(Log, args, len(batches), n_params, data, progress.step, machine.flops * world_size if is_peak_known else None)
     print0(f"stage {args.stage}: {n_params['trained']:,} of {n_params['all']:,} parameters trained; {accounting}")
-    print0(f"{len(dataset):,} samples ({dataset.n_dropped} dropped, {dataset.n_cut} cut), median {int(np.median(dataset.lengths))} tokens; {n_steps} steps of "
-           f"{args.batch_size} = {world_size} ranks x {math.ceil(args.batch_size / world_size)}, at most {args.micro_batch_size} at a time; {device.type}")
+    print0(f"{len(dataset):,} samples ({dataset.n_dropped} dropped, {dataset.n_cut} cut), median {int(np.median(dataset.lengths))} tokens; {len(batches)} steps of "
+           f"{args.batch_size} on {world_size} ranks, {device.type}; {describe_fit(fit, sizes.L, per_gpu)}" + "; by --plan this may not fit into memory" * is_tight)
+    micro_batches = [cut_batch(batch, rank, world_size, fit.micro_batch_size) for batch in batches]
+    return Run(args, device, dataset, held_out, batches, micro_batches, sizes, fit, blocks_for, model, tokenizer, optimizer, trained, checkpoints, progress, log, held)
 
-    stream = load_ahead(dataset, [micro for step in micro_batches for micro in step], args.workers)
+
+def stop_if_needed(run, n, parts):
+    """Leave, all ranks in the same step and with a checkpoint: when asked to, when a row cannot be read, when the pictures are gone. n: sums of count() and asked()."""
+    is_blind = n["grey"] > 4 and n["grey"] > n["pictures"] / 2  # a folder that is not mounted is no picture that does not decode
+    if n["errors"] or n["stop_term"] or n["stop_int"] or is_blind:
+        run.checkpoints.save(run.progress, wait=True)
+        together(check_batches, parts)
+        if is_blind:
+            leave(2, f"step {run.progress.step + 1}: {int(n['grey'])} of its samples have no picture that can be read ({parts[0]['grey'][:1]}): is --images {run.args.images} still there?")
+        leave(143 if n["stop_term"] else 130, f"stopped after step {run.progress.step} of {len(run.batches)}; the same command goes on from there")
+    if n["grey"]:
+        names = [name for rank in gather([name for batch in parts for name in batch["grey"]]) for name in rank]
+        run.progress.n_grey += len(names)
+        run.log.grey(run.progress.step + 1, names)
+
+
+def look(run, step):
+    """Held-out loss and some answers."""
+    if run.held_out:
+        run.log.held_out_loss(step, evaluate(run.model, run.held_out, run.fit.micro_batch_size, run.device))
+        answer_held_out(run.model, run.held_out, run.args, step, run.device)
+
+
+def train(run):
+    """The loop. One step is one mean over labelled tokens, however its batch is cut into ranks and micro-batches."""
+    args, model, optimizer, progress, world_size = run.args, run.model, run.optimizer, run.progress, dist.get_world_size()
+    stream, stop = load_ahead(run.dataset, [micro for step in run.micro_batches[progress.step :] for micro in step], args.workers), StopRequest()
     model.train()
-    for step in range(n_steps):
-        if held_out and step % args.eval_every == 0:
-            log.held_out_loss(step, evaluate(model, held_out, args, device))
-            answer_held_out(model, held_out, args, step, device)
+    for step, batch in enumerate(run.batches[progress.step :], progress.step):
+        if step % args.eval_every == 0:
+            look(run, step)
         tic = time.perf_counter()
-        lr = lr_at(step, n_steps, args.lr, args.warmup_ratio)
+        lr = lr_at(step, len(run.batches), args.lr, args.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # One step is one mean over labelled tokens, however the batch is cut: they are counted over all ranks
-        # and micro-batches before the first backward. FSDP averages gradients over ranks, and we want their sum.
-        parts = [next(stream) for _ in micro_batches[step]]
-        n_errors, n_targets, n_tokens, n_slots = sum_over_ranks(count(parts), device)
-        if n_errors:
-            save_checkpoint(args, model, optimizer, step)
-            together(check_batches, parts)
-        step_loss = 0.0
-        for batch in parts:  # each backward sums its gradients over ranks: kept for the last one, they would stand whole on every rank
-            loss = model(**to_device(batch, device), reduction="sum") / n_targets
-            (loss * world_size).backward()
-            step_loss += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf).full_tensor()
-        dist.all_reduce(step_loss)
-        stop_unless_finite(step + 1, step_loss, grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log.step(step + 1, step_loss.item(), lr, grad_norm.item(), time.perf_counter() - tic, n_tokens, n_slots, n_targets, device)
+        # labelled tokens are counted over all ranks and micro-batches before the first backward; with them all ranks learn what any one has to say
+        parts = [next(stream) for _ in run.micro_batches[step]]
+        n = sum_over_ranks({**count(parts), **stop.asked(), **run.checkpoints.progress()}, run.device)
+        if n["written"] == world_size:
+            run.checkpoints.finish()
+        stop_if_needed(run, n, parts)
 
-    export(args, model, tokenizer)
-    save_checkpoint(args, model, optimizer, n_steps)
-    if held_out:
-        log.held_out_loss(n_steps, evaluate(model, held_out, args, device))
-        answer_held_out(model, held_out, args, n_steps, device)
-    log.draw()
-    log.bar.close()
-    print0(f"done: {args.out / 'final'}, {args.out / 'loss.png'}")
+        step_loss = 0.0
+        for part in parts:  # each backward sums its gradients over ranks: kept for the last one, they would stand whole on every rank
+            model.model.n_checkpointed = run.blocks_for(part["input_ids"].numel())
+            loss = model(**to_device(part, run.device), reduction="sum") / max(n["targets"], 1)
+            (loss * world_size).backward()  # FSDP averages gradients over ranks, and we want their sum
+            step_loss += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.trained, args.max_grad_norm or math.inf).full_tensor()
+        dist.all_reduce(step_loss)
+
+        loss, grad_norm = step_loss.item(), grad_norm.item()  # the only wait for the device; the same numbers on all ranks
+        if is_bad := progress.is_bad(loss, grad_norm):
+            run.log.bad_step(step + 1, loss, grad_norm, run.dataset, batch)
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.step = step + 1
+        if not is_bad:
+            work = flops(run.sizes, run.dataset.lengths[batch], n["pictures"], n["targets"])
+            run.log.step(step + 1, loss, lr, grad_norm, time.perf_counter() - tic, n, work, run.device)
+        if progress.n_bad_in_a_row >= args.max_bad_steps:
+            leave(1, f"step {step + 1}: {args.max_bad_steps} steps in a row had a loss that is not finite or explodes (now {loss:.4g}, gradient norm {grad_norm:.4g}): "
+                     "stopped, their samples are in log.jsonl (a smaller --lr may help)")
+        if progress.step % args.save_every == 0 and progress.step < len(run.batches):
+            run.checkpoints.save(progress)
+
+
+def run_training(args):
+    run = start(args)
+    if run:
+        train(run)
+        run.checkpoints.finish()
+        export(args, run.model, run.tokenizer)
+        run.checkpoints.save(run.progress, wait=True)
+        look(run, len(run.batches))
+        run.log.close()
+        print0(f"done: {args.out / 'final'}, {args.out / 'loss.png'}"
+               + f"; {run.progress.n_bad} steps skipped" * bool(run.progress.n_bad) + f"; {run.progress.n_grey} samples had no picture that decodes" * bool(run.progress.n_grey))
     dist.destroy_process_group()
+
+
+def run_guarded(args):
+    """run_training, with one line for what ends it from outside: memory, or a rank that is gone."""
+    try:
+        run_training(args)
+    except torch.OutOfMemoryError as error:
+        line, hint = one_line(error)[:200], "try a smaller --micro-batch-size, or --checkpoint-layers 999; --plan shows what takes the memory"
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and not re.search("gloo|Connection|peer|NCCL", str(error)):
+            raise
+        line, hint = one_line(error)[:200], "another rank is gone; started again, the run goes on from its newest checkpoint"
+    else:
+        return
+    print(f"train.py: rank {os.environ.get('RANK', 0)}: {line}: {hint}", file=sys.stderr, flush=True)
+    os._exit(1)  # what still waits for the other ranks would wait for ever
 
 
 def main():
     if os.environ.get("RANK", "0") == "0":
-        return run_training(parse_args())
+        args = parse_args()
+        if args.smoke:
+            from smoke import run_smoke
+            return run_smoke()
+        if args.plan:
+            setup_distributed()
+            return run_plan(args, STAGES[args.stage]["micro_batch_size"], args.trained if args.stage == 1 or args.lora else LORA["trained"])
+        return run_guarded(args)
     try:  # what is wrong with the options rank 0 says, once
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
             args = parse_args()
     except USER_ERRORS:
         sys.exit(2)
-    run_training(args)
+    run_guarded(args)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 import importlib.metadata
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -17,6 +20,7 @@ from transformers.processing_utils import transformers_module
 import qilin_min as q
 
 transformers_module.MistralCommonBackend = type("MistralCommonBackend", (), {})  # mistral-common is installed for one file, without what its import needs
+ROOT = Path(__file__).resolve().parent.parent
 PARITY_LINES = []
 N_IMAGE = 16  # 56 / 14 squared
 
@@ -127,3 +131,39 @@ ROW_PICTURES = [slice(0, 0), slice(0, 1), slice(1, 3)]  # of pictures(3)
 def hf_ids(ids, model):
     """Our input_ids in transformers' spelling: the picture token's id at picture positions."""
     return ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, model.config.image_token_id)
+
+
+# --- train.py, run as a user would ----------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A toy world of a few dozen pictures."""
+    out = tmp_path_factory.mktemp("world") / "toy"
+    subprocess.run([sys.executable, ROOT / "toy.py", out, "--language", "24", "--alignment", "24", "--instruction", "24", "--heldout", "4"], check=True)
+    mixed = json.loads((out / "instruction.json").read_text())[:14] + json.loads((out / "language.json").read_text())[:9]
+    two = dict(mixed[0], id="two", image=[mixed[0]["image"], mixed[1]["image"]])
+    two["conversations"] = [dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗?"), {"from": "gpt", "value": "不相同。"}]
+    (out / "mixed.json").write_text(json.dumps(mixed + [two], ensure_ascii=False))
+    (out / "text.json").write_text(json.dumps(mixed[14:], ensure_ascii=False))
+    (out / "one.json").write_text(json.dumps(mixed[:1], ensure_ascii=False))
+    return out
+
+
+def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
+    """One train.py run; -> (losses, gradient norms) of its steps, or the finished process with check=False."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())] if ranks > 1 else [sys.executable]
+    command += [ROOT / "train.py", "--stage", stage, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
+                "--data", toy / data, "--out", out, "--lr", "2e-3", "--workers", "0", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    if not check:
+        return done
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [r for r in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in r]
+    return np.array([r["loss"] for r in rows]), np.array([r["grad_norm"] for r in rows])

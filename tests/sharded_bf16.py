@@ -21,7 +21,7 @@ for stage in (1, 2):
     args.images = toy / "images"
     data = train.Dialogs([toy / "mixed.json"], Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args)
     batch = data[[0, 1, 2] if rank == 0 else [len(data) - 3, len(data) - 4]]  # rank 1: text only
-    _, n_targets, _, _ = train.sum_over_ranks(train.count([batch]), device)
+    n_targets = train.sum_over_ranks(train.count([batch]), device)["targets"]
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         with torch.device("meta"):

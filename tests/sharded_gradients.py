@@ -24,7 +24,7 @@ model, _ = train.build_model(args, checkpoint, device)
 model.train()
 micro_batches = train.cut_batch(list(range(len(data))), rank, world_size, 5)
 parts = [data[micro] for micro in micro_batches]
-_, n_targets, _, _ = train.sum_over_ranks(train.count(parts), device)
+n_targets = train.sum_over_ranks(train.count(parts), device)["targets"]
 for batch in parts:
     (model(**train.to_device(batch, device), reduction="sum") / n_targets * world_size).backward()
 worst = 0.0

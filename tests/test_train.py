@@ -13,37 +13,10 @@ from safetensors.torch import load_file
 
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import batches
 import train
+from conftest import ROOT, run
 from qilin_min import load_qilin
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A toy world of a few dozen pictures."""
-    out = tmp_path_factory.mktemp("world") / "toy"
-    subprocess.run([sys.executable, ROOT / "toy.py", out, "--language", "24", "--alignment", "24", "--instruction", "24", "--heldout", "4"], check=True)
-    mixed = json.loads((out / "instruction.json").read_text())[:14] + json.loads((out / "language.json").read_text())[:9]
-    two = dict(mixed[0], id="two", image=[mixed[0]["image"], mixed[1]["image"]])
-    two["conversations"] = [dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗?"), {"from": "gpt", "value": "不相同。"}]
-    (out / "mixed.json").write_text(json.dumps(mixed + [two], ensure_ascii=False))
-    (out / "text.json").write_text(json.dumps(mixed[14:], ensure_ascii=False))
-    (out / "one.json").write_text(json.dumps(mixed[:1], ensure_ascii=False))
-    return out
-
-
-def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
-    """One train.py run; -> (losses, gradient norms) of its steps, or the finished process with check=False."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29600 + os.getpid() % 300)] if ranks > 1 else [sys.executable]
-    command += [ROOT / "train.py", "--stage", stage, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
-                "--data", toy / data, "--out", out, "--lr", "2e-3", "--workers", "0", *options]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    if not check:
-        return done
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [r for r in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in r]
-    return np.array([r["loss"] for r in rows]), np.array([r["grad_norm"] for r in rows])
 
 
 def test_ranks_and_micro_batches_do_not_matter(toy, tmp_path, report):
@@ -110,12 +83,12 @@ def test_lr_at(step, want):
 
 def test_batch_order_takes_every_sample_once():
     lengths = np.random.default_rng(0).integers(10, 2000, 1003).astype(np.int32)
-    batches = train.batch_order(lengths, 16, seed=1, epoch=0)
-    assert sorted(i for b in batches for i in b) == list(range(1003)) and [len(b) for b in batches] == [16] * 62 + [11]
-    assert max(lengths) in lengths[batches[0]] and batches == train.batch_order(lengths, 16, 1, 0) != train.batch_order(lengths, 16, 1, 1)
+    order = batches.batch_order(lengths, 16, seed=1, epoch=0)
+    assert sorted(i for b in order for i in b) == list(range(1003)) and [len(b) for b in order] == [16] * 62 + [11]
+    assert max(lengths) in lengths[order[0]] and order == batches.batch_order(lengths, 16, 1, 0) != batches.batch_order(lengths, 16, 1, 1)
     for world_size in (1, 2, 3, 8):
-        for batch in (batches[0], batches[-1], [5]):
-            cuts = [train.cut_batch(batch, rank, world_size, 4) for rank in range(world_size)]
+        for batch in (order[0], order[-1], [5]):
+            cuts = [batches.cut_batch(batch, rank, world_size, 4) for rank in range(world_size)]
             assert sorted(i for cut in cuts for micro in cut for i in micro) == sorted(batch) and len({len(cut) for cut in cuts}) == 1
 
 

@@ -1,0 +1,281 @@
+"""From data files to every rank's batches: rows by byte offset, lengths in tokens, an order that does not depend on the number of ranks.
+
+    1. ranks      what processes tell each other, so that all go on or all stop
+    2. samples    a row of a file -> input_ids, labels, pixels; its lengths measured once and kept beside the data
+    3. order      lengths -> global batches of samples alike in length -> this rank's micro-batches
+    4. loading    worker processes that decode pictures ahead
+"""
+
+import errno
+import hashlib
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from qilin_min import IGNORE_INDEX, USER_ERRORS, Rows, encode_conversation, find_rows, one_line, pad_rows, picture_names, preprocess_image, row_pictures
+
+# --- 1. ranks -------------------------------------------------------------------------------------------------------
+
+
+def print0(*values):
+    if dist.get_rank() == 0:
+        tqdm.write(" ".join(map(str, values)))
+        sys.stdout.flush()
+
+
+def leave(code, line=None):
+    """End this process, and all ranks with it, since all call this in the same step; the line comes from rank 0."""
+    if line and dist.get_rank() == 0:
+        print(f"train.py: {line}", file=sys.stderr, flush=True)
+    dist.destroy_process_group()
+    sys.exit(code)
+
+
+def gather(value):
+    """[value of each rank], on every rank; any Python object."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(function, *args):
+    """function(*args) on every rank; if it raises what a user can cause on any of them, all ranks stop: one line from rank 0, exit code 2 (1: the disk)."""
+    result, error = None, None
+    try:
+        result = function(*args)
+    except USER_ERRORS as raised:
+        error = one_line(raised), 1 if getattr(raised, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG) else 2
+    if first := next((e for e in gather(error) if e), None):
+        leave(first[1], first[0])
+    return result
+
+
+def on_rank0(function, *args):
+    """function(*args) of rank 0 alone, its result on every rank; errors as in together()."""
+    return gather(together(lambda: function(*args) if dist.get_rank() == 0 else None))[0]
+
+
+def sum_over_ranks(values, device):
+    """The sums over ranks of a dict of numbers, as Python floats (exact for counts up to 2^53)."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))
+
+
+# --- 2. samples -----------------------------------------------------------------------------------------------------
+
+
+def digest(path):
+    """sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+INDEX = ("start", "stop", "length", "n_pictures", "n_labels", "is_cut")  # of each row: its bytes in the file, its tokens as trained on
+
+
+class Dialogs(torch.utils.data.Dataset):
+    """Samples of the data files; indexed by a list of row numbers, it gives their batch.
+
+    Rows stay on disk and are read by byte offset. Before the first run every row is checked and tokenised once, each rank taking its share: a bad one
+    stops the run then. What comes of it, int64 (n, 6) by INDEX, is kept beside the data under a name made of the digests of data and tokenizer
+    and of what else lengths depend on. lengths, n_pictures, n_labels int64 (n,): of the samples kept; those of which max_length leaves no label are dropped and counted.
+    """
+
+    def __init__(self, files, tokenizer, n_image_tokens, image_size, args):
+        self.tokenizer, self.n_image_tokens, self.image_size, self.args = tokenizer, n_image_tokens, image_size, args
+        self.files, self.digests, indices = [], [], []
+        for file in map(Path, files):
+            index, sha256 = self.index(file)
+            self.files.append(Rows(file, index[:, :2]))
+            self.digests.append(sha256)
+            indices.append(np.column_stack((np.full(len(index), len(indices)), np.arange(len(index)), index[:, 2:])))
+        index = np.concatenate(indices)
+        kept = index[index[:, 4] > 0]
+        self.n_dropped, self.n_cut = len(index) - len(kept), int(kept[:, 5].sum())
+        self.places, self.lengths, self.n_pictures, self.n_labels = kept[:, :2], kept[:, 2], kept[:, 3], kept[:, 4]
+        if not len(kept):
+            leave(2, f"{', '.join(map(str, files))}: no sample to learn from" + f" ({self.n_dropped} dropped: longer than --max-length {args.max_length} before any answer)" * bool(self.n_dropped))
+
+    def index(self, file):
+        """(int64 (n, 6) of INDEX for each row of a file, its sha256), from the cache or made by all ranks."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+
+        def look_up():
+            if not file.is_file():
+                raise FileNotFoundError(f"no such data file: {file}")
+            sha256 = digest(file)
+            key = [1, sha256, digest(self.tokenizer.path), self.n_image_tokens, self.args.template, self.args.max_length]
+            name = f"{file.name}.{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.index.npy"
+            for cache in (file.with_name(name), self.args.out / name):
+                try:
+                    index = np.load(cache)
+                    if index.ndim == 2 and index.shape[1] == len(INDEX) and index.dtype == np.int64:
+                        return sha256, name, index, None
+                except (OSError, ValueError, EOFError):  # none there, or damaged: made anew
+                    pass
+            return sha256, name, None, find_rows(file)
+
+        sha256, name, index, ranges = on_rank0(look_up)
+        if index is None:
+            shares = gather(together(self.measure, Rows(file, ranges), rank, world_size))
+            index = np.empty((len(ranges), len(INDEX)), dtype=np.int64)
+            for r, share in enumerate(shares):
+                index[r::world_size] = np.column_stack((ranges[r::world_size], share))
+            if rank == 0:
+                for cache in (file.with_name(name), self.args.out / name):  # the data's folder may be read-only
+                    try:
+                        partial = cache.with_name(cache.name + ".partial")
+                        with open(partial, "wb") as opened:
+                            np.save(opened, index)
+                        partial.replace(cache)
+                        break
+                    except OSError as error:
+                        partial.unlink(missing_ok=True) if partial.exists() else None
+                        problem = error
+                else:
+                    print0(f"lengths are not kept for the next start: {one_line(problem)}")
+        return index, sha256
+
+    def measure(self, rows, rank, world_size):
+        """int64 (n, 4): length, n_pictures, n_labels, is_cut of every world_size-th row. ValueError names file and row."""
+        out = []
+        for i in tqdm(range(rank, len(rows), world_size), desc=f"tokenising {rows.path.name}", unit=" rows", unit_scale=world_size, disable=None if rank == 0 else True):
+            row = rows[i]
+            try:
+                ids, labels = self.encode(row)
+                n_pictures = len(picture_names(row))
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair stops here, not when an answer is logged
+            except USER_ERRORS as error:
+                name = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
+                raise ValueError(f"{rows.path}: row {i}{name}: {one_line(error)}") from None
+            n_ends = labels.count(self.tokenizer.eos_id)  # one an answer, so that a missing one tells a cut
+            is_cut = len(ids) == self.args.max_length if self.args.template == "plain" else n_ends < len(row["conversations"]) // 2
+            out.append((len(ids), n_pictures, sum(label != IGNORE_INDEX for label in labels[1:]), is_cut))
+        return np.array(out, dtype=np.int64).reshape(-1, 4)
+
+    def check_pictures(self):
+        """ValueError unless every picture of this rank's share of the rows is there."""
+        rank, missing, first = dist.get_rank(), 0, ""
+        for i in tqdm(range(rank, len(self), dist.get_world_size()), desc="looking for pictures", unit=" rows", unit_scale=dist.get_world_size(), disable=None if rank == 0 else True, delay=2):
+            if self.n_pictures[i]:
+                try:
+                    row_pictures(self.row(i), self.args.images)
+                except USER_ERRORS as error:
+                    file, number = self.places[i]
+                    missing, first = missing + 1, first or f"{self.files[file].path}: row {number} (id {self.row(i).get('id')}): {one_line(error)}"
+        if missing:
+            raise ValueError(first + f" (and {missing - 1} more rows)" * (missing > 1))
+
+    def row(self, i):
+        file, number = self.places[i]
+        return self.files[file][number]
+
+    def encode(self, row):
+        if not isinstance(row, dict):
+            raise ValueError("not an object with id, image and conversations")
+        return encode_conversation(row.get("conversations"), self.tokenizer, self.n_image_tokens, self.args.template, self.args.max_length)
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, batch):
+        """A batch from row numbers: input_ids, labels (B, T), pixel_values (M, 3, H, W) or None; no rows at all give one row without labels,
+        so that a rank with nothing to do still takes part in the collectives. A sample whose picture does not decode gets a grey one and no labels,
+        and is named under "grey"; with --strict, or when the row itself cannot be read any more, the text comes back under "error"."""
+        samples, pictures, grey = [], [], []
+        try:
+            for i in batch:
+                row = self.row(i)
+                ids, labels = self.encode(row)
+                try:
+                    found = [preprocess_image(path, self.image_size, self.args.image_mode) for path in row_pictures(row, self.args.images)]
+                except USER_ERRORS as error:
+                    if self.args.strict:
+                        raise
+                    grey.append(f"{row.get('id')}: {one_line(error)}")
+                    labels, found = [IGNORE_INDEX] * len(ids), [torch.zeros(3, self.image_size, self.image_size)] * int(self.n_pictures[i])
+                samples.append((ids, labels))
+                pictures += found
+        except USER_ERRORS as error:
+            return {"error": one_line(error)}
+        samples = samples or [([self.tokenizer.bos_id] * 2, [IGNORE_INDEX] * 2)]
+        input_ids, labels = pad_rows([ids for ids, _ in samples], 0), pad_rows([labels for _, labels in samples], IGNORE_INDEX)
+        return {"input_ids": input_ids, "labels": labels, "pixel_values": torch.stack(pictures) if pictures else None, "grey": grey,
+                "n_tokens": sum(len(ids) for ids, _ in samples) if batch else 0, "n_slots": input_ids.numel()}
+
+
+# --- 3. order -------------------------------------------------------------------------------------------------------
+
+
+def batch_order(lengths, batch_size, seed, epoch, window=50):
+    """The global batches of an epoch: lists of row numbers, each row once, the longest sample first within a batch.
+
+    A pure function of its arguments, whatever the number of ranks. Rows are shuffled, then sorted by length in windows of 50 batches, so that a
+    batch holds samples alike in length and little is padding; then the batches are shuffled. The batch of the longest sample
+    comes first: a run that will not fit in memory fails at once. The last, smaller batch stays last: nothing is dropped.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), window * batch_size):
+        part = order[start : start + window * batch_size]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
+    tail = [batches.pop()] if len(batches[-1]) < batch_size else []
+    batches = [batches[i] for i in rng.permutation(len(batches))]
+    if batches:
+        batches.insert(0, batches.pop(int(np.argmax([lengths[batch[0]] for batch in batches]))))
+    return batches + tail
+
+
+def cut_batch(batch, rank, world_size, micro_batch_size):
+    """This rank's micro-batches of a global batch: every world_size-th sample, so that ranks get like lengths. As many on each rank; some may be empty."""
+    mine = batch[rank::world_size]
+    n = math.ceil(math.ceil(len(batch) / world_size) / micro_batch_size)
+    return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(n)]
+
+
+def all_batches(args, lengths):
+    """The global batches of the whole run, lists of sample numbers, epoch after epoch."""
+    return [b for epoch in range(args.epochs) for b in batch_order(lengths, args.batch_size, args.seed, epoch)][: args.max_steps or None]
+
+
+# --- 4. loading -----------------------------------------------------------------------------------------------------
+
+
+def load_ahead(dataset, micro_batches, workers):
+    """An iterator over the batches of a list of row-number lists, decoded by worker processes ahead of time."""
+    def reset_signals(_):  # a worker ends with its rank, and not by a signal that the rank answers
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=micro_batches, num_workers=workers, prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=reset_signals))
+
+
+def check_batches(parts):
+    """ValueError when the loader could not make one of the batches."""
+    for batch in parts:
+        if "error" in batch:
+            raise ValueError(batch["error"])
+
+
+def count(parts):
+    """What sum_over_ranks adds up of a list of batches: errors, labels that the loss counts, real tokens, tokens with padding, pictures and grey samples."""
+    good = [batch for batch in parts if "error" not in batch]
+    return {"errors": len(parts) - len(good), "targets": sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in good),
+            "tokens": sum(batch["n_tokens"] for batch in good), "slots": sum(batch["n_slots"] for batch in good),
+            "pictures": sum(len(batch["pixel_values"]) for batch in good if batch["pixel_values"] is not None), "grey": sum(len(batch["grey"]) for batch in good)}
+
+
+def to_device(batch, device):
+    return {k: None if batch[k] is None else batch[k].to(device, non_blocking=True) for k in ("input_ids", "pixel_values", "labels")}

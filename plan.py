@@ -1,0 +1,320 @@
+"""What a training run needs, from its sizes alone: memory, work, time, disk. `python train.py --stage 2 --plan --world-size 8` prints it.
+
+Every figure is a formula of a line or two, in bytes and floating-point operations, that a reader can follow; tests hold them to a memory tracker.
+train.py asks the same formulas, step by step, how many blocks must recompute their activations.
+
+C hidden size, F MLP width, V vocabulary, L blocks, T tokens with padding (slots) that a GPU holds at one time, W GPUs that share one copy of the weights,
+e bytes of a number in compute (2: bf16 on CUDA, 4: float32 on a CPU). Trained weights, their gradients and both of Adam's moments are float32: 16 bytes each.
+"""
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from batches import Dialogs, all_batches, together
+from qilin_min import LOSS_CHUNK, QilinConfig, TextConfig, Tokenizer, VisionConfig, folder_config, read_checkpoint, text_config, vision_config
+
+GIB = 2**30
+RESERVE_GIB = 3.0    # of a GPU's memory: CUDA context, NCCL's buffers, fragmentation; an estimate, not measured
+SPARE_GIB = 5.0      # what must be left beside: batches differ, and an out-of-memory in hour 19 is dear
+LLAMA_SIZES = {
+    "7B": TextConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=4096),
+    "13B": TextConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, max_position_embeddings=4096),
+    "70B": TextConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=4096),
+}
+PAPER_TOWER = VisionConfig(1024, 4096, 24, 16, 336, 14)  # CLIP ViT-L/14-336
+
+
+# --- 1. sizes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sizes:
+    """Parameters by group. block: one decoder layer; root: what is gathered with the model itself (embeddings, head, norm, projector)."""
+
+    config: QilinConfig
+    trained: tuple                # of PARTS and "lora"
+    lora: int = 0                 # rank of the adapters
+    quantize: str | None = None   # "int8" | "int4": of the blocks' linear layers, which are then not sharded
+    e: int = 2
+
+    def __post_init__(self):
+        text, vision = self.config.text, self.config.vision
+        C, F, V, Cv = text.hidden_size, text.intermediate_size, text.vocab_size, vision.hidden_size
+        q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+        self.L, self.q, self.kv = text.num_hidden_layers, q, kv
+        self.linear = 2 * C * q + 2 * C * kv + 3 * C * F           # q, o; k, v; gate, up, down
+        self.adapter = self.lora * (2 * (C + q) + 2 * (C + kv) + 3 * (C + F))
+        self.block = self.linear + 2 * C + self.adapter            # with the two norms
+        self.embed = V * C * (1 if text.tie_word_embeddings else 2) + C
+        self.projector = Cv * C + C + (C * C + C if self.config.projector_type == "mlp2x_gelu" else 0)
+        self.tower = vision.num_hidden_layers * (4 * Cv * Cv + 2 * Cv * vision.intermediate_size + 9 * Cv + vision.intermediate_size) \
+            + 3 * Cv * vision.patch_size**2 + Cv * (self.config.n_image_tokens + 2) + 4 * Cv
+        is_tuned = "llm" in self.trained
+        self.block_trained = self.block if is_tuned else self.adapter
+        self.n_trained = self.L * self.block_trained + (self.embed if is_tuned else 0) + self.projector
+        self.n_all = self.L * self.block + self.embed + self.projector + self.tower
+        self.quantized = self.L * self.linear * {None: 0, "int8": 1, "int4": 0.5}[self.quantize]  # bytes, whole on every GPU
+        self.gathered_block = self.block - (self.linear if self.quantize else 0)
+
+    def block_activations(self):
+        """Bytes a token that one block keeps for its backward when it does not recompute."""
+        C, F, e, keep = self.config.text.hidden_size, self.config.text.intermediate_size, self.e, "llm" in self.trained
+        norms = 2 * (4 * C + (e * C if keep else 0) + (e * C if keep or self.lora else 0))  # input in float32; normed, for the norm's own weight; output, for q k v, or gate up
+        attention = e * (2 * self.q + 2 * self.kv) + 4 * self.config.text.num_attention_heads  # q, k, v, output; log-sum-exp
+        mlp = e * F * (4 if keep or self.lora else 3)                                  # gate, silu(gate), up; their product, for down
+        return norms + attention + mlp + 3 * e * self.lora                             # a frozen weight needs no input kept
+
+
+# --- 2. memory ------------------------------------------------------------------------------------------------------
+
+
+def memory(sizes, W, slots, n_checkpointed, n_labels=0, is_kept=False, is_accumulating=False):
+    """{category: bytes} of one GPU at the peak of a training step, `peak` being their sum; slots = rows x longest row of a micro-batch.
+
+    n_checkpointed: blocks that keep only their input and compute the rest again in backward. is_kept: blocks stay gathered between forward and backward.
+    is_accumulating: more than one micro-batch a step, so that all gradients stand from the start.
+    """
+    s, C, V = sizes, sizes.config.text.hidden_size, sizes.config.text.vocab_size
+    n_frozen = s.n_all - s.tower - s.n_trained - (s.L * s.linear if s.quantize else 0)
+    out = {"parameters": (4 * s.n_trained + s.e * n_frozen) / W + s.e * s.tower + s.quantized, "optimiser": 8 * s.n_trained / W}
+    n_gathered = s.L if is_kept else min(2, s.L)  # in use, and the next one on its way
+    out["gathered weights"] = s.e * (s.embed + s.projector + n_gathered * s.gathered_block)
+    # one block's weight gradients, in e bytes, and again in float32 while they are summed over ranks
+    out["gradients in flight"] = (s.e + 4) * max(s.block_trained, s.projector if s.block_trained == 0 else 0)
+    inside, kept_input = s.block_activations(), s.e * C
+    working = slots * (s.e * (3 * s.config.text.intermediate_size + 2 * C))  # backward of one MLP: three gradients of its width, two of C
+    if s.quantize:
+        working += 2 * s.e * C * s.config.text.intermediate_size             # a dequantised layer, and the product that makes it
+    gradients = 4 * s.n_trained / W
+    first = slots * (n_checkpointed * kept_input + max(s.L - n_checkpointed, 1) * inside)  # backward begins: all activations, few gradients
+    last = slots * (kept_input + inside)                                                 # backward ends: all gradients, few activations
+    logits = min(n_labels, LOSS_CHUNK) * V * (s.e + 12) + n_labels * C * (s.e + 4)       # before backward: a chunk's logits, their float32, softmax and gradient
+    at_loss = slots * (n_checkpointed * kept_input + (s.L - n_checkpointed) * inside) + logits - working - out["gradients in flight"]
+    early, late, loss = (first, gradients if is_accumulating else 4 * s.block_trained / W), (last, gradients), (at_loss, gradients if is_accumulating else 0)
+    activations, out["gradients"] = max((early, late, loss), key=sum)
+    out["logits"] = logits if (activations, out["gradients"]) == loss else 0.0
+    out["activations"] = activations - out["logits"] + working
+    return dict(out, peak=sum(out.values()))
+
+
+def blocks_to_checkpoint(sizes, W, slots, budget, **how):
+    """The fewest blocks that must recompute for a micro-batch of `slots` to stay within `budget` bytes; None when all are too few."""
+    return next((n for n in range(sizes.L + 1) if memory(sizes, W, slots, n, **how)["peak"] <= budget), None)
+
+
+# --- 3. work --------------------------------------------------------------------------------------------------------
+
+
+def flops(sizes, lengths, n_pictures, n_labels):
+    """Floating-point operations of training on samples of these lengths (tokens): what the model needs, nothing being computed twice.
+
+    2 a weight and token forward, as many for the gradient of the input, as many for that of a trained weight. Causal attention: 2 T^2 C forward a layer
+    (half of QK and of AV), twice that backward. The head works where labels are; the tower forward only.
+    """
+    s, vision = sizes, sizes.config.vision
+    n_tokens, squares = float(np.sum(lengths, dtype=np.float64)), float(np.sum(np.square(lengths, dtype=np.float64)))
+    times = 3 if "llm" in s.trained else 2
+    llm = 2 * times * s.L * s.linear * n_tokens + 6 * s.L * s.q * squares + 6 * s.L * s.adapter * n_tokens
+    head = 2 * times * s.config.text.vocab_size * s.config.text.hidden_size * n_labels
+    n_patches = s.config.n_image_tokens
+    seen = (vision.num_hidden_layers - 1) / vision.num_hidden_layers
+    tower = seen * (2 * s.tower * (n_patches + 1) + 4 * vision.num_hidden_layers * vision.hidden_size * (n_patches + 1) ** 2) * n_pictures
+    return llm + head + tower + 4 * s.projector * n_patches * n_pictures
+
+
+@dataclass
+class Fit:
+    """How a run is cut: see choose()."""
+
+    micro_batch_size: int
+    is_kept: bool                 # blocks stay gathered between forward and backward
+    seconds: float = 0.0          # estimated, of all steps
+    recomputed: float = 0.0       # share of blocks x tokens computed twice
+    deepest: int = 0              # most blocks recomputing in any step
+
+
+def micro_batch_slots(lengths, batch, W, micro_batch_size):
+    """Slots of each micro-batch of the first rank, which gets the longest sample of every global batch (sorted, longest first)."""
+    mine = lengths[batch[::W]]
+    return [int(mine[i] * len(mine[i : i + micro_batch_size])) for i in range(0, len(mine), micro_batch_size)]
+
+
+def choose(sizes, machine, lengths, batches, micro_batch_size=None, is_kept=None, at_most=None):
+    """The Fit that is done soonest among those that fit into the machine's memory, or None.
+
+    Fewer samples at a time leave room for activations, so that fewer blocks compute theirs again (all of them: a third more work forward and backward
+    than needed); but each micro-batch gathers the weights and sums gradients over ranks, which hides behind the computing only while there is enough of it.
+    """
+    W, shards = machine.world_size, machine.world_size // machine.replicate
+    per_gpu = math.ceil(max(map(len, batches)) / W)
+    largest = min(at_most or per_gpu, per_gpu)
+    candidates = [micro_batch_size] if micro_batch_size else sorted({math.ceil(largest / 2**k) for k in range(largest.bit_length() + 1)}, reverse=True)
+    best, blocks_of = None, {}
+    per_token = 2 * sizes.linear * (3 if "llm" in sizes.trained else 2) / (0.5 * machine.flops)  # seconds a block, at half of the peak
+    for size in candidates:
+        cuts = [micro_batch_slots(lengths, batch, W, size) for batch in batches]
+        for keep in (False, True) if is_kept is None else (is_kept,):
+            how = dict(is_kept=keep, is_accumulating=per_gpu > size, n_labels=LOSS_CHUNK)
+            gathers = sizes.e * sizes.L * sizes.gathered_block * (1 if keep else 2)
+            moved = (gathers + 4 * sizes.n_trained) * (shards - 1) / shards / machine.bandwidth  # seconds a micro-batch
+            seconds = again = total = deepest = 0.0
+            for cut in cuts:
+                for slots in cut:
+                    key = (slots, keep, how["is_accumulating"])
+                    if key not in blocks_of:
+                        blocks_of[key] = blocks_to_checkpoint(sizes, shards, slots, machine.budget, **how)
+                    n = blocks_of[key]
+                    if n is None:
+                        break
+                    deepest = max(deepest, n)
+                    again, total = again + n * slots, total + sizes.L * slots
+                    seconds += max(slots * per_token * (sizes.L + n / (3 if "llm" in sizes.trained else 2)), moved)
+                else:
+                    continue
+                break
+            else:
+                if best is None or seconds < 0.98 * best.seconds:  # the larger micro-batch unless the gain is real
+                    best = Fit(size, keep, seconds, again / total, int(deepest))
+    return best
+
+
+@dataclass
+class Machine:
+    """What the GPUs are. memory in bytes a GPU, flops a second at the peak in compute's dtype, bandwidth between GPUs in bytes a second."""
+
+    world_size: int
+    memory: float
+    flops: float = 312e12         # A100, bf16, dense
+    bandwidth: float = 200e9      # NVLink of an A100, what collectives reach of 300
+    replicate: int = 1
+    reserve: float = (RESERVE_GIB + SPARE_GIB) * GIB
+
+    @property
+    def budget(self):
+        """Bytes that a step's peak may take."""
+        return self.memory - self.reserve
+
+
+# --- 4. lengths where there is no data ------------------------------------------------------------------------------
+
+PROMPT = 60  # tokens of the system sentence, roles and a request
+
+
+def paper_lengths(stage, n_image_tokens, seed=0):
+    """(lengths, labels) in tokens of samples like the paper's, int64 (n,): lognormal with the medians and quartiles of its Tables 1 and 2, cut at their maxima.
+    Stage 1: PMC-CaseReport, every other sample a context, else an inline text, and PMC-OA captions. Stage 2: questions and answers of both sources."""
+    rng = np.random.default_rng(seed)
+
+    def draw(n, median, q1, q3, most):
+        sigma = math.log(q3 / q1) / (2 * 0.67449)  # the quartiles of a normal lie 0.67449 sigma from its middle
+        return np.minimum(np.exp(rng.normal(math.log(median), sigma, n)), most).astype(np.int64) + 1
+
+    if stage == 1:
+        labels = np.concatenate([draw(158_419, 435, 211, 757, 2576), draw(158_419, 59, 41, 83, 1551), draw(263_176, 125, 68, 210, 1417)])
+        return n_image_tokens + PROMPT + labels, labels
+    labels = np.concatenate([draw(316_838, 27, 20, 38, 451), draw(152_603, 10, 6, 16, 732)])
+    return n_image_tokens + PROMPT + np.concatenate([draw(316_838, 21, 16, 26, 4040), draw(152_603, 18, 15, 22, 335)]) + labels, labels
+
+
+def padding_share(lengths, batches, W, micro_batch_size):
+    """Share of padding in what the GPUs compute, each micro-batch being padded to its longest row."""
+    slots = 0
+    for batch in batches:
+        for rank in range(W):
+            mine = lengths[batch[rank::W]]
+            slots += sum(int(mine[i : i + micro_batch_size].max() * len(mine[i : i + micro_batch_size])) for i in range(0, len(mine), micro_batch_size))
+    return 1 - float(lengths.sum()) / slots
+
+
+# --- 5. the plan ----------------------------------------------------------------------------------------------------
+
+
+def describe_fit(fit, n_layers, per_gpu):
+    """One line: how the batch is cut, and why."""
+    parts = f"{per_gpu} samples a step and GPU, {fit.micro_batch_size} at a time; "
+    parts += "no block recomputes its activations" if fit.deepest == 0 else f"at most {fit.deepest} of {n_layers} blocks recompute their activations ({fit.recomputed:.0%} of their work is done twice)"
+    return parts + ("; blocks stay gathered between forward and backward" if fit.is_kept else "")
+
+
+def print_plan(stage, sizes, machine, lengths, labels, n_pictures, batches, fit, keep, where, would_fit):
+    """The plan on stdout. labels: labelled tokens of each sample; keep: checkpoints kept; where: what sizes and lengths come from; would_fit(): changes to make if it does not."""
+    W, shards, per_gpu = machine.world_size, machine.world_size // machine.replicate, math.ceil(max(map(len, batches)) / machine.world_size)
+    print(f"plan of stage {stage} on {W} GPU{'s' * (W > 1)} of {machine.memory / GIB:.0f} GiB, {machine.flops / 1e12:.0f} TFLOPS ({where})")
+    print(f"  {sizes.n_trained / 1e9:.2f} of {sizes.n_all / 1e9:.2f} billion parameters trained" + f", LoRA of rank {sizes.lora}" * bool(sizes.lora) + f", base in {sizes.quantize}" * bool(sizes.quantize))
+    shown = fit or Fit(1, False, deepest=sizes.L)
+    slots = max(max(micro_batch_slots(lengths, batch, W, shown.micro_batch_size)) for batch in batches)
+    how = dict(n_labels=LOSS_CHUNK, is_kept=shown.is_kept, is_accumulating=per_gpu > shown.micro_batch_size)
+    n = blocks_to_checkpoint(sizes, shards, slots, machine.budget, **how)
+    parts = memory(sizes, shards, slots, sizes.L if n is None else n, **how)
+    print(f"  {describe_fit(shown, sizes.L, per_gpu)}")
+    print(f"memory a GPU, GiB, in the largest step (micro-batch of {slots:,} tokens with padding, {sizes.L if n is None else n} of {sizes.L} blocks recomputing):")
+    for name, size in parts.items():
+        if name != "peak":
+            print(f"  {name:<20} {size / GIB:6.1f}")
+    spare = machine.memory / GIB - RESERVE_GIB - parts["peak"] / GIB
+    print(f"peak {parts['peak'] / GIB:.1f} GiB a GPU of {machine.memory / GIB:.0f}; about {RESERVE_GIB:.0f} for CUDA context, NCCL and fragmentation; "
+          + (f"fits, {spare:.1f} GiB to spare" if fit else f"DOES NOT FIT with {SPARE_GIB:.0f} GiB to spare ({spare:.1f})"))
+    if not fit:
+        for line in would_fit():
+            print(f"  would fit: {line}")
+    n_tokens, steps = int(sum(lengths[b].sum() for b in batches)), len(batches)
+    work = sum(flops(sizes, lengths[b], n_pictures[b].sum(), labels[b].sum()) for b in batches)
+    print(f"steps {steps:,} of {max(map(len, batches))} samples, {sum(map(len, batches)):,} samples, {n_tokens / 1e6:,.1f} M tokens, "
+          f"{sum(int(labels[b].sum()) for b in batches) / 1e6:,.1f} M of them labelled, padding {padding_share(lengths, batches, W, shown.micro_batch_size):.1%}")
+    print(f"work {work / steps:.3g} FLOPs a step, {work:.3g} in all (nothing counted twice)")
+    hours = [work / (share * machine.flops * W) / 3600 for share in (0.4, 0.5, 0.6)]
+    print(f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak" + (f", about {fit.recomputed / (3 if 'llm' in sizes.trained else 2):.0%} more for what is recomputed" if fit and fit.deepest else ""))
+    one = 12 * sizes.n_trained
+    final = sizes.e * (sizes.n_all if "llm" in sizes.trained or sizes.lora else sizes.projector)
+    print(f"disk {((keep + 1) * one + final) / 1e9:.1f} GB: {keep} checkpoints of {one / 1e9:.1f} GB and one being written, final weights {final / 1e9:.1f} GB; "
+          f"host memory {one / 1e9:.1f} GB more over all ranks while one is written")
+
+
+def run_plan(args, most, lighter):
+    """--plan: what there is of weights and data, and the paper's figures for the rest. most: the largest micro-batch; lighter: what is trained when this does not fit."""
+    missing = [name for name, default in args.default_weights.items() if args.model is None and getattr(args, name) == default and not Path(default).exists()]
+    config = read_checkpoint(args.model)[0] if args.model else QilinConfig(
+        LLAMA_SIZES[args.size] if "llm" in missing else text_config(*folder_config(args.llm)),
+        PAPER_TOWER if "vision" in missing else vision_config(*folder_config(args.vision)), args.projector_type)
+    where = f"no weights at {args.llm}: sizes of LLaMA-2 {args.size}" if "llm" in missing else f"sizes of {args.model or args.llm}"
+    if args.is_default_data and not all(map(os.path.exists, args.data)):
+        lengths, labels = paper_lengths(args.stage, config.n_image_tokens)
+        n_over = np.maximum(lengths - args.max_length, 0)
+        lengths, labels, where = lengths - n_over, labels - n_over, where + f"; no data at {args.data[0]}: lengths drawn by the paper's Table {args.stage}"
+        lengths, labels = lengths[labels > 0], labels[labels > 0]
+        n_pictures = np.ones_like(lengths)
+    else:
+        dataset = Dialogs(args.data, together(Tokenizer, args.llm or args.model), config.n_image_tokens, config.vision.image_size, args)
+        lengths, labels, n_pictures, where = dataset.lengths, dataset.n_labels, dataset.n_pictures, where + f"; lengths of {', '.join(args.data)}"
+    sizes = Sizes(config, args.trained, args.lora, args.quantize)
+    machine = Machine(args.world_size, (args.gpu_memory or 80) * GIB, (args.gpu_tflops or 312) * 1e12, replicate=args.replicate)
+    if machine.world_size % machine.replicate:
+        raise ValueError(f"--replicate {machine.replicate} does not divide {machine.world_size} GPUs")
+    batches = all_batches(args, lengths)
+    fit = choose(sizes, machine, lengths, batches, args.micro_batch_size, {"auto": None, "always": False, "never": True}[args.reshard], most)
+
+    def would_fit():
+        """Changes with which the largest batch fits."""
+        def fits(sizes, machine):
+            return choose(sizes, machine, lengths, batches[:1], None, None, most)
+
+        for n in (machine.world_size * 2**k for k in range(1, 8)):
+            if fits(sizes, replace(machine, world_size=n)):
+                yield f"--world-size {n}"
+                break
+        for gib in (24, 40, 48, 80, 141, 192):
+            if gib * GIB > machine.memory and fits(sizes, replace(machine, memory=gib * GIB)):
+                yield f"GPUs of {gib} GiB"
+                break
+        for words in ((64, None), (64, "int8"), (16, "int4")) if args.stage == 2 and not args.lora else ():
+            if fits(Sizes(config, lighter, *words), machine):
+                yield f"--lora {words[0]}" + f" --quantize {words[1]}" * bool(words[1])
+                break
+        if args.stage == 1 and not args.quantize and fits(Sizes(config, args.trained, 0, "int8"), machine):
+            yield "--quantize int8"
+
+    print_plan(args.stage, sizes, machine, lengths, labels, n_pictures, batches, fit, args.keep, where, would_fit)
