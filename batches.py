@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 from pathlib import Path
@@ -253,13 +254,15 @@ def all_batches(args, lengths):
 
 def load_ahead(dataset, micro_batches, workers):
     """An iterator over the batches of a list of row-number lists, decoded by worker processes ahead of time."""
-    def reset_signals(_):  # a worker ends with its rank, and not by a signal that the rank answers
+    def stand_apart(_):
+        """A worker ends when its rank does, and not by the signals that the rank answers: torchrun and a terminal send theirs to the whole process group."""
+        os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return iter(torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=micro_batches, num_workers=workers, prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=reset_signals))
+        pin_memory=torch.cuda.is_available(), worker_init_fn=stand_apart, timeout=900 if workers else 0))  # a worker that finds /dev/shm full dies without a word
 
 
 def check_batches(parts):

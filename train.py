@@ -14,6 +14,7 @@ a mean of means, which weighs tokens by how their batch happened to be cut.
 """
 
 import argparse
+import ctypes
 import errno
 import fcntl
 import functools
@@ -164,6 +165,8 @@ def setup_distributed():
     """(rank, world size, device). Without torchrun a group of one process, so that there is one code path."""
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if is_cuda else torch.device("cpu")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks are asked to stop, wherever they wait
     if is_cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -832,9 +835,12 @@ def run_guarded(args):
     except torch.OutOfMemoryError as error:
         line, hint = one_line(error)[:200], "try a smaller --micro-batch-size, or --checkpoint-layers 999; --plan shows what takes the memory"
     except (dist.DistError, RuntimeError) as error:
-        if not isinstance(error, dist.DistError) and not re.search("gloo|Connection|peer|NCCL", str(error)):
+        if "DataLoader" in str(error):
+            line, hint = one_line(error)[:200], "a process that decodes pictures is gone or stuck: too little memory, or /dev/shm is small (docker: --shm-size 16g), or try fewer --workers"
+        elif not isinstance(error, dist.DistError) and not re.search("gloo|Connection|peer|NCCL", str(error)):
             raise
-        line, hint = one_line(error)[:200], "another rank is gone; started again, the run goes on from its newest checkpoint"
+        else:
+            line, hint = one_line(error)[:200], "another rank is gone; started again, the run goes on from its newest checkpoint"
     else:
         return
     print(f"train.py: rank {os.environ.get('RANK', 0)}: {line}: {hint}", file=sys.stderr, flush=True)

@@ -40,7 +40,7 @@ def test_stage_1_trains_the_projector_only(toy, tmp_path):
     assert not torch.equal(fresh.mm_projector.weight, tensors["model.mm_projector.weight"])
     dcp_to_torch_save(tmp_path / "out/checkpoints/step-6", tmp_path / "all.pt")  # 24 samples, 8 a step, 2 epochs
     state = torch.load(tmp_path / "all.pt", weights_only=True)
-    assert state["step"] == 6 and set(state["model"]) == {"mm_projector.weight", "mm_projector.bias"}
+    assert json.loads((tmp_path / "out/checkpoints/step-6/state.json").read_text())["progress"]["step"] == 6 and set(state["model"]) == {"mm_projector.weight", "mm_projector.bias"}
     assert torch.equal(state["model"]["mm_projector.weight"], tensors["model.mm_projector.weight"])
     assert state["optimizer"]["state"]["mm_projector.weight"]["exp_avg"].shape == tensors["model.mm_projector.weight"].shape
     again = run(toy, tmp_path / "out", stage=1, check=False)
@@ -99,12 +99,10 @@ def test_batch_order_takes_every_sample_once():
     ({"image": "gone.png"}, "gone.png", 2),
     ({"image": "../clip/config.json"}, "outside", 1),
     ({"image": ["{a}", "{a}"]}, "1 <image>", 1),
-    ({"image": "broken.png"}, "broken.png", 2),  # found by the one rank that decodes it, in the middle of a run
 ])
 def test_bad_rows_stop_with_one_line(toy, tmp_path, row, words, ranks):
     """Exit code 2 (torchrun's own is 1), the line once, no traceback, nothing under final/."""
     good = json.loads((toy / "instruction.json").read_text())[0]
-    (toy / "images/broken.png").write_bytes((toy / "images" / good["image"]).read_bytes()[:300])
     text = json.dumps([good, dict(good, **row) if isinstance(row, dict) else row]).replace("{a}", good["image"])
     (tmp_path / "bad.json").write_text(text)
     done = run(toy, tmp_path / "out", "--batch-size", 2, data=tmp_path / "bad.json", ranks=ranks, check=False)
@@ -136,15 +134,6 @@ def test_a_full_disk_is_one_line_and_exit_code_1(toy, tmp_path):
     done = subprocess.run(["bash", "-c", "ulimit -f 100; exec " + " ".join(map(str, words))], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode == 1 and "Traceback" not in done.stderr and "could not be written" in done.stderr.splitlines()[-1], done.stderr[-2000:]
     assert not (tmp_path / "out/final").exists()
-
-
-def test_what_was_trained_is_saved_when_a_picture_is_gone(toy, tmp_path):
-    rows = [dict(row, image="lost.png") if i == 13 else row for i, row in enumerate(json.loads((toy / "instruction.json").read_text())[:14])]
-    (toy / "images/lost.png").write_bytes((toy / "images" / rows[0]["image"]).read_bytes()[:300])
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    done = run(toy, tmp_path / "out", "--batch-size", 1, data=tmp_path / "rows.json", check=False)
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "out/log.jsonl")]
-    assert done.returncode == 2 and "lost.png" in done.stderr and steps and (tmp_path / f"out/checkpoints/step-{steps[-1]}/.metadata").is_file()
 
 
 @pytest.mark.parametrize("options, words", [
