@@ -619,7 +619,7 @@ class Checkpoints:
             raise ValueError(f"{path} is of a run with another setup ({'; '.join(differ)[:600]}): start with the old one, or another --out, or --allow-changes to go on all the same")
 
 
-def describe_setup(args, tokenizer, sources, data):
+def describe_setup(args, config, tokenizer, sources, data):
     """What decides a run's numbers, to be compared when it goes on. Weights by the names, shapes and first rows of their tensors: reading 26 GB would take minutes."""
     sha256 = hashlib.sha256()
     for files, parts in sources:
@@ -627,7 +627,7 @@ def describe_setup(args, tokenizer, sources, data):
             sha256.update(f"{name} {files.shape(name)} ".encode() + files.rows(name, 0, 1).contiguous().flatten().view(torch.uint8).numpy().tobytes())
     names = ("stage", "batch_size", "lr", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "max_length", "template", "image_mode", "seed",
              "lora", "lora_alpha", "quantize")
-    return {**{name: getattr(args, name) for name in names}, "data": data, "tokenizer": digest(tokenizer.path), "weights": sha256.hexdigest()}
+    return {**{name: getattr(args, name) for name in names}, "projector_type": config.projector_type, "data": data, "tokenizer": digest(tokenizer.path), "weights": sha256.hexdigest()}
 
 
 def lock(out):
@@ -729,7 +729,7 @@ def start(args):
     model, accounting = together(build_model, args, checkpoint, device, fit.is_kept)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
-    checkpoints = Checkpoints(args, model, optimizer, together(describe_setup, args, tokenizer, checkpoint[1], dataset.digests))
+    checkpoints = Checkpoints(args, model, optimizer, together(describe_setup, args, config, tokenizer, checkpoint[1], dataset.digests))
     progress = checkpoints.resume()
     if progress.step == 0:  # a picture lost since does not keep a run from going on
         for dialogs in filter(None, (dataset, held_out)):
