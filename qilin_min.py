@@ -540,7 +540,7 @@ def find_rows(path):
         if path.stat().st_size <= position:
             raise ValueError(f"{path}: not a JSON file (it is empty)")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            depth, end = 0, position  # end: of what has been accounted for
+            depth, end, released = 0, position, 0  # end: of what has been accounted for; released: what need not stay in memory
             while match := ROW_STEP.match(data, position):
                 bracket, position = match.start(1), match.end()
                 depth += 1 if data[bracket] in b"[{" else -1
@@ -554,8 +554,9 @@ def find_rows(path):
                     rows.extend((bracket, 0))
                 elif depth == 1:
                     rows[-1] = end = position
-                    if len(rows) % 2**16 == 0 and hasattr(data, "madvise"):
+                    if position - released > 2**24 and hasattr(data, "madvise"):
                         data.madvise(mmap.MADV_DONTNEED)
+                        released = position
                 elif depth == 0:
                     break
             if depth or end == 0 or not match:
@@ -1057,6 +1058,7 @@ def init_uniform(params, fan_in, generator):
         (param.to_local() if hasattr(param, "to_local") else param).copy_(full[start:stop])
 
 
+@torch.no_grad()
 def init_fresh(model, seed=0, projector=True):
     """What no file holds, from a seed: the projector where asked for, and LoRA's A; its B is zero, so that adapters start as no change (as peft's)."""
     generator = torch.Generator().manual_seed(seed)
