@@ -1,6 +1,9 @@
 """Speed beside transformers, measured in turn in one run, as ratios: exit 1 where a goal is missed. Timings on a shared machine say nothing alone.
 
     python tests/bench.py load [--runs 7]      a LLaMA of 1 GB or more on disk until every parameter has been touched; imports excluded
+    python tests/bench.py loader [--runs 5]    pictures a second from 1000-pixel JPEGs to batches, 2 worker processes, beside transformers' processor
+    python tests/bench.py padding              share of padding on lengths like the paper's: our order, random, and the released code's grouping
+    python tests/bench.py saving [--runs 5]    what an asynchronous checkpoint adds to the step it falls into, beside one that is waited for
 """
 
 import argparse
@@ -59,12 +62,150 @@ def bench_load(runs):
         return missed
 
 
+def bench_loader(runs):
+    """Feeding alone: decode, orient, pad, resize, normalise, tokenise, batch; no model."""
+    import io
+    import time
+
+    import numpy as np
+    import torch
+    from PIL import Image, ImageFilter
+    from transformers import CLIPImageProcessorPil
+
+    sys.path.insert(0, str(ROOT))
+    import batches
+    import train
+    from qilin_min import PAD_COLOR, Tokenizer
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        folder, rng, n = Path(folder), np.random.default_rng(0), 192
+        subprocess.run([sys.executable, ROOT / "toy.py", folder / "toy", "--language", "8", "--alignment", "8", "--instruction", "8", "--heldout", "1"], check=True, capture_output=True)
+        row = json.loads((folder / "toy/alignment.json").read_text())[0]
+        for i in range(n):  # as smooth as a scan, with noise: some 150 KB each
+            image = Image.fromarray(np.uint8(rng.normal(110, 60, (60, 80, 3)).clip(0, 255))).resize((1000, int(rng.integers(700, 1001))), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
+            image = Image.fromarray(np.uint8((np.asarray(image) + rng.normal(0, 6, np.asarray(image).shape)).clip(0, 255)))
+            image.save(folder / f"{i}.jpg", quality=90)
+        (folder / "rows.json").write_text(json.dumps([dict(row, id=str(i), image=f"{i}.jpg") for i in range(n)]))
+        args = train.parse_args(["--stage", "1", "--images", str(folder), "--data", str(folder / "rows.json"), "--out", str(folder)])
+        train.setup_distributed()
+        data = batches.Dialogs(args.data, Tokenizer(folder / "toy/llama"), 576, 336, args)
+        order = [b for b in batches.batch_order(data.lengths, 16, 0, 0)]
+        processor = CLIPImageProcessorPil(do_center_crop=False, size={"height": 336, "width": 336}, do_resize=True)
+
+        def padded(path):
+            image = Image.open(path).convert("RGB")
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), PAD_COLOR)
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            return square
+
+        rates = {"loader, 2 workers": [], "loader, in this process": [], "transformers' processor, in this process": []}
+        for run in range(runs + 1):
+            for name, work in {
+                "loader, 2 workers": lambda: sum(len(batch["pixel_values"]) for batch in batches.load_ahead(data, order * 2, 2)),
+                "loader, in this process": lambda: sum(len(batch["pixel_values"]) for batch in batches.load_ahead(data, order[:4], 0)),
+                "transformers' processor, in this process": lambda: sum(len(processor(padded(folder / f"{i}.jpg"), return_tensors="pt")["pixel_values"]) for i in range(64))}.items():
+                tic = time.perf_counter()
+                pictures = work()
+                if run:
+                    rates[name].append(pictures / (time.perf_counter() - tic))
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        size = io.BytesIO((folder / "0.jpg").read_bytes()).getbuffer().nbytes
+        print(f"{n} JPEGs of 1000 pixels ({size / 1e3:.0f} KB the first); pictures a second, median of {runs}: " + "; ".join(f"{name} {rate:.0f}" for name, rate in medians.items())
+              + f"; one process against transformers' {medians['loader, in this process'] / medians['transformers' + chr(39) + ' processor, in this process']:.2f} (goal: more than 60 with 2 workers)")
+        return medians["loader, 2 workers"] <= 60
+
+
+def released_order(lengths, batch_size, world_size, rng):
+    """The released code's grouping (LLaVA's length-grouped sampler): shuffle, cut into global batches, sort each by length, deal it out to ranks so that their sums are alike."""
+    order = rng.permutation(len(lengths))
+    out = []
+    for start in range(0, len(order), batch_size):
+        batch = sorted(order[start : start + batch_size].tolist(), key=lambda i: -lengths[i])
+        chunks, sums, room = [[] for _ in range(world_size)], [0] * world_size, -(-len(batch) // world_size)
+        for i in batch:
+            shortest = min(range(world_size), key=lambda k: sums[k] if len(chunks[k]) < room else float("inf"))
+            chunks[shortest].append(i)
+            sums[shortest] += lengths[i]
+        out.append(chunks)
+    return out
+
+
+def bench_padding(runs):
+    import numpy as np
+
+    sys.path.insert(0, str(ROOT))
+    import batches
+    import plan
+    missed, W = False, 8
+    print("| lengths | order | padding, a rank's batch at one time | waiting for the slowest rank as well | micro-batches of 4 |\n|---|---|---|---|---|")
+    for stage, batch_size in ((1, 256), (2, 128)):
+        lengths = np.minimum(plan.paper_lengths(stage, 576)[0], 2048)
+        rng = np.random.default_rng(0)
+        shuffled = rng.permutation(len(lengths))
+        ones = np.ones_like(lengths)
+        orders = {
+            "sorted in windows of 50 batches (ours)": [[b[r::W] for r in range(W)] for b in batches.batch_order(lengths, batch_size, 0, 0)],
+            "random": [[shuffled[i : i + batch_size][r::W].tolist() for r in range(W)] for i in range(0, len(lengths), batch_size)],
+            "released grouping, Chinese counted by blanks": released_order(ones, batch_size, W, rng),  # a Chinese answer is one word to split(): all alike
+            "released grouping, given true lengths": released_order(lengths, batch_size, W, rng)}
+        for name, order in orders.items():
+            total, slots, waiting, small = float(lengths.sum()), 0, 0, 0
+            for ranks in order:
+                longest = [max((int(lengths[i]) for i in mine), default=0) for mine in ranks]
+                slots += sum(n * len(mine) for n, mine in zip(longest, ranks))
+                waiting += max(longest) * sum(map(len, ranks))
+                for mine in ranks:
+                    mine = sorted((int(lengths[i]) for i in mine), reverse=True) if "random" not in name else [int(lengths[i]) for i in mine]
+                    small += sum(max(mine[i : i + 4]) * len(mine[i : i + 4]) for i in range(0, len(mine), 4))
+            shares = [1 - total / n for n in (slots, waiting, small)]
+            missed |= "ours" in name and shares[1] > 0.05
+            print(f"| stage {stage}, {len(lengths):,} | {name} | {shares[0]:.1%} | {shares[1]:.1%} | {shares[2]:.1%} |", flush=True)
+    print("goal: ours at most 5 %")
+    return missed
+
+
+def bench_saving(runs):
+    """One process, a model of 60 M parameters (0.7 GB a checkpoint): seconds of save() when it is waited for, and when it is not."""
+    import time
+    from types import SimpleNamespace
+
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    import train
+    from qilin_min import Qilin, QilinConfig, TextConfig, VisionConfig
+    train.setup_distributed()
+    model = Qilin(QilinConfig(TextConfig(vocab_size=8000, hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10), VisionConfig(64, 128, 2, 2, 56, 14)))
+    model = train.shard_model(model, torch.device("cpu"), ("mm_projector", "llm"), torch.float32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = train.Checkpoints(SimpleNamespace(out=Path(folder), keep=1, resume="auto"), model, optimizer, {})
+        seconds, step = {True: [], False: []}, 0
+        for run in range(runs + 1):
+            for wait in (True, False):
+                step += 1
+                tic = time.perf_counter()
+                checkpoints.save(train.Progress(step), wait=wait)
+                if run:
+                    seconds[wait].append(time.perf_counter() - tic)
+                checkpoints.finish()
+        ratios = [a / b for a, b in zip(seconds[False], seconds[True])]
+        size = sum(f.stat().st_size for f in Path(folder).rglob("*.distcp"))
+        print(f"checkpoint of {size / 1e9:.2f} GB: a step waits {statistics.median(seconds[False]):.2f} s (copy to memory of its own), {statistics.median(seconds[True]):.2f} s if it waits for the disk; "
+              f"ratio pair by pair: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f} (goal: below 1)")
+        return statistics.median(ratios) >= 1
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load",))
-    parser.add_argument("--runs", type=int, default=7, help="counted runs of each (default %(default)s)")
+    parser.add_argument("what", choices=("load", "loader", "padding", "saving"))
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (default %(default)s)")
     args = parser.parse_args()
-    sys.exit(1 if bench_load(args.runs) else 0)
+    sys.exit(1 if globals()[f"bench_{args.what}"](args.runs) else 0)
 
 
 if __name__ == "__main__":
