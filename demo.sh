@@ -24,7 +24,7 @@ fi
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false  # two processes on two cores
 START=$SECONDS
-train() { torchrun --nproc_per_node 2 train.py --checkpoint-layers 0 --workers 0 --log-every 50 "$@"; }
+train() { torchrun --nproc_per_node 2 train.py --workers 0 --log-every 50 "$@"; }
 step() { printf '\n=== %s (%d s)\n' "$*" $((SECONDS - START)); }
 
 if [ "${1:-}" = real ]; then

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything proven against the references. On a fresh machine: makes .venv (or uses the active one) and installs tests/requirements.txt.
-#   bash tests/run.sh [--long] [pytest options]        --long adds demo.sh and demo.sh real, run and checked as a user would
+#   bash tests/run.sh [--long] [pytest options]        --long adds 20 kills in place of 3, the smoke run, slower measurements, demo.sh and demo.sh real
 set -euo pipefail
 cd "$(dirname "$0")/.."
-LONG=
+export LONG=
 if [ "${1:-}" = --long ]; then LONG=1; shift; fi
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x .venv/bin/python ] || { echo "making .venv"; python3.11 -m venv .venv 2>/dev/null || python3 -m venv .venv; }

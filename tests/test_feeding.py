@@ -14,7 +14,7 @@ import batches
 import plan
 import train
 from conftest import ROOT, run
-from qilin_min import CLIP_MEAN, CLIP_STD, Rows, Tokenizer, encode_conversation, find_rows, preprocess_image
+from qilin_min import CLIP_MEAN, CLIP_STD, Rows, Tokenizer, encode_conversation, preprocess_image
 
 
 def some_rows(n, seed=0):

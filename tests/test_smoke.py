@@ -17,6 +17,7 @@ def smoke(cwd, root=ROOT):
     return done, {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in table.splitlines() if line.startswith("| ")}
 
 
+@pytest.mark.skipif(not os.environ.get("LONG"), reason="minutes; LONG=1")
 def test_smoke(tmp_path):
     done, results = smoke(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

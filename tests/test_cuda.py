@@ -1,0 +1,70 @@
+"""Promise: what a CPU cannot show holds on a GPU: NCCL, bf16, the same answers, the plan's memory. Skips without CUDA; `train.py --smoke` is the longer proof."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import plan
+import qilin_min as q
+from conftest import ROOT, make_qilin, pictures, ROWS, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def test_answers_on_cuda_are_those_on_the_cpu(report):
+    model = make_qilin()
+    pixels, prompts = pictures(3), ROWS
+    want = q.answer_ids(model, prompts, pixels, max_new_tokens=12)
+    ids = q.pad_rows(prompts, 0)
+    logits = model(ids, pixels)
+    model.cuda()
+    report("cuda: float32 logits and the CPU's", (model(ids.cuda(), pixels.cuda()).cpu() - logits).abs().max(), 1e-2)  # TF32 is off by default
+    assert q.answer_ids(model, prompts, pixels, max_new_tokens=12) == want
+
+
+def test_training_in_bf16_follows_float32(toy, tmp_path, report):
+    """All GPUs against one CPU process: losses of the first steps; stop and resume bit for bit."""
+    n = min(torch.cuda.device_count(), 4)
+    losses, _ = run(toy, tmp_path / "gpu", "--batch-size", 8, "--save-every", 1, "--keep", 9, ranks=n)
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    subprocess.run(list(map(str, [sys.executable, ROOT / "train.py", "--stage", 2, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
+                                  "--data", toy / "mixed.json", "--out", tmp_path / "cpu", "--lr", "2e-3", "--batch-size", 8])), check=True, env=env, capture_output=True)
+    want = np.array([r["loss"] for r in map(json.loads, open(tmp_path / "cpu/log.jsonl")) if "seconds" in r])
+    report("cuda: losses in bf16 and in float32 (relative)", np.abs(losses / want - 1).max(), 0.05)
+    again, _ = run(toy, tmp_path / "again", "--batch-size", 8, "--resume", tmp_path / "gpu/checkpoints/step-1", ranks=n)
+    assert np.array_equal(again, losses[1:])
+
+
+def test_peak_memory_is_the_plans(report):
+    """One GPU, 0.3 billion parameters: torch's allocator beside the formula, within 15 %."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, train, qilin_min as q
+rank, W, device = train.setup_distributed()
+config = q.QilinConfig(q.TextConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2752, num_hidden_layers=16, num_attention_heads=8), q.VisionConfig(64, 128, 2, 2, 56, 14))
+with torch.device("meta"): model = q.Qilin(config)
+model = train.shard_model(model, device, ("mm_projector", "llm"), torch.bfloat16)
+model._apply(lambda t: torch.empty_like(t, device=device))
+with torch.no_grad(): [(p.to_local() if hasattr(p, "to_local") else p).normal_(0, 0.02) for p in model.parameters()]
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+model.train(); model.model.n_checkpointed = 4
+ids = torch.ones(4, 512, dtype=torch.int64, device=device)
+for step in range(2):
+    model(ids, None, ids, reduction="mean").backward(); optimizer.step(); optimizer.zero_grad()
+print(torch.cuda.max_memory_allocated())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes = plan.Sizes(q.QilinConfig(q.TextConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2752, num_hidden_layers=16, num_attention_heads=8), q.VisionConfig(64, 128, 2, 2, 56, 14)),
+                       ("mm_projector", "llm"))
+    want, got = plan.memory(sizes, 1, 4 * 512, 4, 4 * 511)["peak"], int(done.stdout.split()[-1])
+    report(f"cuda: plan {want / plan.GIB:.2f} GiB, allocator {got / plan.GIB:.2f} (relative)", abs(want / got - 1), 0.15)
+
+
+def test_smoke(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--smoke"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "no CUDA" not in done.stdout, done.stdout[-3000:]
