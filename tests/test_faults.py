@@ -81,14 +81,19 @@ def test_kills_at_random_moments_change_nothing(toy, tmp_path, untouched):
         launcher, before = launch(toy, out, 2, *CAMPAIGN), steps_done(out)
         if len(moments) < n_kills:
             kind = ("rank inside a save", "rank", "launcher")[len(moments) % 3]
-            if kind == "rank inside a save":
-                wait_for(lambda: list(out.glob("checkpoints/*.partial")) or launcher.poll() is not None)
-                time.sleep(rng.uniform(0, 0.03))
-            else:
-                n, limit = len(ranks_of(launcher)), time.monotonic() + rng.uniform(2.0, 8.0)  # from the imports to the middle of the steps
-                wait_for(lambda: time.monotonic() > limit or steps_done(out) > before + rng.randrange(1, 12) or launcher.poll() is not None)
+            started, steps = time.time(), before + rng.randrange(1, 9)
+            limit = time.monotonic() + (rng.uniform(1, 6) if rng.random() < 0.3 else 60)  # now and then in the imports, mostly among the steps
+
+            def saving():
+                try:
+                    return any(path.stat().st_mtime > started for path in out.glob("checkpoints/*.partial"))
+                except FileNotFoundError:  # renamed in between
+                    return False
+
+            wait_for(lambda: launcher.poll() is not None or (saving() if kind == "rank inside a save" else time.monotonic() > limit or steps_done(out) >= steps))
+            time.sleep(rng.uniform(0, 0.05))
             victims = ranks_of(launcher)
-            moments.append((kind, steps_done(out), bool(list(out.glob("checkpoints/*.partial")))))
+            moments.append((kind, steps_done(out), saving()))
             kill(launcher.pid if kind == "launcher" else rng.choice(victims) if victims else launcher.pid)
         if launcher.wait(timeout=120) == 0:
             break

@@ -25,10 +25,22 @@ def test_ranks_and_micro_batches_do_not_matter(toy, tmp_path, report):
     options = "--batch-size", 7, "--max-grad-norm", 0
     losses, norms = run(toy, tmp_path / "a", *options)
     assert len(losses) == 4 and losses[-1] != losses[0]
-    for name, more, ranks in (("2 processes", (), 2), ("micro-batches of 2", ("--micro-batch-size", 2), 1), ("2 processes, micro-batches of 1", ("--micro-batch-size", 1), 2)):
+    for name, more, ranks in (("2 processes", (), 2), ("4 processes", (), 4), ("micro-batches of 2", ("--micro-batch-size", 2), 1), ("2 processes, micro-batches of 1", ("--micro-batch-size", 1), 2)):
         other, other_norms = run(toy, tmp_path / name, *options, *more, ranks=ranks)
         report(f"train: losses of {name} and of 1", abs(other - losses).max(), 1e-4)
         report(f"train: gradient norms of {name} and of 1 (relative)", (abs(other_norms - norms) / norms).max(), 1e-3)
+
+
+def test_accumulation_1_x_8_is_2_x_4_is_8_x_1(toy, tmp_path, report):
+    """Micro-batches x samples in each, of a batch of 8, weights of the end too."""
+    ends = {}
+    for size in (8, 4, 1):
+        losses, norms = run(toy, tmp_path / str(size), "--batch-size", 8, "--micro-batch-size", size)
+        ends[size] = losses, norms, torch.cat([p.flatten() for p in load_qilin(tmp_path / str(size)).parameters()])
+    for size in (4, 1):
+        report(f"train: losses of {8 // size} x {size} and of 1 x 8", abs(ends[size][0] - ends[8][0]).max(), 1e-4)
+        report(f"train: gradient norms of {8 // size} x {size} and of 1 x 8 (relative)", abs(ends[size][1] / ends[8][1] - 1).max(), 1e-3)
+        report(f"train: weights of {8 // size} x {size} and of 1 x 8", (ends[size][2] - ends[8][2]).abs().max().item(), 1e-3)
 
 
 def test_stage_1_trains_the_projector_only(toy, tmp_path):
