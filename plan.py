@@ -227,7 +227,7 @@ def padding_share(lengths, batches, W, micro_batch_size):
         for rank in range(W):
             mine = lengths[batch[rank::W]]
             slots += sum(int(mine[i : i + micro_batch_size].max() * len(mine[i : i + micro_batch_size])) for i in range(0, len(mine), micro_batch_size))
-    return 1 - float(lengths.sum()) / slots
+    return 1 - float(sum(lengths[batch].sum() for batch in batches)) / slots
 
 
 # --- 5. the plan ----------------------------------------------------------------------------------------------------
@@ -264,7 +264,10 @@ def print_plan(stage, sizes, machine, lengths, labels, n_pictures, batches, fit,
     n_tokens, steps = int(sum(lengths[b].sum() for b in batches)), len(batches)
     work = sum(flops(sizes, lengths[b], n_pictures[b].sum(), labels[b].sum()) for b in batches)
     print(f"steps {steps:,} of {max(map(len, batches))} samples, {sum(map(len, batches)):,} samples, {n_tokens / 1e6:,.1f} M tokens, "
-          f"{sum(int(labels[b].sum()) for b in batches) / 1e6:,.1f} M of them labelled, padding {padding_share(lengths, batches, W, shown.micro_batch_size):.1%}")
+          f"{sum(int(labels[b].sum()) for b in batches) / 1e6:,.1f} M of them labelled")
+    shuffled = np.random.default_rng(0).permutation(len(lengths))
+    mixed = [shuffled[i : i + len(batches[0])] for i in range(0, len(lengths), len(batches[0]))]
+    print(f"padding {padding_share(lengths, batches, W, shown.micro_batch_size):.1%}, in random batches it would be {padding_share(lengths, mixed, W, shown.micro_batch_size):.1%}")
     print(f"work {work / steps:.3g} FLOPs a step, {work:.3g} in all (nothing counted twice)")
     hours = [work / (share * machine.flops * W) / 3600 for share in (0.4, 0.5, 0.6)]
     print(f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak" + (f", about {fit.recomputed / (3 if 'llm' in sizes.trained else 2):.0%} more for what is recomputed" if fit and fit.deepest else ""))
