@@ -21,25 +21,28 @@ import qilin_min as q
 
 transformers_module.MistralCommonBackend = type("MistralCommonBackend", (), {})  # mistral-common is installed for one file, without what its import needs
 ROOT = Path(__file__).resolve().parent.parent
-PARITY_LINES = []
 N_IMAGE = 16  # 56 / 14 squared
 
 
 @pytest.fixture
-def report():
+def report(record_property):
     """report(name, value, limit): keeps a line for the end of the run and asserts value <= limit."""
 
     def add(name, value, limit):
-        PARITY_LINES.append(f"parity: {name}: max difference {float(value):.1e} (limit {limit:.0e})")
-        print(PARITY_LINES[-1])
-        assert float(value) <= limit, PARITY_LINES[-1]  # also false for nan
+        line = f"parity: {name}: max difference {float(value):.1e} (limit {limit:.0e})"
+        record_property("parity", line)  # travels from a worker of pytest-xdist to where the summary is printed
+        print(line)
+        assert float(value) <= limit, line  # also false for nan
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter):
-    for line in PARITY_LINES:
-        terminalreporter.write_line(line)
+    for outcome in terminalreporter.stats.values():
+        for result in outcome:
+            if getattr(result, "when", None) == "call":
+                for _, line in result.user_properties:
+                    terminalreporter.write_line(line)
 
 
 @torch.no_grad()

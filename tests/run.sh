@@ -15,7 +15,7 @@ python -m pip install --quiet --disable-pip-version-check --no-deps mistral-comm
 export TRANSFORMERS_4="$VIRTUAL_ENV/transformers-4.57.6"  # an older one beside the pinned one, for what users of 4.57 see
 [ -d "$TRANSFORMERS_4/transformers" ] || python -m pip install --quiet --disable-pip-version-check --target "$TRANSFORMERS_4" transformers==4.57.6 2>&1 | { grep -v -e incompatible -e "dependency resolver" || true; }
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-python -m pytest -q tests "$@"
+python -m pytest -q -n 2 --dist loadfile tests "$@"  # two at a time, a file whole
 if [ -n "$LONG" ]; then
     bash demo.sh | tee /dev/stderr | tail -n 1 | python tests/check_demo.py
     bash demo.sh real
