@@ -139,7 +139,6 @@ class Dialogs(torch.utils.data.Dataset):
                         partial.replace(cache)
                         break
                     except OSError as error:
-                        partial.unlink(missing_ok=True) if partial.exists() else None
                         problem = error
                 else:
                     print0(f"lengths are not kept for the next start: {one_line(problem)}")
@@ -184,6 +183,15 @@ class Dialogs(torch.utils.data.Dataset):
             raise ValueError("not an object with id, image and conversations")
         return encode_conversation(row.get("conversations"), self.tokenizer, self.n_image_tokens, self.args.template, self.args.max_length)
 
+    def pictures(self, row, n):
+        """([the first n pictures of a row, (3, size, size)], None), or n grey ones and what is wrong; with --strict that raises."""
+        try:
+            return [preprocess_image(path, self.image_size, self.args.image_mode) for path in row_pictures(row, self.args.images)[:n]], None
+        except USER_ERRORS as error:
+            if self.args.strict:
+                raise
+            return [torch.zeros(3, self.image_size, self.image_size)] * n, one_line(error)
+
     def __len__(self):
         return len(self.places)
 
@@ -196,13 +204,10 @@ class Dialogs(torch.utils.data.Dataset):
             for i in batch:
                 row = self.row(i)
                 ids, labels = self.encode(row)
-                try:
-                    found = [preprocess_image(path, self.image_size, self.args.image_mode) for path in row_pictures(row, self.args.images)]
-                except USER_ERRORS as error:
-                    if self.args.strict:
-                        raise
-                    grey.append(f"{row.get('id')}: {one_line(error)}")
-                    labels, found = [IGNORE_INDEX] * len(ids), [torch.zeros(3, self.image_size, self.image_size)] * int(self.n_pictures[i])
+                found, problem = self.pictures(row, int(self.n_pictures[i]))
+                if problem:
+                    grey.append(f"{row.get('id')}: {problem}")
+                    labels = [IGNORE_INDEX] * len(ids)
                 samples.append((ids, labels))
                 pictures += found
         except USER_ERRORS as error:
@@ -252,14 +257,15 @@ def all_batches(args, lengths):
 # --- 4. loading -----------------------------------------------------------------------------------------------------
 
 
+def stand_apart(_):
+    """A worker ends when its rank does (PyTorch sees to that), and not by the signals that the rank answers with a checkpoint: those reach whole groups of processes."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def load_ahead(dataset, micro_batches, workers):
     """An iterator over the batches of a list of row-number lists, decoded by worker processes ahead of time."""
-    def stand_apart(_):
-        """A worker ends when its rank does, and not by the signals that the rank answers: torchrun and a terminal send theirs to the whole process group."""
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     return iter(torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=micro_batches, num_workers=workers, prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(), worker_init_fn=stand_apart, timeout=900 if workers else 0))  # a worker that finds /dev/shm full dies without a word

@@ -57,7 +57,7 @@ class Sizes:
         self.block_trained = self.block if is_tuned else self.adapter
         self.n_trained = self.L * self.block_trained + (self.embed if is_tuned else 0) + self.projector
         self.n_all = self.L * self.block + self.embed + self.projector + self.tower
-        self.quantized = self.L * self.linear * {None: 0, "int8": 1, "int4": 0.5}[self.quantize]  # bytes, whole on every GPU
+        self.quantized = self.L * self.linear * {None: 0, "int8": 1, "int4": 0.5 + 2 / 64}[self.quantize]  # bytes, whole on every GPU; int4 has a scale for every 64
         self.gathered_block = self.block - (self.linear if self.quantize else 0)
 
     def block_activations(self):
@@ -274,7 +274,7 @@ def print_plan(stage, sizes, machine, lengths, labels, n_pictures, batches, fit,
     one = 12 * sizes.n_trained
     final = sizes.e * (sizes.n_all if "llm" in sizes.trained or sizes.lora else sizes.projector)
     print(f"disk {((keep + 1) * one + final) / 1e9:.1f} GB: {keep} checkpoints of {one / 1e9:.1f} GB and one being written, final weights {final / 1e9:.1f} GB; "
-          f"host memory {one / 1e9:.1f} GB more over all ranks while one is written")
+          f"host memory {one * machine.replicate / 1e9:.1f} GB more over all ranks while one is written")
 
 
 def run_plan(args, most, lighter):

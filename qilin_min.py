@@ -562,7 +562,7 @@ def find_rows(path):
             if depth or end == 0 or not match:
                 raise ValueError(f"{path}: not a JSON file ({f'it breaks off, or is damaged, in row {(len(rows) - 1) // 2}' if rows else 'no list begins in it'})")
             if data[end:match.start(1)].strip() or data[position:].strip():
-                raise ValueError(f"{path}: not a JSON file (after row {len(rows) // 2 - 1} stands something that is no row)")
+                raise ValueError(f"{path}: " + (f"after row {len(rows) // 2 - 1}" if rows else "where row 0 should be") + " stands something that is no row, so this is no list of objects")
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 
@@ -585,7 +585,7 @@ class Rows:
         except (ValueError, RecursionError) as error:
             with open(self.path, "rb") as file:
                 line = file.read(start).count(b"\n") + 1
-            raise ValueError(f"{self.path}: row {i}, line {line}, is no JSON ({error})") from None
+            raise ValueError(f"{self.path}: line {line}, row {i}, is no JSON ({error})") from None
 
 
 def picture_names(row):
@@ -993,7 +993,7 @@ class QuantizedLinear(nn.Module):
         if in_features * bits % 8:
             raise ValueError(f"int4 packs two numbers a byte, but a layer has {in_features} inputs: use int8")
         self.weight = nn.Parameter(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("scale", torch.empty(out_features, in_features // self.group))
+        self.register_buffer("scale", torch.empty(out_features, in_features // self.group), persistent=False)  # made from the weights anew, in no checkpoint
 
     def quantize_(self, weight):
         """Take over a float weight (out, in)."""

@@ -22,37 +22,33 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections import deque
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # every batch has another length, which fragments fixed segments; read when torch is imported
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
-from torch.distributed.checkpoint import async_save
+from torch.distributed.checkpoint import FileSystemWriter, async_save
 from torch.distributed.checkpoint import load as load_sharded
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from tqdm import tqdm
 
 from batches import Dialogs, all_batches, check_batches, count, cut_batch, digest, gather, leave, load_ahead, on_rank0, print0, sum_over_ranks, to_device, together
+from log import Log, answer_held_out, evaluate
 from plan import GIB, LLAMA_SIZES, Fit, Machine, Sizes, blocks_to_checkpoint, choose, describe_fit, flops, run_plan
-from qilin_min import (LOSS_CHUNK, TEMPLATES, USER_ERRORS, Qilin, QuantizedLinear, Tokenizer, add_lora, answer_ids, check_ranges, check_replaceable, count_images,
-                       encode_prompt, full_tensors, load_weights, one_line, part_of, preprocess_image, quantize_linears, read_checkpoint, read_json, replace_folder,
-                       row_pictures, run_cli, save_qilin, save_tensors, write_json, write_text)
+from qilin_min import (LOSS_CHUNK, TEMPLATES, USER_ERRORS, Qilin, QuantizedLinear, Tokenizer, add_lora, check_ranges, check_replaceable, full_tensors, load_weights, one_line,
+                       part_of, quantize_linears, read_checkpoint, read_json, replace_folder, run_cli, save_qilin, save_tensors, write_json)
 
 # --- 1. the two stages ----------------------------------------------------------------------------------------------
 # paper, section 5.2, and the released scripts; every row can be overridden by the option of the same name
@@ -291,195 +287,7 @@ class Progress:
         return is_bad
 
 
-# --- 5. what one sees -----------------------------------------------------------------------------------------------
-
-
-def draw_curves(path, title, train, held_out):
-    """loss.png: training loss a step (thin, and its running mean), held-out loss as dots; [(step, loss)] each, loss on a log scale."""
-    width, height, left, top, right, bottom = 800, 480, 70, 40, 780, 440
-    image = Image.new("RGB", (width * 2, height * 2), "white")  # drawn twice as large, then halved: smooth lines
-    pen = ImageDraw.Draw(image)
-    points = [p for p in train + held_out if math.isfinite(p[1])]
-    if not points:
-        return
-    x_max = max(1, max(step for step, _ in points))
-    low, high = (f(max(loss, 1e-6) for _, loss in points) for f in (min, max))
-    low, high = low / 1.1, high * 1.1
-
-    def at(step, loss):
-        x = left + (right - left) * step / x_max
-        y = bottom - (bottom - top) * math.log(min(max(loss, low), high) / low) / math.log(high / low)
-        return 2 * x, 2 * y
-
-    ticks = [d * 10.0**e for e in range(-7, 10) for d in (range(1, 10) if high / low < 6 else (1, 2, 5) if high / low < 200 else (1,)) if low <= d * 10.0**e <= high]
-    for loss in ticks or [low, high]:
-        pen.line((*at(0, loss), *at(x_max, loss)), fill="#e4e4e4", width=2)
-        pen.text((2 * left - 12, at(0, loss)[1]), f"{loss:.3g}", fill="#444444", anchor="rm", font_size=24)
-    for step in sorted({round(x_max * k / 5) for k in range(6)}):
-        pen.text((at(step, low)[0], 2 * bottom + 12), f"{step}", fill="#444444", anchor="mt", font_size=24)
-    smooth, total, weight = [], 0.0, 0.0  # an exponential mean that starts without a bias to its first value
-    for step, loss in train:
-        if math.isfinite(loss):
-            total, weight = 0.95 * total + loss, 0.95 * weight + 1
-            smooth.append((step, total / weight))
-    for line, color, thick in ((train, "#bcd3ee", 2), (smooth, "#1f5fa8", 5)):
-        line = [at(*p) for p in line if math.isfinite(p[1])]
-        if len(line) > 1:
-            pen.line(line, fill=color, width=thick)
-    for x, y in (at(*p) for p in held_out):
-        pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill="#d2452d")
-    pen.text((2 * left, 2 * top - 16), f"{title}: loss by step (log scale), blue training, red held out", fill="#222222", anchor="ls", font_size=28)
-    partial = path.with_name(path.name + ".partial")
-    image.resize((width, height), Image.Resampling.LANCZOS).save(partial, format="PNG")
-    partial.rename(path)
-
-
-class Log:
-    """run.json, log.jsonl, loss.png and the printed lines, all from rank 0. A run that goes on at a step drops what was logged after it."""
-
-    def __init__(self, args, n_steps, n_params, data, start, peak_flops):
-        self.args, self.n_steps, self.peak_flops, self.train, self.held_out, self.is_rank0 = args, n_steps, peak_flops, [], [], dist.get_rank() == 0
-        self.seconds, self.board = deque(maxlen=50), None
-        if self.is_rank0:
-            write_run_json(args, n_params, data, start)
-            for name in ("log.jsonl", "samples.jsonl"):
-                self.truncate(args.out / name, start)
-            self.file = open(args.out / "log.jsonl", "a", encoding="utf-8")
-            if args.tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    raise ValueError("--tensorboard needs a package more: pip install tensorboard") from None
-                self.board = SummaryWriter(args.out / "tensorboard", purge_step=start)
-        self.bar = tqdm(total=n_steps, initial=start, desc=f"stage {args.stage}", unit="step", disable=None if self.is_rank0 else True)
-        self.drawn = time.monotonic()
-
-    def truncate(self, path, start):
-        """Keep the lines of steps up to `start`; what is said at a step before it is trained (held-out loss, samples) is said again."""
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if start and path.is_file() else ():
-            try:
-                entry = json.loads(line)
-                is_kept = entry["step"] <= start if "seconds" in entry or "bad" in entry or "grey" in entry else entry["step"] < start
-            except (ValueError, KeyError, TypeError):  # cut short by a kill
-                continue
-            if is_kept:
-                kept.append(line + "\n")
-                if "seconds" in entry:
-                    self.train.append((entry["step"], entry["loss"]))
-                elif "val_loss" in entry:
-                    self.held_out.append((entry["step"], entry["val_loss"]))
-        write_text(path, "".join(kept)) if kept or path.name == "log.jsonl" else path.unlink(missing_ok=True)
-
-    def write(self, **entry):
-        if self.is_rank0:
-            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            self.file.flush()
-            for name, value in entry.items() if self.board else ():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, entry["step"])
-
-    def step(self, step, loss, lr, grad_norm, seconds, n, n_flops, device):
-        """One line for step number `step` (1 is the first). n: what count() summed; n_flops: of plan.flops, for the whole step."""
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        mfu = n_flops / seconds / self.peak_flops if self.peak_flops else None
-        entry = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=n["tokens"] / seconds, padding=1 - n["tokens"] / n["slots"],
-                     memory_gib=memory / GIB, mfu=mfu, n_targets=int(n["targets"]), seconds=seconds)
-        self.write(**entry)
-        self.train.append((step, loss))
-        self.seconds.append(seconds)
-        self.bar.update()
-        if step % self.args.log_every == 0 or step in (1, self.n_steps):
-            eta = timedelta(seconds=round((self.n_steps - step) * sum(self.seconds) / len(self.seconds)))
-            print0(f"step {step}/{self.n_steps} | loss {loss:.4f} | lr {lr:.2e} | grad {grad_norm:.2f} | {entry['tokens_per_s']:,.0f} tok/s | " + (f"{mfu:.1%} of peak | " if mfu else "")
-                   + f"{entry['memory_gib']:.2f} GiB | padding {entry['padding']:.1%} | {seconds:.2f} s | {eta} to go")
-        if time.monotonic() - self.drawn > 30:
-            self.draw()
-
-    def bad_step(self, step, loss, grad_norm, dataset, batch):
-        """A step that was skipped, with the samples in it."""
-        if self.is_rank0:
-            self.write(step=step, bad=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}", ids=[dataset.row(i).get("id") for i in batch])
-        self.bar.update()
-        print0(f"step {step}/{self.n_steps} | skipped: loss {loss:.4g}, gradient norm {grad_norm:.4g}; its samples are in log.jsonl")
-
-    def grey(self, step, names):
-        self.write(step=step, grey=names)
-        print0(f"step {step}/{self.n_steps} | {len(names)} samples without their picture, which teach nothing: {'; '.join(names[:3])}" + f" and {len(names) - 3} more, in log.jsonl" * (len(names) > 3))
-
-    def held_out_loss(self, step, loss):
-        self.write(step=step, val_loss=loss)
-        self.held_out.append((step, loss))
-        print0(f"step {step}/{self.n_steps} | held-out loss {loss:.4f}")
-        self.draw()
-
-    def draw(self):
-        self.drawn = time.monotonic()
-        if self.is_rank0:
-            try:
-                draw_curves(self.args.out / "loss.png", f"stage {self.args.stage}", self.train, self.held_out)
-            except OSError as error:  # a picture is not worth a run
-                print0(f"loss.png was not drawn: {one_line(error)}")
-
-    def close(self):
-        self.draw()
-        self.bar.close()
-        if self.board:
-            self.board.close()
-
-
-@torch.no_grad()
-def evaluate(model, dataset, micro_batch_size, device):
-    """Held-out loss: mean over all labelled tokens of the file. Every rank takes its share and as many forward passes."""
-    model.eval()
-    totals = {"ce_sum": 0.0, "targets": 0}
-    order = np.argsort(-dataset.lengths, kind="stable").tolist()
-    micro_batches = cut_batch(order, dist.get_rank(), dist.get_world_size(), micro_batch_size)
-    for batch in load_ahead(dataset, micro_batches, 0):
-        together(check_batches, [batch])
-        totals["ce_sum"] += float(model(**to_device(batch, device), reduction="sum"))
-        totals["targets"] += count([batch])["targets"]
-    model.reshard()  # the root keeps its parameters whole after a forward without backward
-    model.train()
-    totals = sum_over_ranks(totals, device)
-    return totals["ce_sum"] / max(totals["targets"], 1)
-
-
-def answer_held_out(model, dataset, args, step, device):
-    """Greedy answers to the first questions of some held-out rows, the same each time, into samples.jsonl. All ranks answer all and step together."""
-    rows = [dataset.row(i) for i in np.random.default_rng(0).permutation(len(dataset))[: args.samples]]
-    if not rows:
-        return
-    model.eval()
-    questions = [row["conversations"][:1] for row in rows]
-    prompts = [encode_prompt(question, dataset.tokenizer, dataset.n_image_tokens, args.template) for question in questions]
-    pictures = [path for row, question in zip(rows, questions) for path in row_pictures(row, args.images)[: count_images(question)]]
-    pixels = together(lambda: torch.stack([preprocess_image(p, dataset.image_size, args.image_mode) for p in pictures]) if pictures else None)
-
-    def all_ended(ended):  # a rank that stopped alone would leave the others waiting in an all-gather
-        return sum_over_ranks({"going on": float(not all(ended))}, device)["going on"] == 0
-
-    answers = answer_ids(model, prompts, pixels, max_new_tokens=64, stop=all_ended)
-    model.reshard()
-    model.train()
-    if dist.get_rank() == 0:
-        with open(args.out / "samples.jsonl", "a", encoding="utf-8") as file:
-            for row, answer in zip(rows, answers):
-                question, truth = row["conversations"][0]["value"], row["conversations"][1]["value"]
-                file.write(json.dumps({"step": step, "id": row.get("id"), "question": question, "answer": dataset.tokenizer.decode(answer), "truth": truth}, ensure_ascii=False) + "\n")
-                print0(f"    {question.replace('<image>', '').strip()}  ->  {dataset.tokenizer.decode(answer)}  (truth: {truth})")
-
-
-def write_run_json(args, n_params, data, start):
-    """run.json: what was run, with what, on what."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
-    write_json(args.out / "run.json", {
-        "command": sys.argv, "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "commit": commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}, "world_size": dist.get_world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "parameters": n_params, "started_at_step": start, "data": data})
-
-
-# --- 6. checkpoints and export --------------------------------------------------------------------------------------
+# --- 5. checkpoints and export --------------------------------------------------------------------------------------
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # options of the state dict: frozen weights are in no checkpoint
 STEP_FOLDER = re.compile(r"step-(\d+)$")
@@ -498,7 +306,10 @@ class Checkpoints:
         self.writing = None  # (future, progress)
 
     def tensors(self, with_rng=True):
+        is_new = not self.optimizer.state
         weights, moments = get_state_dict(self.model, self.optimizer, options=TRAINED_ONLY)
+        for state in self.optimizer.state.values() if is_new else ():  # an optimiser that has done nothing is given its state by a step with zero gradients, which it must not count
+            state["step"].zero_()
         rng = {f"cpu-{dist.get_rank()}": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng[f"cuda-{dist.get_rank()}"] = torch.cuda.get_rng_state()
@@ -517,12 +328,24 @@ class Checkpoints:
         return dict(sorted(found.items()))
 
     def clean(self):
-        """Remove what an interrupted save or removal left."""
+        """Remove what an interrupted save or removal left; a step-N that is not whole was damaged by something else and only loses its name."""
         whole = self.whole().values()
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if re.match(r"step-\d+(\.partial|\.old)?$", path.name) and path not in whole:
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if re.match(r"step-\d+\.(partial|old)$", path.name):
                 print0(f"{path} is not whole: removed")
                 shutil.rmtree(path, ignore_errors=True)
+            elif STEP_FOLDER.match(path.name) and path not in whole:
+                print0(f"{path} is not whole: renamed to {path.name}.damaged")
+                replace_folder(path, path.with_name(path.name + ".damaged"))
+
+    def put_aside(self, paths, why):
+        """Move checkpoints of another course of this run out of the way, to checkpoints.N beside: by their numbers they would pass for newer ones."""
+        if paths:
+            aside = next(p for i in range(1, 10**6) if not (p := self.folder.with_name(f"checkpoints.{i}")).exists())
+            aside.mkdir()
+            for path in paths:
+                path.rename(aside / path.name)
+            print0(f"{why}: {', '.join(path.name for path in paths)} moved to {aside}")
 
     def save(self, progress, wait=False):
         """Start writing a checkpoint; what a step waits for is the copy to host memory. An earlier one under way is finished first."""
@@ -530,19 +353,20 @@ class Checkpoints:
         partial = self.folder / f"step-{progress.step}.partial"
 
         def prepare():
-            if progress.step in self.whole():  # resumed from it, and stopped before another step
+            if progress.step in self.whole():  # resumed from it, and stopped before another step; later ones of another course are put aside
                 return False
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             return True
 
         if progress.step and on_rank0(prepare):
-            self.writing = async_save(self.tensors(), checkpoint_id=partial, process_group=self.group), Progress(**asdict(progress)), partial
+            writer = FileSystemWriter(partial, per_thread_copy_ahead=0)  # what it writes is in host memory already: nothing to copy ahead, and no CUDA context in its thread
+            self.writing = async_save(self.tensors(), storage_writer=writer, process_group=self.group), Progress(**asdict(progress)), partial
         if wait:
             self.finish()
 
     def progress(self):
-        """For sum_over_ranks: has this rank written its part? When all have, finish() does not wait."""
+        """For sum_over_ranks: has this rank written its part? When all have, finish() only gives the name and removes what is too many."""
         return {"written": float(self.writing is not None and self.writing[0].done())}
 
     def finish(self):
@@ -557,16 +381,17 @@ class Checkpoints:
             except (CheckpointException, Exception) as error:  # the former is no Exception
                 cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) and error.failures else error
                 shutil.rmtree(partial, ignore_errors=True)
-                raise OSError(getattr(cause, "errno", None) or errno.EIO, f"checkpoint not written ({one_line(cause)[:200]}); the earlier ones are whole", str(partial)) from None
+                raise OSError(getattr(cause, "errno", None) or errno.EIO, f"checkpoint could not be written ({one_line(cause)[:120]}; {shutil.disk_usage(self.folder).free / 1e9:.1f} GB free); the earlier ones are whole", str(partial)) from None
 
         def seal():
             files = {path.name: path.stat().st_size for path in partial.iterdir()}
             write_json(partial / "state.json", {"progress": asdict(progress), "world_size": dist.get_world_size(), "setup": self.setup, "files": files})
-            for path in (partial / "state.json", partial):  # the tensors' files were synced by their writer
+            for path in (partial / "state.json", partial, self.folder):  # the tensors' files were synced by their writer
+                if path == self.folder:
+                    replace_folder(partial, partial.with_suffix(""))
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-            replace_folder(partial, partial.with_suffix(""))
             for step in list(self.whole())[: -self.args.keep]:
                 gone = self.folder / f"step-{step}.old"
                 (self.folder / f"step-{step}").rename(gone)
@@ -598,17 +423,17 @@ class Checkpoints:
 
     def find(self):
         """The folder to resume from, or None."""
+        self.clean()
+        steps = self.whole()
         if self.args.resume not in ("auto", "never"):
             path = Path(self.args.resume)
             if not (path / "state.json").is_file():
                 raise FileNotFoundError(f"--resume {path}: no checkpoint there (a folder step-N with state.json)")
+            inside = next((step for step, folder in steps.items() if folder.samefile(path)), -1)
+            self.put_aside([folder for step, folder in steps.items() if step > inside], f"--resume {path}")
             return path
-        self.clean()
-        steps = self.whole()
-        if steps and self.args.resume == "never":
-            aside = next(p for i in range(1, 10**6) if not (p := self.folder.with_name(f"checkpoints.{i}")).exists())
-            self.folder.rename(aside)
-            print0(f"--resume never: earlier checkpoints are now in {aside}")
+        if self.args.resume == "never":
+            self.put_aside(list(steps.values()), "--resume never")
             return None
         return list(steps.values())[-1] if steps else None
 
@@ -663,7 +488,7 @@ def export(args, model, tokenizer):
     dist.barrier()
 
 
-# --- 7. main --------------------------------------------------------------------------------------------------------
+# --- 6. main --------------------------------------------------------------------------------------------------------
 
 
 def prepare(args):
@@ -716,7 +541,7 @@ def start(args):
     sizes = Sizes(config, args.trained, args.lora, args.quantize, 2 if device.type == "cuda" else 4)
     machine, is_peak_known = this_machine(args, device)
     per_gpu, reshard = math.ceil(max(map(len, batches)) / world_size), {"auto": None, "always": False, "never": True}[args.reshard]
-    fit = choose(sizes, machine, dataset.lengths, batches, args.micro_batch_size, reshard, STAGES[args.stage]["micro_batch_size"])
+    fit = on_rank0(choose, sizes, machine, dataset.lengths, batches, args.micro_batch_size, reshard, STAGES[args.stage]["micro_batch_size"])
     is_tight, fit = fit is None, fit or Fit(args.micro_batch_size or 1, args.reshard == "never", deepest=sizes.L)
 
     @functools.cache
@@ -764,6 +589,7 @@ def stop_if_needed(run, n, parts):
 def look(run, step):
     """Held-out loss and some answers."""
     if run.held_out:
+        run.checkpoints.finish()  # should this end the run, a checkpoint on its way is not lost
         run.log.held_out_loss(step, evaluate(run.model, run.held_out, run.fit.micro_batch_size, run.device))
         answer_held_out(run.model, run.held_out, run.args, step, run.device)
 
@@ -797,7 +623,7 @@ def train(run):
         grad_norm = torch.nn.utils.clip_grad_norm_(run.trained, args.max_grad_norm or math.inf).full_tensor()
         dist.all_reduce(step_loss)
 
-        loss, grad_norm = step_loss.item(), grad_norm.item()  # the only wait for the device; the same numbers on all ranks
+        loss, grad_norm = step_loss.item(), grad_norm.item()  # the same numbers on all ranks
         if is_bad := progress.is_bad(loss, grad_norm):
             run.log.bad_step(step + 1, loss, grad_norm, run.dataset, batch)
         else:
@@ -808,6 +634,7 @@ def train(run):
             work = flops(run.sizes, run.dataset.lengths[batch], n["pictures"], n["targets"])
             run.log.step(step + 1, loss, lr, grad_norm, time.perf_counter() - tic, n, work, run.device)
         if progress.n_bad_in_a_row >= args.max_bad_steps:
+            run.checkpoints.finish()
             leave(1, f"step {step + 1}: {args.max_bad_steps} steps in a row had a loss that is not finite or explodes (now {loss:.4g}, gradient norm {grad_norm:.4g}): "
                      "stopped, their samples are in log.jsonl (a smaller --lr may help)")
         if progress.step % args.save_every == 0 and progress.step < len(run.batches):
@@ -818,9 +645,8 @@ def run_training(args):
     run = start(args)
     if run:
         train(run)
-        run.checkpoints.finish()
+        run.checkpoints.save(run.progress, wait=True)  # first: an export that fails costs nothing then
         export(args, run.model, run.tokenizer)
-        run.checkpoints.save(run.progress, wait=True)
         look(run, len(run.batches))
         run.log.close()
         print0(f"done: {args.out / 'final'}, {args.out / 'loss.png'}"
@@ -862,7 +688,8 @@ def main():
             args = parse_args()
     except USER_ERRORS:
         sys.exit(2)
-    run_guarded(args)
+    if not (args.plan or args.smoke):  # rank 0 does those alone
+        run_guarded(args)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_damage_is_named(tmp_path, text, words):
     if words is None and "a" not in text:
         assert len(Rows(tmp_path / "a.json")) == 0
         return
-    with pytest.raises(ValueError, match=words or "row 0, line 1"):
+    with pytest.raises(ValueError, match=words or "line 1, row 0"):
         list(Rows(tmp_path / "a.json"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import plan
-import train
+import log
 from conftest import ROOT, run
 from qilin_min import Tokenizer, encode_conversation, read_checkpoint
 
@@ -41,7 +41,7 @@ def test_a_line_a_step(toy, tmp_path):
 def test_the_curve_shows_both_losses(tmp_path):
     """Blue for training, red dots held out, redrawn over the old picture."""
     for n in (5, 50):
-        train.draw_curves(tmp_path / "loss.png", "stage 1", [(i, 5 / (i + 1)) for i in range(n)], [(0, 5.0), (n - 1, 1.0)])
+        log.draw_curves(tmp_path / "loss.png", "stage 1", [(i, 5 / (i + 1)) for i in range(n)], [(0, 5.0), (n - 1, 1.0)])
         pixels = np.asarray(Image.open(tmp_path / "loss.png")).astype(int)
         red = (pixels[..., 0] > 180) & (pixels[..., 1] < 110) & (pixels[..., 2] < 100)
         blue = (pixels[..., 2] > 130) & (pixels[..., 0] < 110)

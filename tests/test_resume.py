@@ -55,7 +55,7 @@ def test_2_ranks_to_1_to_4(toy, tmp_path, whole, report):
     assert [e["n_targets"] for e in a] == [e["n_targets"] for e in b] and len(a) == STEPS
     report("resume: losses of 2 -> 1 -> 4 ranks and of 2", max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b)), 1e-3)
     p, q = (load_qilin(path) for path in (out, whole))
-    report("resume: weights of 2 -> 1 -> 4 ranks and of 2", max(float((x - y).abs().max()) for x, y in zip(p.parameters(), q.parameters())), 1e-3)
+    report("resume: weights of 2 -> 1 -> 4 ranks and of 2", max((x - y).abs().max().item() for x, y in zip(p.parameters(), q.parameters())), 1e-3)
 
 
 def test_hybrid_sharding_is_the_same_computation(toy, tmp_path, whole, report):
@@ -67,7 +67,7 @@ def test_hybrid_sharding_is_the_same_computation(toy, tmp_path, whole, report):
 
 
 def test_the_newest_are_kept_and_the_halves_removed(toy, tmp_path, whole):
-    """--keep 3; a folder still .partial, one without its metadata, one with a file cut short: none is taken, all are gone."""
+    """--keep 3; a folder still .partial is removed; one without its state, one with a file cut short lose their names: none is taken."""
     out = cut_back(whole, tmp_path / "out", 8)
     folder = out / "checkpoints"
     shutil.copytree(folder / "step-8", folder / "step-12.partial")
@@ -78,7 +78,7 @@ def test_the_newest_are_kept_and_the_halves_removed(toy, tmp_path, whole):
     (folder / "notes").mkdir()
     done = run(toy, out, *OPTIONS, ranks=2, check=False)
     assert done.returncode == 0 and "going on after step 8" in done.stdout and done.stdout.count("not whole") == 3, done.stderr[-2000:]
-    assert sorted(p.name for p in folder.iterdir()) == ["notes", "step-12", "step-14", "step-15"]
+    assert sorted(p.name for p in folder.iterdir()) == ["notes", "step-10.damaged", "step-12", "step-14", "step-15", "step-9.damaged"]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -114,6 +114,10 @@ def test_never_and_path(toy, tmp_path, whole):
     other = tmp_path / "other"
     losses, _ = run(toy, other, *OPTIONS, "--resume", whole / "checkpoints/step-10", ranks=2)
     assert np.array_equal(losses, want[10:]) and (other / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+    back = cut_back(whole, tmp_path / "back", 14)
+    losses, _ = run(toy, back, *OPTIONS, "--keep", 2, "--resume", back / "checkpoints/step-4", ranks=2)  # a way back: what came later is put aside, not taken for newer
+    assert np.array_equal(losses, want) and sorted(p.name for p in (back / "checkpoints").iterdir()) == ["step-14", "step-15"]
+    assert sorted(p.name for p in (back / "checkpoints.1").iterdir()) == ["step-10", "step-12", "step-14", "step-6", "step-8"]
     done = run(toy, tmp_path / "third", *OPTIONS, "--resume", tmp_path, check=False)
     assert done.returncode == 2 and "no checkpoint there" in done.stderr
 
