@@ -168,7 +168,8 @@ def setup_distributed():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"  # gloo beside nccl: error messages travel as Python objects, checkpoints in the background
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))  # torchrun listens before it starts ranks, unless it was killed since
+        store.set_timeout(timedelta(minutes=30))
         store = dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's store still holds the addresses of ranks that died
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     else:
