@@ -224,7 +224,7 @@ def padding_share(lengths, batches, W, micro_batch_size):
     """Share of padding in what the GPUs compute, each micro-batch being padded to its longest row."""
     slots = 0
     for batch in batches:
-        for rank in range(W):
+        for rank in range(min(W, len(batch))):
             mine = lengths[batch[rank::W]]
             slots += sum(int(mine[i : i + micro_batch_size].max() * len(mine[i : i + micro_batch_size])) for i in range(0, len(mine), micro_batch_size))
     return 1 - float(sum(lengths[batch].sum() for batch in batches)) / slots
@@ -250,7 +250,7 @@ def print_plan(stage, sizes, machine, lengths, labels, n_pictures, batches, fit,
     how = dict(n_labels=LOSS_CHUNK, is_kept=shown.is_kept, is_accumulating=per_gpu > shown.micro_batch_size)
     n = blocks_to_checkpoint(sizes, shards, slots, machine.budget, **how)
     parts = memory(sizes, shards, slots, sizes.L if n is None else n, **how)
-    print(f"  {describe_fit(shown, sizes.L, per_gpu)}")
+    print(f"  {describe_fit(shown, sizes.L, per_gpu)}" + f"; more GPUs than samples a step: {W - max(map(len, batches)):,} stand idle" * (W > max(map(len, batches))))
     print(f"memory a GPU, GiB, in the largest step (micro-batch of {slots:,} tokens with padding, {sizes.L if n is None else n} of {sizes.L} blocks recomputing):")
     for name, size in parts.items():
         if name != "peak":
@@ -269,7 +269,7 @@ def print_plan(stage, sizes, machine, lengths, labels, n_pictures, batches, fit,
     mixed = [shuffled[i : i + len(batches[0])] for i in range(0, len(lengths), len(batches[0]))]
     print(f"padding {padding_share(lengths, batches, W, shown.micro_batch_size):.1%}, in random batches it would be {padding_share(lengths, mixed, W, shown.micro_batch_size):.1%}")
     print(f"work {work / steps:.3g} FLOPs a step, {work:.3g} in all (nothing counted twice)")
-    hours = [work / (share * machine.flops * W) / 3600 for share in (0.4, 0.5, 0.6)]
+    hours = [work / (share * machine.flops * min(W, max(map(len, batches)))) / 3600 for share in (0.4, 0.5, 0.6)]  # a GPU without a sample waits
     print(f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak" + (f", about {fit.recomputed / (3 if 'llm' in sizes.trained else 2):.0%} more for what is recomputed" if fit and fit.deepest else ""))
     one = 12 * sizes.n_trained
     final = sizes.e * (sizes.n_all if "llm" in sizes.trained or sizes.lora else sizes.projector)
