@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_gradients_through_a_quantised_base(report, bits):
     assert (48, 128) not in kept
 
 
-@pytest.mark.parametrize("options, ranks", [(("--lora", 4), 2), (("--lora", 4, "--quantize", "int8"), 1), (("--lora", 2, "--quantize", "int4", "--checkpoint-layers", 3), 2)])
+@pytest.mark.parametrize("options, ranks", [(("--lora", 4), 2), (("--lora", 4, "--quantize", "int8"), 1), pytest.param(("--lora", 2, "--quantize", "int4", "--checkpoint-layers", 3), 2, marks=pytest.mark.skipif(not os.environ.get("LONG"), reason="--long"))])
 def test_train_py_trains_adapters_and_merges(toy, tmp_path, options, ranks):
     """The loss falls; final/ is a whole model without adapters that loads anywhere; embeddings, norms, head and tower are as they were; it answers as the trained model did."""
     losses, _ = run(toy, tmp_path / "out", *options, "--batch-size", 8, "--epochs", 4, "--lr", "1e-2", "--val-data", toy / "mixed.json", ranks=ranks)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import batches
 import train
-from conftest import ROOT, run
+from conftest import ROOT, free_port, run
 from qilin_min import load_qilin
 
 
@@ -81,7 +81,7 @@ def test_one_sample_is_learnt_by_heart(toy, tmp_path):
 def test_gradients_under_two_ranks(toy, report, script, limit):
     """float32: equal to the unsharded model on the whole batch at once, so no factor world_size and no mean of means.
     bf16 compute, as on CUDA: equal to float32 within bf16's 8 bits, with a rank that has no picture."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29950 + os.getpid() % 40),
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
                            Path(__file__).parent / script, toy], capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-3000:]
     report(f"train: gradients of 2 ranks, {script} (relative)", float(done.stdout.split()[-1]), limit)
