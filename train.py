@@ -291,7 +291,21 @@ class Progress:
 # --- 5. checkpoints and export --------------------------------------------------------------------------------------
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # options of the state dict: frozen weights are in no checkpoint
-STEP_FOLDER = re.compile(r"step-(\d+)$")
+STEP_FOLDER = re.compile(r"step-([1-9]\d*)$")
+
+
+def read_state(path):
+    """(Progress, state.json) of a checkpoint; ValueError or OSError when it is not whole: a file missing or cut short, a state that no run wrote."""
+    try:
+        state = read_json(path / "state.json")
+        progress = Progress(**state["progress"])
+        is_whole = all((path / name).stat().st_size == size for name, size in state["files"].items()) and isinstance(state["setup"], dict) and isinstance(state["world_size"], int)
+        numbers = [progress.step, progress.n_bad, progress.n_bad_in_a_row, progress.n_grey, *progress.recent]
+        if is_whole and all(type(n) in (int, float) and n >= 0 for n in numbers) and type(progress.step) is int and progress.step > 0:
+            return progress, state
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{path}: not a whole checkpoint")
 
 
 class Checkpoints:
@@ -321,10 +335,9 @@ class Checkpoints:
         found = {}
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             try:
-                sizes = read_json(path / "state.json")["files"]
-                if (match := STEP_FOLDER.match(path.name)) and all((path / name).stat().st_size == size for name, size in sizes.items()):
+                if (match := STEP_FOLDER.match(path.name)) and read_state(path)[0].step == int(match[1]):
                     found[int(match[1])] = path
-            except (*USER_ERRORS, KeyError, TypeError, AttributeError):
+            except USER_ERRORS:
                 continue
         return dict(sorted(found.items()))
 
@@ -406,7 +419,7 @@ class Checkpoints:
         path = on_rank0(self.find)
         if path is None:
             return Progress()
-        saved = together(read_json, path / "state.json")
+        progress, saved = together(read_state, path)
         on_rank0(self.compare, saved["setup"], path)
         is_same = saved["world_size"] == dist.get_world_size()
         state = self.tensors(with_rng=is_same)
@@ -419,8 +432,8 @@ class Checkpoints:
             torch.set_rng_state(state["rng"][f"cpu-{dist.get_rank()}"])
             if f"cuda-{dist.get_rank()}" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"][f"cuda-{dist.get_rank()}"])
-        print0(f"going on after step {saved['progress']['step']} ({path}, written by {saved['world_size']} ranks)")
-        return Progress(**saved["progress"])
+        print0(f"going on after step {progress.step} ({path}, written by {saved['world_size']} ranks)")
+        return progress
 
     def find(self):
         """The folder to resume from, or None."""

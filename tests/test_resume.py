@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from conftest import run
 from qilin_min import load_qilin
 
@@ -79,6 +80,18 @@ def test_the_newest_are_kept_and_the_halves_removed(toy, tmp_path, whole):
     done = run(toy, out, *OPTIONS, ranks=2, check=False)
     assert done.returncode == 0 and "going on after step 8" in done.stdout and done.stdout.count("not whole") == 3, done.stderr[-2000:]
     assert sorted(p.name for p in folder.iterdir()) == ["notes", "step-10.damaged", "step-12", "step-14", "step-15", "step-9.damaged"]
+
+
+@pytest.mark.parametrize("state", ["[]", "{", '{"progress": {"step": -2}}', '{"progress": {"pace": 2}, "files": {}}', '{"progress": {"step": 8}, "files": {"gone": 3}, "setup": {}, "world_size": 2}'])
+def test_a_state_that_no_run_wrote_is_no_checkpoint(toy, tmp_path, whole, state):
+    """Asked for by name: one line. In --out: not taken."""
+    shutil.copytree(whole / "checkpoints/step-8", tmp_path / "out/checkpoints/step-8")
+    (tmp_path / "out/checkpoints/step-8/state.json").write_text(state)
+    done = run(toy, tmp_path / "other", *OPTIONS, "--resume", tmp_path / "out/checkpoints/step-8", check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode == 2 and len(lines) == 1 and "step-8" in lines[0] and "Traceback" not in done.stderr, done.stderr[-2000:]
+    with pytest.raises((ValueError, OSError)):
+        train.read_state(tmp_path / "out/checkpoints/step-8")
 
 
 @pytest.mark.parametrize("change, words", [
