@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +47,21 @@ def gather(value):
     return values
 
 
-def together(function, *args):
-    """function(*args) on every rank; if it raises what a user can cause on any of them, all ranks stop: one line from rank 0, exit code 2 (1: the disk)."""
+def agree(function, *args):
+    """function(*args) on every rank -> (result, None); or, on all of them, (…, (line, exit code)) if it raises what a user can cause on any. Code 2, or 1: the disk."""
     result, error = None, None
     try:
         result = function(*args)
     except USER_ERRORS as raised:
         error = one_line(raised), 1 if getattr(raised, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG) else 2
-    if first := next((e for e in gather(error) if e), None):
-        leave(first[1], first[0])
+    return result, next((e for e in gather(error) if e), None)
+
+
+def together(function, *args):
+    """agree(), and where any rank has an error all stop, with one line from rank 0."""
+    result, error = agree(function, *args)
+    if error:
+        leave(error[1], error[0])
     return result
 
 
@@ -111,16 +118,16 @@ class Dialogs(torch.utils.data.Dataset):
 
         def look_up():
             if not file.is_file():
-                raise FileNotFoundError(f"no such data file: {file}")
+                raise FileNotFoundError(f"{'not a file' if file.exists() else 'no such data file'}: {file}")
             sha256 = digest(file)
-            key = [1, sha256, digest(self.tokenizer.path), self.n_image_tokens, self.args.template, self.args.max_length]
+            key = [2, sha256, digest(self.tokenizer.path), self.n_image_tokens, self.args.template, self.args.max_length]
             name = f"{file.name}.{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.index.npy"
             for cache in (file.with_name(name), self.args.out / name):
                 try:
-                    index = np.load(cache)
-                    if index.ndim == 2 and index.shape[1] == len(INDEX) and index.dtype == np.int64:
-                        return sha256, name, index, None
-                except (OSError, ValueError, EOFError):  # none there, or damaged: made anew
+                    stored = np.load(cache) if cache.is_file() else None  # a pipe would keep us waiting
+                    if stored is not None and stored.dtype == np.int64 and stored[-1, 0] == zlib.crc32(stored[:-1]):
+                        return sha256, name, stored[:-1], None
+                except Exception:  # noqa: S110, numpy raises many kinds for a damaged file, and each means that it is made anew
                     pass
             return sha256, name, None, find_rows(file)
 
@@ -135,7 +142,7 @@ class Dialogs(torch.utils.data.Dataset):
                     try:
                         partial = cache.with_name(cache.name + ".partial")
                         with open(partial, "wb") as opened:
-                            np.save(opened, index)
+                            np.save(opened, np.vstack((index, [zlib.crc32(index)] + [0] * (len(INDEX) - 1))))  # with its checksum as a last row
                         partial.replace(cache)
                         break
                     except OSError as error:
@@ -251,7 +258,12 @@ def cut_batch(batch, rank, world_size, micro_batch_size):
 
 def all_batches(args, lengths):
     """The global batches of the whole run, lists of sample numbers, epoch after epoch."""
-    return [b for epoch in range(args.epochs) for b in batch_order(lengths, args.batch_size, args.seed, epoch)][: args.max_steps or None]
+    batches = []
+    for epoch in range(args.epochs):
+        batches += batch_order(lengths, args.batch_size, args.seed, epoch)
+        if args.max_steps and len(batches) >= args.max_steps:
+            return batches[: args.max_steps]
+    return batches
 
 
 # --- 4. loading -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from batches import check_batches, count, cut_batch, load_ahead, print0, sum_over_ranks, to_device, together
+from batches import agree, check_batches, count, cut_batch, load_ahead, print0, sum_over_ranks, to_device
 from plan import GIB
 from qilin_min import answer_ids, count_images, encode_prompt, one_line, write_json, write_text
 
@@ -85,11 +85,12 @@ class Log:
     def truncate(self, path, start):
         """Keep the lines of steps up to `start`; what is said at a step before it is trained (held-out loss, samples) is said again."""
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if start and path.is_file() else ():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if start and path.is_file() else ():
             try:
                 entry = json.loads(line)
                 is_kept = entry["step"] <= start if "seconds" in entry or "bad" in entry or "grey" in entry else entry["step"] < start
-            except (ValueError, KeyError, TypeError):  # cut short by a kill
+                float(entry.get("loss", 0)), float(entry.get("val_loss", 0)), entry["loss" if "seconds" in entry else "step"]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # cut short by a kill, or damaged
                 continue
             if is_kept:
                 kept.append(line + "\n")
@@ -136,6 +137,8 @@ class Log:
         print0(f"step {step}/{self.n_steps} | {len(names)} samples without their picture, which teach nothing: {'; '.join(names[:3])}" + f" and {len(names) - 3} more, in log.jsonl" * (len(names) > 3))
 
     def held_out_loss(self, step, loss):
+        if loss is None:
+            return print0(f"step {step}/{self.n_steps} | no held-out loss: none of its pictures can be read")
         self.write(step=step, val_loss=loss)
         self.held_out.append((step, loss))
         print0(f"step {step}/{self.n_steps} | held-out loss {loss:.4f}")
@@ -158,31 +161,41 @@ class Log:
 
 @torch.no_grad()
 def evaluate(model, dataset, micro_batch_size, device):
-    """Held-out loss: mean over all labelled tokens of the file. Every rank takes its share and as many forward passes."""
+    """Held-out loss: mean over all labelled tokens of the file whose pictures decode; None where there is none. Every rank takes its share and as many
+    forward passes. ValueError, on all ranks, when a row can no longer be read."""
     model.eval()
-    totals = {"ce_sum": 0.0, "targets": 0}
+    totals = {"ce_sum": 0.0, "targets": 0, "grey": 0}
     order = np.argsort(-dataset.lengths, kind="stable").tolist()
     micro_batches = cut_batch(order, dist.get_rank(), dist.get_world_size(), micro_batch_size)
     for batch in load_ahead(dataset, micro_batches, 0):
-        together(check_batches, [batch])
+        if error := agree(check_batches, [batch])[1]:
+            model.reshard()
+            raise ValueError(error[0])
         totals["ce_sum"] += float(model(**to_device(batch, device), reduction="sum"))
-        totals["targets"] += count([batch])["targets"]
+        for name in ("targets", "grey"):
+            totals[name] += count([batch])[name]
     model.reshard()  # after a forward without backward the root keeps its parameters whole (and blocks that stay gathered keep theirs)
     model.train()
     totals = sum_over_ranks(totals, device)
-    return totals["ce_sum"] / max(totals["targets"], 1)
+    if totals["grey"]:
+        print0(f"    {int(totals['grey'])} held-out samples without their picture are left out")
+    return totals["ce_sum"] / totals["targets"] if totals["targets"] else None
 
 
 def answer_held_out(model, dataset, args, step, device):
     """Greedy answers to the first questions of some held-out rows, the same each time, into samples.jsonl. All ranks answer all and step together."""
-    rows = [dataset.row(i) for i in np.random.default_rng(0).permutation(len(dataset))[: args.samples]]
+    def read():
+        rows = [dataset.row(i) for i in np.random.default_rng(0).permutation(len(dataset))[: args.samples]]
+        return rows, [picture for row in rows for picture in dataset.pictures(row, count_images(row["conversations"][:1]))[0]]  # grey where a file is gone
+
+    (rows, pictures), error = agree(read)
+    if error:
+        raise ValueError(error[0])
     if not rows:
         return
     model.eval()
     questions = [row["conversations"][:1] for row in rows]
     prompts = [encode_prompt(question, dataset.tokenizer, dataset.n_image_tokens, args.template) for question in questions]
-    pictures = [dataset.pictures(row, count_images(question))[0] for row, question in zip(rows, questions)]  # grey ones where a file is gone: a look is not worth a run
-    pictures = [picture for of_row in pictures for picture in of_row]
     pixels = torch.stack(pictures) if pictures else None
 
     def all_ended(ended):  # a rank that stopped alone would leave the others waiting in an all-gather

@@ -245,7 +245,7 @@ def print_plan(stage, sizes, machine, lengths, labels, n_pictures, batches, fit,
     W, shards, per_gpu = machine.world_size, machine.world_size // machine.replicate, math.ceil(max(map(len, batches)) / machine.world_size)
     print(f"plan of stage {stage} on {W} GPU{'s' * (W > 1)} of {machine.memory / GIB:.0f} GiB, {machine.flops / 1e12:.0f} TFLOPS ({where})")
     print(f"  {sizes.n_trained / 1e9:.2f} of {sizes.n_all / 1e9:.2f} billion parameters trained" + f", LoRA of rank {sizes.lora}" * bool(sizes.lora) + f", base in {sizes.quantize}" * bool(sizes.quantize))
-    shown = fit or Fit(1, False, deepest=sizes.L)
+    shown = fit or Fit(1, False, deepest=sizes.L, recomputed=1.0)
     slots = max(max(micro_batch_slots(lengths, batch, W, shown.micro_batch_size)) for batch in batches)
     how = dict(n_labels=LOSS_CHUNK, is_kept=shown.is_kept, is_accumulating=per_gpu > shown.micro_batch_size)
     n = blocks_to_checkpoint(sizes, shards, slots, machine.budget, **how)
@@ -270,7 +270,7 @@ def print_plan(stage, sizes, machine, lengths, labels, n_pictures, batches, fit,
     print(f"padding {padding_share(lengths, batches, W, shown.micro_batch_size):.1%}, in random batches it would be {padding_share(lengths, mixed, W, shown.micro_batch_size):.1%}")
     print(f"work {work / steps:.3g} FLOPs a step, {work:.3g} in all (nothing counted twice)")
     hours = [work / (share * machine.flops * min(W, max(map(len, batches)))) / 3600 for share in (0.4, 0.5, 0.6)]  # a GPU without a sample waits
-    print(f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak" + (f", about {fit.recomputed / (3 if 'llm' in sizes.trained else 2):.0%} more for what is recomputed" if fit and fit.deepest else ""))
+    print(f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak" + (f", about {shown.recomputed / (3 if 'llm' in sizes.trained else 2):.0%} more for what is recomputed" if shown.deepest else ""))
     one = 12 * sizes.n_trained
     final = sizes.e * (sizes.n_all if "llm" in sizes.trained or sizes.lora else sizes.projector)
     print(f"disk {((keep + 1) * one + final) / 1e9:.1f} GB: {keep} checkpoints of {one / 1e9:.1f} GB and one being written, final weights {final / 1e9:.1f} GB; "
@@ -293,6 +293,8 @@ def run_plan(args, most, lighter):
     else:
         dataset = Dialogs(args.data, together(Tokenizer, args.llm or args.model), config.n_image_tokens, config.vision.image_size, args)
         lengths, labels, n_pictures, where = dataset.lengths, dataset.n_labels, dataset.n_pictures, where + f"; lengths of {', '.join(args.data)}"
+    if not len(lengths):
+        raise ValueError(f"no sample is left of which --max-length {args.max_length} leaves a label")
     sizes = Sizes(config, args.trained, args.lora, args.quantize)
     machine = Machine(args.world_size, (args.gpu_memory or 80) * GIB, (args.gpu_tflops or 312) * 1e12, replicate=args.replicate)
     if machine.world_size % machine.replicate:

@@ -571,6 +571,7 @@ class Rows:
 
     def __init__(self, path, ranges=None):
         self.path, self.ranges = Path(path), find_rows(path) if ranges is None else ranges
+        self.stamp = self.path.stat().st_size, self.path.stat().st_mtime_ns
 
     def __len__(self):
         return len(self.ranges)
@@ -578,6 +579,9 @@ class Rows:
     def __getitem__(self, i):
         start, stop = (int(n) for n in self.ranges[i])  # IndexError past the last, which ends a for loop
         with open(self.path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != self.stamp:
+                raise ValueError(f"{self.path}: the file changed while it was in use: its rows are no longer where they were")
             file.seek(start)
             raw = file.read(stop - start)
         try:

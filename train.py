@@ -20,8 +20,10 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -32,13 +34,16 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports and the loading ends at once and says nothing; the loop answers it with a checkpoint
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # every batch has another length, which fragments fixed segments; read when torch is imported
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemWriter, async_save
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, async_save
 from torch.distributed.checkpoint import load as load_sharded
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -135,7 +140,7 @@ def parse_args(argv=None):
         raise ValueError("--lora trains adapters of the language model, which stage 1 leaves alone: give it to --stage 2")
     if args.quantize and "llm" in stage["trained"]:
         raise ValueError(f"--quantize {args.quantize} keeps the language model frozen: add --lora RANK")
-    args.trained, args.lora_alpha = stage["trained"], args.lora_alpha or 2.0 * args.lora
+    args.trained, args.lora_alpha = stage["trained"], 2.0 * args.lora if args.lora_alpha is None else args.lora_alpha
     for name in ("lr", "batch_size", "out"):
         if getattr(args, name) is None:
             setattr(args, name, stage[name])
@@ -178,16 +183,17 @@ def setup_distributed():
 
 
 class StopRequest:
-    """Was this run asked to stop? By SIGTERM (a scheduler, torchrun), by Ctrl-C, or because the torchrun that started it is gone. A second Ctrl-C is not asked."""
+    """Was this run asked to stop? By SIGTERM (a scheduler, torchrun), SIGHUP (a connection lost), by Ctrl-C, or because the torchrun that started it is gone. A second Ctrl-C is not asked."""
 
     def __init__(self):
         self.code, self.parent = 0, os.getppid()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        self.code = 128 + number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.code = self.code or (130 if number == signal.SIGINT else 143)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self):
         is_orphan = "RANK" in os.environ and os.getppid() != self.parent
@@ -275,6 +281,7 @@ class Progress:
     n_bad: int = 0             # of them skipped
     n_bad_in_a_row: int = 0
     n_grey: int = 0            # samples whose picture did not decode
+    n_blind_in_a_row: int = 0  # steps most of whose pictures did not
     recent: list = field(default_factory=list)  # losses of the last 50 good steps
 
     def is_bad(self, loss, grad_norm):
@@ -294,13 +301,43 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # opti
 STEP_FOLDER = re.compile(r"step-([1-9]\d*)$")
 
 
+def check_metadata(path):
+    """ValueError unless unpickling a checkpoint's .metadata, which torch does without asking, makes nothing but the descriptions of tensors."""
+    class Checker(pickle.Unpickler):
+        def find_class(self, module, name):
+            found = getattr(sys.modules.get(module), name, None)  # no dotted names: they would lead from a module to what it imports
+            if (module, name) in METADATA_CLASSES or isinstance(found, torch.dtype) or (isinstance(found, type) and found.__module__ == module == "torch.distributed.checkpoint.metadata"):
+                return found
+            raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
+
+    try:
+        with open(path, "rb") as file:
+            Checker(file).load()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises many kinds
+        raise ValueError(f"{path}: cannot be read as a checkpoint's description ({one_line(error)[:200]})") from None
+
+
+METADATA_CLASSES = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
+                    ("pathlib", "WindowsPath"), ("collections", "OrderedDict")}
+
+
+class PlainLoadPlanner(DefaultLoadPlanner):
+    """Torch's own, but what is no tensor (Adam's options) is unpickled without code."""
+
+    def load_bytes(self, read_item, value):
+        value = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], value)
+
+
 def read_state(path):
     """(Progress, state.json) of a checkpoint; ValueError or OSError when it is not whole: a file missing or cut short, a state that no run wrote."""
     try:
         state = read_json(path / "state.json")
         progress = Progress(**state["progress"])
         is_whole = all((path / name).stat().st_size == size for name, size in state["files"].items()) and isinstance(state["setup"], dict) and isinstance(state["world_size"], int)
-        numbers = [progress.step, progress.n_bad, progress.n_bad_in_a_row, progress.n_grey, *progress.recent]
+        numbers = [progress.step, progress.n_bad, progress.n_bad_in_a_row, progress.n_grey, progress.n_blind_in_a_row, *progress.recent]
         if is_whole and all(type(n) in (int, float) and n >= 0 for n in numbers) and type(progress.step) is int and progress.step > 0:
             return progress, state
     except (KeyError, TypeError, AttributeError):
@@ -423,8 +460,10 @@ class Checkpoints:
         on_rank0(self.compare, saved["setup"], path)
         is_same = saved["world_size"] == dist.get_world_size()
         state = self.tensors(with_rng=is_same)
+        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # what is wrong is said once, by us
+        together(check_metadata, path / ".metadata")
         try:
-            load_sharded(state, checkpoint_id=path, process_group=self.group)
+            load_sharded(state, storage_reader=FileSystemReader(path), planner=PlainLoadPlanner(), process_group=self.group)
         except CheckpointException as error:
             leave(2, f"{path} cannot be loaded: {one_line(next(iter(error.failures.values()))[0])[:300]}")
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
@@ -447,7 +486,7 @@ class Checkpoints:
             self.put_aside([folder for step, folder in steps.items() if step > inside], f"--resume {path}")
             return path
         if self.args.resume == "never":
-            self.put_aside(list(steps.values()), "--resume never")
+            self.put_aside([*steps.values(), *(path for name in ("log.jsonl", "samples.jsonl") if (path := self.args.out / name).is_file())] if steps else [], "--resume never")
             return None
         return list(steps.values())[-1] if steps else None
 
@@ -512,6 +551,8 @@ def prepare(args):
     if dist.get_world_size() % args.replicate:
         raise ValueError(f"--replicate {args.replicate} does not divide {dist.get_world_size()} ranks")
     check_replaceable(args.out / "final", FINAL_FILES[args.stage])
+    if os.path.lexists(args.out / "checkpoints") and not (args.out / "checkpoints").is_dir():
+        raise ValueError(f"{args.out / 'checkpoints'} is no folder: remove it")
     checkpoint = read_checkpoint(args.model, llm=args.llm, vision=args.vision, projector=args.projector, projector_type=args.projector_type)
     if args.max_length > checkpoint[0].text.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is more than the model's {checkpoint[0].text.max_position_embeddings} positions")
@@ -570,6 +611,8 @@ def start(args):
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
     checkpoints = Checkpoints(args, model, optimizer, together(describe_setup, args, config, tokenizer, checkpoint[1], dataset.digests))
     progress = checkpoints.resume()
+    if progress.step > len(batches):
+        leave(2, f"the checkpoint is of step {progress.step}, this run has only {len(batches)}")
     if progress.step == 0:  # a picture lost since does not keep a run from going on
         for dialogs in filter(None, (dataset, held_out)):
             together(dialogs.check_pictures)
@@ -587,7 +630,9 @@ def start(args):
 
 def stop_if_needed(run, n, parts):
     """Leave, all ranks in the same step and with a checkpoint: when asked to, when a row cannot be read, when the pictures are gone. n: sums of count() and asked()."""
-    is_blind = n["grey"] > 4 and n["grey"] > n["pictures"] / 2  # a folder that is not mounted is no picture that does not decode
+    is_mostly = n["grey"] > n["pictures"] / 2
+    run.progress.n_blind_in_a_row = (run.progress.n_blind_in_a_row + 1) * is_mostly
+    is_blind = is_mostly and (n["grey"] > 4 or run.progress.n_blind_in_a_row >= 3)  # a folder that is not mounted is no picture that does not decode
     if n["errors"] or n["stop_term"] or n["stop_int"] or is_blind:
         run.checkpoints.save(run.progress, wait=True)
         together(check_batches, parts)
@@ -604,8 +649,12 @@ def look(run, step):
     """Held-out loss and some answers."""
     if run.held_out:
         run.checkpoints.finish()  # should this end the run, a checkpoint on its way is not lost
-        run.log.held_out_loss(step, evaluate(run.model, run.held_out, run.fit.micro_batch_size, run.device))
-        answer_held_out(run.model, run.held_out, run.args, step, run.device)
+        try:
+            run.log.held_out_loss(step, evaluate(run.model, run.held_out, run.fit.micro_batch_size, run.device))
+            answer_held_out(run.model, run.held_out, run.args, step, run.device)
+        except ValueError as error:  # the same on all ranks
+            run.checkpoints.save(run.progress, wait=True)
+            leave(2, one_line(error))
 
 
 def train(run):
@@ -638,13 +687,14 @@ def train(run):
         dist.all_reduce(step_loss)
 
         loss, grad_norm = step_loss.item(), grad_norm.item()  # the same numbers on all ranks
-        if is_bad := progress.is_bad(loss, grad_norm):
+        is_taught = n["targets"] > 0  # not when all its pictures were lost: Adam would move the weights all the same
+        if is_bad := is_taught and progress.is_bad(loss, grad_norm):
             run.log.bad_step(step + 1, loss, grad_norm, run.dataset, batch)
-        else:
+        elif is_taught:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.step = step + 1
-        if not is_bad:
+        if is_taught and not is_bad:
             work = flops(run.sizes, run.dataset.lengths[batch], n["pictures"], n["targets"])
             run.log.step(step + 1, loss, lr, grad_norm, time.perf_counter() - tic, n, work, run.device)
         if progress.n_bad_in_a_row >= args.max_bad_steps:
@@ -700,8 +750,9 @@ def main():
     try:  # what is wrong with the options rank 0 says, once
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
             args = parse_args()
-    except USER_ERRORS:
-        sys.exit(2)
+    except (*USER_ERRORS, SystemExit) as error:
+        time.sleep(5)  # torchrun stops the others as soon as one ends
+        sys.exit(error.code if isinstance(error, SystemExit) else 2)
     if not (args.plan or args.smoke):  # rank 0 does those alone
         run_guarded(args)
 

@@ -116,7 +116,7 @@ def test_torchrun_restarts_by_itself(toy, tmp_path, untouched):
     assert np.array_equal(losses_of(out), untouched[0]) and (out / "final/model.safetensors").read_bytes() == untouched[1]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
 def test_a_signal_saves_and_stops(toy, tmp_path, untouched, number, code):
     """One process: its exit code is seen. The checkpoint is of the very step it stopped after."""
     out = tmp_path / "out"
@@ -261,3 +261,29 @@ def test_a_folder_of_pictures_that_is_gone_stops_the_run(toy, tmp_path):
         picture.unlink()
     done = run(toy, tmp_path / "out", *options, data=tmp_path / "rows.json", check=False)
     assert done.returncode == 2 and "--images" in done.stderr and "still there" in done.stderr, done.stderr[-1500:]
+
+
+def test_small_steps_whose_pictures_are_gone_stop_the_run_too(toy, tmp_path, lost):
+    """Batches of one picture: a single lost one is skipped, without a step of Adam; three steps in a row stop the run, with what was trained saved."""
+    rows = json.loads(lost.read_text())
+    lost.write_text(json.dumps(rows[:2] + [dict(rows[13], id=str(i)) for i in range(9)]))
+    done = run(toy, tmp_path / "out", "--batch-size", 1, "--epochs", 3, data=lost, check=False)
+    rows = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
+    assert done.returncode == 2 and "still there" in done.stderr, done.stderr[-1500:]
+    assert all(r["n_targets"] > 0 for r in rows if "seconds" in r) and sum("grey" in r for r in rows) >= 2
+
+
+@pytest.mark.parametrize("what", ["held-out file", "data"])
+def test_a_file_changed_in_mid_run_stops_it_and_keeps_what_was_trained(toy, tmp_path, what):
+    """By size and time of the file: rows by byte offset would be others."""
+    for name in ("data", "held"):
+        (tmp_path / f"{name}.json").write_bytes((toy / "mixed.json").read_bytes())
+    changed = tmp_path / ("held.json" if what == "held-out file" else "data.json")
+    words = command(toy, tmp_path / "out", 1, "--data", tmp_path / "data.json", "--val-data", tmp_path / "held.json", "--batch-size", 2, "--epochs", 40, "--eval-every", 40, "--save-every", 1000)
+    process = subprocess.Popen([sys.executable, *words[words.index(str(ROOT / "train.py")):]], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    wait_for(lambda: steps_done(tmp_path / "out") >= 3)
+    changed.write_text(changed.read_text() + " ")
+    _, stderr = process.communicate(timeout=100)
+    lines = [line for line in stderr.splitlines() if line.startswith("train.py: ")]
+    assert process.returncode == 2 and len(lines) == 1 and changed.name in lines[0] and "changed" in lines[0], stderr[-2000:]
+    assert (tmp_path / f"out/checkpoints/step-{steps_done(tmp_path / 'out')}/state.json").is_file()

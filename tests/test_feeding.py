@@ -98,6 +98,15 @@ def test_lengths_are_tokens_and_are_kept(toy, tmp_path, group, monkeypatch):
     for cache in tmp_path.glob("a.json.*.npy"):
         cache.write_bytes(cache.read_bytes()[:100])
     assert (dialogs(toy, tmp_path, files).lengths == first.lengths).all() and calls[2:] == ["a.json"]
+    (cache,) = (path for path in tmp_path.glob("a.json.*.npy") if path.stat().st_size > 100)
+    good = np.load(cache)
+    others = good.copy()
+    others[0, 2] += 1
+    for wrong in (good[1:], others, good[:-1], good.astype(np.int32), good[:0], np.zeros(3)):  # fewer rows, another length, no checksum, other kinds
+        np.save(cache, wrong)
+        del calls[3:]
+        assert (dialogs(toy, tmp_path, files).lengths == first.lengths).all() and calls[3:] == ["a.json"]
+    del calls[3:]
     (tmp_path / "a.json").write_text(json.dumps(rows[:9]) + " ")
     dialogs(toy, tmp_path, files)
     assert calls[3:] == ["a.json"]

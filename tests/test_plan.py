@@ -142,6 +142,13 @@ def test_what_does_not_fit_says_what_would():
     assert "would fit" not in text_plan("--stage", 2, "--world-size", 2, "--gpu-memory", 80, "--lora", 64, "--quantize", "int8")
 
 
+def test_odd_plans_end_soon(toy):
+    """No sample left: one line. Epochs that --max-steps never reaches are not laid out. More GPUs than samples: said."""
+    assert "--max-length 2" in text_plan("--stage", 2, "--max-length", 2, code=2)
+    assert "steps 5 of" in text_plan("--stage", 2, "--epochs", 10000, "--max-steps", 5)
+    assert "stand idle" in text_plan("--stage", 2, "--max-steps", 3, "--world-size", 100_000)
+
+
 def test_with_data_and_weights_the_plan_is_the_runs(toy, tmp_path):
     """Steps, tokens and padding of a run on 2 ranks are those that the plan says for it."""
     weights = "--llm", toy / "llama", "--vision", toy / "clip", "--data", toy / "mixed.json", "--batch-size", 6

@@ -1,6 +1,8 @@
 """Promise: a run that goes on from a checkpoint is the run that never stopped; with other ranks the same samples in the same order; never by accident another run."""
 
+import io
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -123,7 +125,7 @@ def test_never_and_path(toy, tmp_path, whole):
     want = [e["loss"] for e in entries(whole) if "loss" in e]
     out = cut_back(whole, tmp_path / "out", 4)
     losses, _ = run(toy, out, *OPTIONS, "--resume", "never", ranks=2)
-    assert np.array_equal(losses, want) and sorted(p.name for p in (out / "checkpoints.1").iterdir()) == ["step-2", "step-4"]
+    assert np.array_equal(losses, want) and sorted(p.name for p in (out / "checkpoints.1").iterdir()) == ["log.jsonl", "samples.jsonl", "step-2", "step-4"]
     other = tmp_path / "other"
     losses, _ = run(toy, other, *OPTIONS, "--resume", whole / "checkpoints/step-10", ranks=2)
     assert np.array_equal(losses, want[10:]) and (other / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
@@ -149,3 +151,47 @@ def test_what_a_checkpoint_holds(whole):
     assert set(states[0]["rng"]) == {"cpu-0", "cpu-1"}
     state = json.loads((whole / "checkpoints/step-4/state.json").read_text())
     assert state["progress"]["step"] == 4 and len(state["setup"]["data"][0]) == len(state["setup"]["weights"]) == 64
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, (str(Bomb.marker), "w")
+
+
+@pytest.mark.parametrize("damage", ["code", "dotted name", "garbage"])
+def test_no_code_of_a_checkpoint_runs(toy, tmp_path, whole, damage):
+    """Torch unpickles .metadata without asking: a crafted one is refused in one line, and leaves no trace."""
+    Bomb.marker = tmp_path / "ran"
+    path = tmp_path / "step-8"
+    shutil.copytree(whole / "checkpoints/step-8", path)
+    raw = pickle.dumps(Bomb()) if damage == "code" else b"\x80\x04\x8c\x26torch.distributed.checkpoint.metadata\x8c\x09os.system\x93." if damage == "dotted name" else b"\x80garbage"
+    (path / ".metadata").write_bytes(raw)
+    state = json.loads((path / "state.json").read_text())
+    state["files"][".metadata"] = len(raw)
+    (path / "state.json").write_text(json.dumps(state))
+    done = run(toy, tmp_path / "out", *OPTIONS, "--resume", path, check=False)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and ".metadata" in lines[0] and not Bomb.marker.exists(), done.stderr[-2000:]
+
+
+def test_bytes_of_a_checkpoint_run_no_code(tmp_path):
+    """What is no tensor (Adam's options) is read by a planner of ours, weights only."""
+    Bomb.marker = tmp_path / "ran"
+    buffer = io.BytesIO()
+    torch.save(Bomb(), buffer)
+    buffer.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        train.PlainLoadPlanner().load_bytes(None, buffer)
+    assert not Bomb.marker.exists()
+
+
+def test_a_damaged_log_does_not_keep_a_run_from_going_on(toy, tmp_path, whole):
+    """Lines that are none are dropped, the others stay, a line separator inside a question too."""
+    out = cut_back(whole, tmp_path / "out", 4)
+    good = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    bad = [b"\xff\xfe\n", b"[" * 5000 + b"\n", b'{"step": 1, "seconds": 1}\n', b'{"step": 2, "seconds": 1, "loss": "x"}\n', b"[1]\n", b'{"step": 0, "val_loss": null}\n']
+    (out / "log.jsonl").write_bytes(b"".join(bad + good))
+    samples = out / "samples.jsonl"
+    samples.write_text(json.dumps({"step": 0, "question": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n" + samples.read_text())
+    run(toy, out, *OPTIONS, "--keep", 99, "--val-data", toy / "text.json", "--eval-every", 6, "--samples", 1, ranks=2)
+    assert entries(out) == entries(whole) and json.loads(samples.read_text().split("\n")[0])["question"] == "a\u2028b\u0085c"
