@@ -17,7 +17,8 @@ import train
 from conftest import ROOT, free_port, run
 
 LONG = os.environ.get("LONG")
-STEPS = 40  # of the campaign's run: 5 samples, 8 epochs
+EPOCHS = 32 if LONG else 8  # of the campaign's run: long enough that it does not end before the last kill
+STEPS = 5 * EPOCHS  # 5 samples a step
 
 
 def command(toy, out, ranks, *options, torchrun=()):
@@ -57,7 +58,7 @@ def kill(pid):
         pass
 
 
-CAMPAIGN = "--batch-size", 5, "--epochs", 8, "--save-every", 3
+CAMPAIGN = "--batch-size", 5, "--epochs", EPOCHS, "--save-every", 3
 
 
 @pytest.fixture(scope="module")
