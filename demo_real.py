@@ -15,10 +15,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dicom import dicom_image
 from qilin_min import (IMAGE_TOKEN, Rows, TextConfig, Tokenizer, VisionConfig, answer_ids, check_replaceable, encode_prompt, load_qilin, open_image,
                        preprocess_image, replace_folder, run_cli, write_json)
 from toy import save_random_weights, turns
@@ -91,21 +91,6 @@ def read_member(wheel, member):
         raise ValueError(f"{wheel}: {error} (remove it to download it again)") from None
 
 
-def dicom_image(dataset, frame=0, window=None):
-    """A PIL image of a pydicom dataset: colour as it is, grey between `window`, by default its 0.5 and 99.5 percentiles."""
-    from pydicom.pixels import apply_color_lut, apply_modality_lut
-    array, kind = dataset.pixel_array, dataset.PhotometricInterpretation
-    if kind == "PALETTE COLOR":
-        array = apply_color_lut(array, dataset)
-        return Image.fromarray((array >> 8).astype(np.uint8) if array.dtype == np.uint16 else array)
-    if kind == "RGB":
-        return Image.fromarray(array)
-    array = apply_modality_lut(array[frame] if array.ndim == 3 else array, dataset).astype(np.float64)
-    low, high = window or np.percentile(array, [0.5, 99.5])
-    grey = np.clip((array - low) / (high - low), 0, 1)
-    return Image.fromarray(np.uint8(255 * (1 - grey if kind == "MONOCHROME1" else grey)))
-
-
 def prepare(out, downloads):
     check_replaceable(out, "sources.json")
     downloads.mkdir(parents=True, exist_ok=True)
@@ -120,7 +105,6 @@ def prepare(out, downloads):
             raise ValueError(f"pip could not install {wheels[-1]}: {pip_error(done)}")
         replace_folder(fresh, reader)
     sys.path.insert(0, str(reader))
-    from pydicom import dcmread
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -130,7 +114,7 @@ def prepare(out, downloads):
     for name, member, caption, question, answer in tqdm(PICTURES, desc="pictures", disable=None):
         file, view = io.BytesIO(read_member(wheels[0 if member.startswith("data_store") else 1], member)), dict(VIEWS.get(name, {}))
         box = view.pop("box", None)
-        image = dicom_image(dcmread(file), **view) if member.endswith(".dcm") else open_image(Image.open(file))
+        image = dicom_image(file, **{"window": "range", **view}) if member.endswith(".dcm") else open_image(Image.open(file))
         image = image.crop(box).convert("RGB")
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         image.save(partial / "images" / f"{name}.png")

@@ -812,15 +812,24 @@ NORMALISED = (((np.arange(256) * (1 / 255)).astype(np.float32)[None] - np.array(
               / np.array(CLIP_STD, dtype=np.float32)[:, None])  # (3, 256) float32: what each of 256 values becomes, looked up instead of computed for each pixel
 
 
+def is_dicom(path):
+    """True for a file that begins as DICOM does, or is named .dcm."""
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM" or Path(path).suffix.lower() in (".dcm", ".dicom")
+
+
 def open_image(image):
     """A PIL image upright and in RGB, 8 bits a channel, from a path or a PIL image. ValueError or FileNotFoundError names the file.
 
-    16-bit grey keeps its high byte: PIL's own conversion clips at 255 and turns a CT slice white.
+    16-bit grey keeps its high byte: PIL's own conversion clips at 255 and turns a CT slice white. Of several frames the first; DICOM through dicom.py.
     """
     name = getattr(image, "filename", None) or image
     try:
         with warnings.catch_warnings(action="ignore"):  # of Pillow about harmless damage
-            if not isinstance(image, Image.Image):
+            if isinstance(image, (str, Path)) and is_dicom(image):
+                from dicom import dicom_image
+                image = dicom_image(image)
+            elif not isinstance(image, Image.Image):
                 with Image.open(image) as opened:
                     opened.load()
                     image = opened

@@ -1,0 +1,434 @@
+"""The raw sets as they are found: records of a file by byte offset, one Row for each, and the record again with Chinese in it.
+
+    PMC-OA          .jsonl        image, caption [, pmcid, url_name, …]
+    PMC-CaseReport  .csv .json .jsonl  PMC_id, context, question, answer, inline, img_ref (a string that holds a Python list of names)
+    PMC-VQA v1, v2  .csv          Figure_path, Question, Answer (text or letter), Choice A … Choice D [, Answer_label, Caption, index, split]
+    ChiMed-VL       .json .jsonl  id, image, conversations: dialogs already, with a picture or without
+    own             .csv .tsv .json .jsonl  image(s), question, answer or caption; columns named by flags
+"""
+
+import ast
+import csv
+import hashlib
+import html
+import json
+import multiprocessing
+import os
+import re
+import unicodedata
+from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qilin_min import IMAGE_TOKEN, find_rows, one_line
+
+# --- 1. records: where each begins and ends -------------------------------------------------------------------------
+
+csv.field_size_limit(2**24)  # a context of 16 MB is none: a quote that never closes ends here instead of in memory
+JSON_SUFFIXES, TABLE_SUFFIXES = (".json", ".jsonl"), {".csv": ",", ".tsv": "\t"}
+
+
+class BadRow(ValueError):
+    """A row that is left out and counted under this reason; str() is the reason."""
+
+
+class Records:
+    """The records of one file, each a dict, read when asked for: 16 bytes of memory a record. ValueError names a file that is none."""
+
+    def __init__(self, path, encoding="utf-8"):
+        self.path, self.encoding, self.columns = Path(path), encoding, None
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no such data file: {path}")
+        if self.path.suffix in JSON_SUFFIXES:
+            self.ranges = find_rows(path)
+        elif self.path.suffix in TABLE_SUFFIXES:
+            self.ranges = self._find_lines()
+        else:
+            raise ValueError(f"{path}: a data file ends in {', '.join((*TABLE_SUFFIXES, *JSON_SUFFIXES))}")
+        if not len(self.ranges):
+            raise ValueError(f"{path}: it has no rows")
+
+    def __len__(self):
+        return len(self.ranges)
+
+    def _find_lines(self):
+        """Where each record of a table lies: a quoted text may run over several lines, so the csv module decides."""
+        ranges, position, line = array("q"), 0, 0
+        with open(self.path, "rb") as file:
+            def lines():
+                nonlocal position, line
+                for raw in file:
+                    position, line = position + len(raw), line + 1
+                    yield self._decode(raw, line).removeprefix("\ufeff" if line == 1 else "")
+            start = 0
+            try:
+                for values in csv.reader(lines(), delimiter=TABLE_SUFFIXES[self.path.suffix], strict=True):
+                    if self.columns is None and values:
+                        self.columns = [name.strip() for name in values]
+                    elif values:
+                        ranges.extend((start, position))
+                    start = position
+            except csv.Error as error:
+                raise ValueError(f"{self.path}: no table near line {line} ({error})") from None
+        if self.columns is None:
+            raise ValueError(f"{self.path}: it is empty")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"{self.path}: two columns have one name ({', '.join(self.columns)})")
+        return np.array(ranges, dtype=np.int64).reshape(-1, 2)
+
+    def _decode(self, raw, line):
+        try:
+            return raw.decode(self.encoding)
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path}: line {line} is not {self.encoding} (a table saved by Excel in Chinese is often `--encoding gb18030`)") from None
+
+    def parse(self, raw):
+        """The dict of a record's bytes. BadRow."""
+        if self.columns is None:
+            try:
+                record = json.loads(raw.decode(self.encoding))
+            except (ValueError, RecursionError):
+                raise BadRow("not JSON") from None
+            if not isinstance(record, dict):
+                raise BadRow("not an object")
+            return record
+        values = next(csv.reader(re.split(r"(?<=\n)", self._decode(raw, "?").removeprefix("\ufeff")), delimiter=TABLE_SUFFIXES[self.path.suffix]))
+        if len(values) != len(self.columns):
+            raise BadRow("wrong number of columns")
+        return dict(zip(self.columns, values))
+
+    def read(self, start, stop):
+        """(number, bytes) of records start to stop, in one go through the file."""
+        with open(self.path, "rb") as file:
+            for i in range(start, min(stop, len(self))):
+                first, last = (int(n) for n in self.ranges[i])
+                file.seek(first)
+                yield i, file.read(last - first)
+
+    def __getitem__(self, i):
+        return self.parse(next(self.read(i, i + 1))[1])
+
+    def require(self, needed, what):
+        """ValueError unless the columns a set needs are there: in a table its header, else one of the first 100 rows."""
+        seen = set(self.columns or ())
+        for _, raw in self.read(0, 0 if self.columns else 100):
+            try:
+                seen |= {name for name, value in self.parse(raw).items()}
+            except BadRow:
+                pass
+        for names in needed:
+            if not seen & set(names):
+                raise ValueError(f"{self.path}: no {' or '.join(map(repr, names))} in it, which {what} has (found: {', '.join(sorted(seen)) or 'nothing readable'})")
+
+    def write(self, out, records):
+        """Records (dicts) to `out` in the form of this file: same columns, list or lines. The caller renames."""
+        if self.columns is not None:
+            writer = csv.writer(out, delimiter=TABLE_SUFFIXES[self.path.suffix], lineterminator="\n")
+            writer.writerow(self.columns)
+            writer.writerows([record[name] for name in self.columns] for record in records)
+            return
+        lines = self.path.suffix == ".jsonl"
+        out.write("" if lines else "[\n")
+        for i, record in enumerate(records):
+            out.write((",\n" if i and not lines else "") + json.dumps(record, ensure_ascii=False) + ("\n" if lines else ""))
+        out.write("" if lines else "\n]\n")
+
+
+# --- 2. text --------------------------------------------------------------------------------------------------------
+
+CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+LATIN = re.compile(r"[A-Za-z]")
+WORD = re.compile(r"(?<![A-Za-z])[A-Za-z]?[a-z]{2,}(?![A-Za-z])")  # an ordinary word: CT, HER2 and pH are none
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
+
+
+def clean_text(value):
+    """A text without markup entities, control characters, half surrogates, runs of blanks or <image>. BadRow when it is no text."""
+    if value is None or value != value:  # nan, as pandas writes a gap
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise BadRow("a field is not text")
+    text = CONTROL.sub(" ", html.unescape(str(value)).encode("utf-8", "ignore").decode("utf-8"))
+    while IMAGE_TOKEN in text:  # in a text it would stand for a picture that is not there
+        text = text.replace(IMAGE_TOKEN, "")
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def chinese_share(text):
+    """Chinese characters among Chinese and Latin letters, 0 to 1; 1 for a text with neither."""
+    n_cjk, n_latin = len(CJK.findall(text)), len(LATIN.findall(text))
+    return n_cjk / (n_cjk + n_latin) if n_cjk + n_latin else 1.0
+
+
+def is_untranslated(text):
+    """True for a text of ordinary Latin words with little Chinese; names like MRI or HER2 alone need no translation."""
+    return bool(WORD.search(text)) and chinese_share(text) < 0.3
+
+
+def text_length(text):
+    """Length in Chinese characters, a Latin word or a number counting two."""
+    return len(CJK.findall(text)) + 2 * len(re.findall(r"[A-Za-z0-9][A-Za-z0-9.\-]*", text))
+
+
+LINK = re.compile(r"(?:https?://|www\.|doi:)\S+|\S+@\S+")
+SEQUENCE = re.compile(r"[A-Z*-]{40,}")
+MAX_CHARACTERS = 40_000  # of one text; the longest context of the paper has 2,576 tokens
+
+
+def impractical(text):
+    """Why a text cannot sensibly be translated or learnt, or None: the paper drops such rows (section 3.3) without giving rules; these are ours."""
+    if len(text) > MAX_CHARACTERS:
+        return "impractical: longer than 40000 characters"
+    letters = len(CJK.findall(text)) + len(LATIN.findall(text))
+    if not letters:
+        return "impractical: no letters"
+    if sum(map(len, LINK.findall(text))) * 2 > len(text):
+        return "impractical: mostly links"
+    if sum(map(len, SEQUENCE.findall(text))) * 2 > len(text):
+        return "impractical: a sequence"
+    if letters * 2 < len(text.replace(" ", "")) and len(text) > 20:
+        return "impractical: mostly symbols"
+    return None
+
+
+def text_key(*parts):
+    """A 64-bit key of some texts, never 0: equal texts, equal key."""
+    return int.from_bytes(hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") or 1
+
+
+# --- 3. rows: what the sets have in common --------------------------------------------------------------------------
+
+LETTERS = "ABCD"
+SOURCES = {  # set: what its records must hold, one of each tuple
+    "pmc-oa": [("image",), ("caption",)],
+    "pmc-casereport": [("PMC_id",), ("img_ref",), ("question", "context", "inline")],
+    "pmc-vqa": [("Figure_path",), ("Question",), ("Answer", "Anwser", "Answer_label")],
+    "chimed-alignment": [("conversations",)],
+    "chimed-instruction": [("conversations",)],
+    "own": [],
+}
+COLUMNS = {"image": ("image", "images"), "question": ("question",), "answer": ("answer",), "caption": ("caption",), "id": (), "group": ()}  # of --own, unless named by flags
+
+
+@dataclass(slots=True)
+class Row:
+    """A row of any set. texts: context, inline, caption, question, answer, choice_a … choice_d, those it has. article: what must stay on one side of a split."""
+    source: str
+    images: list  # names as written; names[i] of candidates() are tried in turn
+    texts: dict
+    article: str = ""
+    letter: str = ""  # of the right choice
+    id: str = ""
+    conversations: list = field(default_factory=list)
+    test: bool = False  # marked as test data by its set
+
+
+def names_in(value, separators=None):
+    """Picture names in a value: a list, a string that holds a Python or JSON list, names between `separators`, or one name. BadRow."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip()[:100_000])
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            raise BadRow("list of pictures cannot be read") from None
+    if isinstance(value, str):
+        value = re.split(separators, value) if separators else [value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if value is None or value != value:
+        return []
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, (str, int)) for name in value):
+        raise BadRow("list of pictures cannot be read")
+    return list(dict.fromkeys(str(name).strip() for name in value if str(name).strip()))
+
+
+def article_of(text):
+    """PMC number in a text, as PMC123, or ""."""
+    match = re.search(r"PMC[-_ ]?(\d+)", str(text), re.IGNORECASE)
+    return f"PMC{match[1]}" if match else ""
+
+
+def candidates(row, name):
+    """File names a picture may have: PMC-CaseReport's references become {PMC_id}_{reference}.jpg on disk."""
+    if row.source != "pmc-casereport":
+        return [name]
+    stems = [name] if article_of(name) else [f"{row.article}_{name}", f"{row.article.removeprefix('PMC')}_{name}", name]
+    return [*stems, *(f"{stem}.jpg" for stem in stems)]
+
+
+def strip_mark(text, letter):
+    """`Q: text`, `A: text`, `问：text` without the mark; only the letters given count as marks."""
+    return re.sub(rf"^\s*(?:{letter})\s*[:\uff1a]\s*", "", text, flags=re.IGNORECASE)
+
+
+def read_choices(record):
+    """{A: text, …} of a PMC-VQA record: ` A: text ` loses its letter and blanks."""
+    choices = {}
+    for letter in LETTERS:
+        text = clean_text(record.get(f"Choice {letter}"))
+        text = re.sub(rf"^\(?{letter}\s*[:.)\u3001\uff1a\uff0e\uff09]\s*", "", text, flags=re.IGNORECASE)
+        if text:
+            choices[letter] = text
+    return choices
+
+
+def read_letter(record, choices):
+    """The letter of the right choice: from Answer_label, from an Answer that is a letter, or from an Answer that is a choice's text; "" without."""
+    for name in ("Answer_label", "Answer", "Anwser"):
+        text = clean_text(record.get(name))
+        match = re.fullmatch(r"\(?([A-D])\)?\s*[:.)\u3001\uff1a\uff0e]?", text, re.IGNORECASE)
+        if match and (choices or name == "Answer_label"):
+            if match[1].upper() not in choices:
+                raise BadRow("answer letter names no choice")
+            return match[1].upper()
+    answer = open_answer(record)
+    return next((letter for letter, text in choices.items() if text.casefold() == answer.casefold()), "")
+
+
+def open_answer(record):
+    """A PMC-VQA answer given as a text: `B: text` and `text` alike."""
+    return re.sub(r"^\(?[A-D]\s*[:)\uff1a]\s*", "", clean_text(record.get("Answer", record.get("Anwser"))))
+
+
+def read_row(source, record, columns=COLUMNS):
+    """The Row of a record of `source`. BadRow names what is wrong with it."""
+    def get(*names):
+        return next((record[name] for name in names if record.get(name) not in (None, "")), "")
+
+    if source.startswith("chimed"):
+        return Row(source, names_in(get("image")), {}, article_of(get("image")), id=clean_text(get("id")), conversations=record.get("conversations"))
+    if source == "pmc-oa":
+        images = names_in(get("image"))
+        return Row(source, images, {"caption": clean_text(get("caption"))}, article_of(get("pmcid")) or article_of(images[:1]))
+    if source == "pmc-casereport":
+        number = str(get("PMC_id")).strip()
+        inline = get("inline")
+        if isinstance(inline, (list, str)) and str(inline).strip().startswith("["):  # several sentences about the same figures
+            try:
+                inline = " ".join(names_in(inline))
+            except BadRow:
+                pass  # a sentence may begin with a bracket
+        texts = {"context": clean_text(get("context")), "inline": clean_text(inline), "question": strip_mark(clean_text(get("question")), "Q|问|问题"),
+                 "answer": strip_mark(clean_text(get("answer")), "A|答|答案|回答")}
+        return Row(source, names_in(get("img_ref")), texts, article_of(number) or (f"PMC{number}" if number.isdigit() else number))
+    if source == "pmc-vqa":
+        choices = read_choices(record)
+        letter = read_letter(record, choices)
+        texts = {"caption": clean_text(get("Caption")), "question": clean_text(get("Question")), "answer": choices[letter] if letter else open_answer(record),
+                 **{f"choice_{letter.lower()}": text for letter, text in choices.items()}}
+        images = names_in(get("Figure_path"))
+        return Row(source, images, texts, article_of(images[:1]), letter, test=clean_text(get("split")).lower() == "test")
+    texts = {name: clean_text(get(*columns[name])) for name in ("question", "answer", "caption")}
+    group = clean_text(get(*columns["group"])) if columns["group"] else ""
+    return Row(source, names_in(get(*columns["image"]), r"[;|]"), texts, f"own {group}" if group else "", id=clean_text(get(*columns["id"])) if columns["id"] else "")
+
+
+def to_translate(row):
+    """The texts of a row that a translator is sent: an answer that is one of the choices is translated as that choice, or it would get two names."""
+    return {name: text for name, text in row.texts.items() if text and not (name == "answer" and row.letter)}
+
+
+def put_texts(source, record, row, chinese, columns=COLUMNS):
+    """The record with `chinese` ({field: text}) in place of its texts: same columns, letters and pictures untouched."""
+    record = dict(record)
+
+    def put(text, *names):
+        for name in names:
+            if record.get(name) not in (None, ""):
+                record[name] = text
+                return
+
+    for name, text in chinese.items():
+        if name.startswith("choice_"):
+            put(text, f"Choice {name[-1].upper()}")
+            if row.letter == name[-1].upper() and clean_text(record.get("Answer", record.get("Anwser"))).strip("()[]:. ").upper() != row.letter:
+                put(text, "Answer", "Anwser")
+        elif source == "pmc-vqa":
+            put(text, *{"answer": ("Answer", "Anwser")}.get(name, (name.capitalize(),)))
+        else:
+            put(text, *(columns[name] if source == "own" else (name,)))
+    return record
+
+
+def add_source_flags(parser, *names):
+    """--pmc-oa FILE … and the like, the same for every command."""
+    about = {"pmc-oa": "PMC-OA, .jsonl", "pmc-casereport": "PMC-CaseReport, .csv .json .jsonl", "pmc-vqa": "PMC-VQA v1 or v2, .csv",
+             "chimed-alignment": "dialogs for stage 1: ChiMed-VL-Alignment.jsonl, or your own", "chimed-instruction": "dialogs for stage 2: ChiMed-VL-Instruction.json, -Chat.json",
+             "own": "your own .csv .tsv .json .jsonl: image(s) and question + answer, or caption, or both"}
+    group = parser.add_argument_group("the raw sets (several files each; translated ones have the same form)")
+    for name in names:
+        group.add_argument(f"--{name}", nargs="+", default=[], metavar="FILE", help=about[name])
+    if "own" in names:
+        own = parser.add_argument_group("columns of --own, where they are named otherwise")
+        for name, usual in COLUMNS.items():
+            own.add_argument(f"--{name}-column", metavar="NAME", help={
+                "id": "where a row's id stands (default: rows are numbered)",
+                "group": "what must stay on one side of --val-fraction, e.g. the patient (default: the pictures)"}.get(name, f"(default {' or '.join(usual)})"))
+        own.add_argument("--encoding", default="utf-8", help="of all tables read, e.g. gb18030 (default %(default)s)")
+
+
+def named_columns(args):
+    """COLUMNS with the flags' names in place."""
+    return {name: (given,) if (given := getattr(args, f"{name}_column", None)) else usual for name, usual in COLUMNS.items()}
+
+
+def open_sources(args, names):
+    """[(set, Records)] of the files named on the command line. ValueError names a file that is not what its flag says."""
+    columns, opened = named_columns(args), []
+    for source in names:
+        for path in getattr(args, source.replace("-", "_"), []):
+            try:
+                records = Records(path, getattr(args, "encoding", "utf-8"))
+            except (LookupError, UnicodeError) as error:
+                raise ValueError(f"--encoding {args.encoding}: {one_line(error)}") from None
+            needed = list(SOURCES[source])
+            if source == "own":
+                asked = [name for name in columns if getattr(args, f"{name}_column", None)]
+                needed += [columns[name] for name in dict.fromkeys(["image", *asked])] + ([(*columns["question"], *columns["caption"])])
+            records.require(needed, f"--{source}")
+            opened.append((source, records))
+    if not opened:
+        raise ValueError(f"name a raw set: {', '.join(f'--{name} FILE' for name in names)}")
+    return opened
+
+
+# --- 4. what every step needs ----------------------------------------------------------------------------------------
+
+
+def find_picture(names, roots):
+    """(path, name relative to its root) of the first of `names` that is a file inside one of the folders `roots`. BadRow."""
+    outside = False
+    for root in roots:
+        for name in names:
+            path = os.path.join(root, name)
+            if "\0" in name or not os.path.isfile(path):
+                continue
+            if os.path.isabs(name) or os.path.commonpath((root, os.path.realpath(path))) != root:  # by .., an absolute path or a link
+                outside = True
+                continue
+            return Path(path), os.path.normpath(name)
+    raise BadRow("picture outside the image folder" if outside else "picture missing")
+
+
+def in_order(work, tasks, workers):
+    """work(*task) of every task, in order; with several workers by processes that stay a few tasks ahead. ValueError when one of them dies."""
+    if workers < 2:
+        yield from (work(*task) for task in tasks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        waiting = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(work, *task))
+                if len(waiting) > 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError("a worker process died (out of memory?): try fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)

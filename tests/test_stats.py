@@ -1,0 +1,103 @@
+"""Promise: `stats` counts what is in the built files with the chosen tokenizer, exactly, in the form of the paper's Tables 1 and 2, and draws its figures."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from prompts import MODALITIES, VQA
+from qilin_min import Rows, Tokenizer
+from raw_sets import make_raw
+from stats import modality_of, own_question, quantile
+
+
+def prep(*options, code=0):
+    done = subprocess.run([sys.executable, ROOT / "data_prep.py", *map(str, options)], capture_output=True, text=True, timeout=200)
+    assert "Traceback" not in done.stderr and done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_quantiles_are_exact():
+    """As numpy.quantile of all numbers, from counts alone."""
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 3, 10, 999, 5000):
+        numbers = rng.integers(0, 300, n)
+        for p in (0, 0.25, 0.5, 0.75, 0.995, 1):
+            assert quantile(Counter(numbers.tolist()), p) == pytest.approx(np.quantile(numbers, p), abs=1e-9)
+
+
+def test_the_papers_tables(tmp_path, toy):
+    """Every figure counted again here, plainly."""
+    raw = make_raw(tmp_path / "raw", n=9)
+    out = tmp_path / "built"
+    prep("build", "--pmc-oa", raw / "pmc_oa.jsonl", "--pmc-casereport", raw / "case.csv", "--pmc-vqa", raw / "train_2.csv", "--images", raw / "images", "--out", out, "--alignment-text", "both")
+    done = prep("stats", "--alignment", out / "alignment.json", "--instruction", out / "instruction.json", "--tokenizer", toy / "llama", "--out", tmp_path / "stats", "--no-figures")
+    report, tokenizer = json.loads((tmp_path / "stats/stats.json").read_text()), Tokenizer(toy / "llama")
+    texts = {}
+    for row in Rows(out / "alignment.json"):
+        source = "PMC-OA" if row["id"].startswith("pmc-oa") else "PMC-CaseReport"
+        texts.setdefault(("alignment", source, "C" if "context" in row["id"] else "I"), []).append(row["conversations"][1]["value"])
+    for row in Rows(out / "instruction.json"):
+        source = "PMC-VQA" if row["id"].startswith("pmc-vqa") else "PMC-CaseReport"
+        question = row["conversations"][0]["value"]
+        inner = [q for t in VQA for q in [question.removeprefix("<image>\n").removeprefix(t.split("{question}")[0]).removesuffix(t.split("{question}")[1] or "\0")] if q.startswith("What") and q.endswith("?")]
+        texts.setdefault(("instruction", source, "Q"), []).append(inner[0])
+        texts.setdefault(("instruction", source, "A"), []).append(row["conversations"][1]["value"])
+    for (subset, source, kind), values in texts.items():
+        lengths = [len(tokenizer.encode(text)) for text in values]
+        entry = report[subset][source][kind]
+        assert (entry["texts"], entry["tokens"], entry["max"]) == (len(lengths), sum(lengths), max(lengths))
+        assert [entry["q1"], entry["median"], entry["q3"]] == np.quantile(lengths, [0.25, 0.5, 0.75]).tolist()
+    both = [len(tokenizer.encode(text)) for (subset, _, kind), values in texts.items() if (subset, kind) == ("alignment", "I") for text in values]
+    assert report["alignment"]["total"]["I"]["median"] == np.median(both) and report["alignment"]["total"]["pairs"] == len(Rows(out / "alignment.json"))
+    assert "C" not in report["alignment"]["PMC-OA"]
+    table = (tmp_path / "stats/stats.md").read_text()
+    assert "| | PMC-CaseReport | PMC-OA | total |" in table and "| image-text pairs | 36 | 9 | 45 |" in table and "| C tokens | " in table and table.strip() in done.stdout
+    entry = report["instruction"]["PMC-VQA"]["Q"]
+    assert f"{entry['median']:g} ({entry['q1']:g}, {entry['q3']:g})" in table
+
+
+def test_prompts_are_taken_away():
+    for template in VQA:
+        assert own_question("<image>\n" + template.replace("{question}", "图中有几个病灶？")) == "图中有几个病灶？"
+
+
+@pytest.mark.parametrize("text, modality", [("胸部CT显示结节", "CT"), ("Contrast-enhanced CT of the chest", "CT"), ("PET-CT显示摄取增高", "PET / SPECT"), ("T2加权像呈高信号", "MRI"), ("brain MRI", "MRI"), ("彩色多普勒超声", "超声 ultrasound"),
+                                            ("Chest X-ray, frontal", "X光 X-ray"), ("胸部X线片", "X光 X-ray"), ("HE染色", "病理 microscopy"), ("the effect of the octopus", "unknown"), ("结果如图所示", "unknown"), ("rectal mass", "unknown"),
+                                            ("术中照片", "照片 photograph"), ("Gastroscopy findings", "内镜 endoscopy"), ("mri of the knee", "unknown")])
+def test_modalities(text, modality):
+    assert modality_of(text) == modality and (modality in MODALITIES or modality == "unknown")
+
+
+def test_figures(tmp_path, toy):
+    """Histograms, a sheet with a line for each kind of picture; word clouds where a font with Chinese is named, and a clear word where none is found."""
+    raw = make_raw(tmp_path / "raw", n=9)
+    out = tmp_path / "built"
+    prep("build", "--pmc-oa", raw / "pmc_oa.jsonl", "--images", raw / "images", "--out", out)
+    import matplotlib
+    font = next(iter((__import__("pathlib").Path(matplotlib.get_data_path()) / "fonts/ttf").glob("DejaVuSans.ttf")))  # stands in for one with Chinese
+    options = "stats", "--alignment", out / "alignment.json", "--tokenizer", toy / "llama", "--images", out / "images", "--out", tmp_path / "stats"
+    done = prep(*options, "--font", font)
+    for name in ("lengths.png", "pictures.png"):
+        with Image.open(tmp_path / "stats" / name) as image:
+            assert min(image.size) > 100
+    sheet = np.asarray(Image.open(tmp_path / "stats/pictures.png").convert("RGB"))
+    colours = {tuple(c) for c in np.asarray(Image.open(next((out / "images").glob("*.jpg"))).convert("RGB")).reshape(-1, 3).tolist()}
+    assert any((np.abs(sheet.astype(int) - colour).max(axis=2) <= 3).any() for colour in colours)
+    assert "| CT | 3 |" in done.stdout and "| unknown | " not in done.stdout
+    env_home = prep(*options) if not __import__("stats").find_font(None) else None
+    assert env_home is None or "no font with Chinese characters was found" in env_home.stderr
+    assert "no font file" in prep(*options, "--font", tmp_path / "none.ttf", code=2).stderr
+
+
+def test_published_files_and_bad_rows(tmp_path, toy):
+    rows = [{"id": i, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n这是什么？"}, {"from": "gpt", "value": "CT图像。"}] * 2} for i in range(3)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"id": 9}\n')
+    done = prep("stats", "--instruction", tmp_path / "chat.jsonl", "--tokenizer", toy / "llama", "--out", tmp_path / "stats", "--no-figures")
+    assert "| QA pairs | 6 | 6 |" in done.stdout and "1 rows are no dialogs" in done.stderr
+    assert "no such data file" in prep("stats", "--instruction", tmp_path / "none.json", "--tokenizer", toy / "llama", "--out", tmp_path / "stats", code=2).stderr

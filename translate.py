@@ -1,0 +1,573 @@
+"""English to Chinese for data_prep.py: rows asked for together, a journal that survives any kill, and a check of every translation with a named reason."""
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from endpoint import Endpoint, EndpointFailed, RequestFailed
+from prompts import AGAIN, FIELDS, GLOSSARY, TRANSLATE
+from qilin_min import check_ranges, one_line
+from sources import (CJK, BadRow, Records, candidates, chinese_share, clean_text, impractical, is_untranslated, named_columns, open_sources, put_texts, read_row,
+                     text_key, to_translate)
+
+RAW = ("pmc-oa", "pmc-casereport", "pmc-vqa", "own")  # ChiMed-VL is Chinese already
+
+# --- 1. quality: what the paper's experts looked for, one reason a rule ---------------------------------------------
+
+REFUSAL = re.compile(r"(?:\u62b1\u6b49|\u5bf9\u4e0d\u8d77)[\uff0c,\u3002 ]{0,2}(?:\u4f46)?\u6211|\u6211(?:\u65e0\u6cd5|\u4e0d\u80fd|\u4e0d\u4f1a)(?:\u4e3a\u60a8|\u4e3a\u4f60|\u7ee7\u7eed)?(?:\u7ffb\u8bd1|\u63d0\u4f9b|\u534f\u52a9|\u6ee1\u8db3|\u5b8c\u6210|\u56de\u7b54|\u5904\u7406|\u5e2e\u52a9)"
+                     r"|I(?:'|\u2019| a)m sorry|I (?:can(?:no|'|\u2019)t|am unable to) (?:assist|help|translate|provide|comply|fulfil)", re.IGNORECASE)
+LEFTOVER = re.compile(r"\u4f5c\u4e3a(?:\u4e00\u4e2a|\u4e00\u540d|\u4e00\u6b3e)?\s*(?:AI|\u4eba\u5de5\u667a\u80fd|\u8bed\u8a00\u6a21\u578b|\u5927\u6a21\u578b)|\bas an AI\b|(?:\u8bd1\u6587|\u7ffb\u8bd1)(?:\u5982\u4e0b|\u7ed3\u679c)?\s*[:\uff1a]|\u4ee5\u4e0b\u662f.{0,6}(?:\u8bd1\u6587|\u7ffb\u8bd1)"
+                      r"|\btranslation\s*[:\uff1a]|\bhere(?: is|'s) the\b|```|\u8bf7\u63d0\u4f9b(?:\u66f4\u591a|\u9700\u8981)", re.IGNORECASE)
+LEFT_VERB = re.compile(r"\bleft\s+(?:untreated|unrepaired|the (?:hospital|clinic|patient)|against|without|behind|undisturbed|in (?:place|situ)|alone|open|over|with (?:no|a|an|some)|to heal)"
+                       r"|\b(?:right (?:away|now|after|before)|all right)\b", re.IGNORECASE)
+SIDE_IDIOM = re.compile(r"\u5de6\u53f3|\u5de6(?:\u6c27|\u65cb|\u7532\u72b6\u817a\u7d20|\u5361\u5c3c|\u4e59\u62c9|\u7094)|\u53f3(?:\u65cb|\u7f8e\u6c99|\u7f8e\u6258|\u4f50\u5339)")  # "about", and drugs
+SIDES = {  # side: words of the original, abbreviations that also say it, words of the translation
+    "left": (r"\bleft\b|\bleft(?=-)|sinistr", r"\bL[A-Z]{1,4}\b|\bL\b", "\u5de6"),
+    "right": (r"\bright\b|dextr", r"\bR[A-Z]{1,4}\b|\bR\b", "\u53f3"),
+}
+NOT_EN = re.compile(r"\b(?:no|not|without|never|neither|nor|none|cannot|absen(?:t|ce)|negative|den(?:y|ies|ied)|lack(?:s|ed|ing)?)\b(?!\.\s*\d)|n['\u2019]t\b", re.IGNORECASE)
+NOT_ZH = re.compile(r"[\u65e0\u6ca1\u672a\u4e0d\u975e\u5426\u7f3a\u52ff\u83ab\u514d\u8d1f\u7981\u96f6]|\u9634\u6027|\u96be\u4ee5|\u6d88\u5931|\u6392\u9664")
+SURE_NOT_ZH = re.compile(r"\u672a\u89c1|\u6ca1\u6709|\u672a\u53d1\u73b0|\u65e0\u660e\u663e|\u4e0d\u5b58\u5728|\u5426\u8ba4|\u5e76\u975e|\u4e0d\u662f|\u9634\u6027|\u672a\u7d2f\u53ca|\u65e0\u5f02\u5e38|\u65e0\u8f6c\u79fb|\u6ca1")
+MAYBE_NOT_EN = re.compile(r"n['\u2019]t\b|\b(?:no|not|nor|none|nil|never|neither|without|cannot|free|except|unless|less|only|other than|rather than|instead|zero)\b|absen|negativ|\bden(?:y|ie)|lack|fail"
+                          r"|normal|remark|exclu|rule[sd]? out|\bnon|\bun|\bdis|\bin(?:accura|suffic|adeq|compl|visib|sensit|act)|\bim(?:poss|mobil)|\ba(?:symptom|febrile|vascular|cellular|trophi|nechoic)|devoid|spar|resol|clear|missing|loss|minus|empty", re.IGNORECASE)
+NUMBER_EN = r"\d[\d,]*(?:[.\u00b7]\d+)?"
+UNITS = {  # unit: how it is written in English after a number, and in Chinese; compounds (毫克, 毫升, 千克) are not their parts
+    "mm": (r"mm|millimet(?:er|re)s?", r"mm(?![a-zA-Z])|毫米|㎜"), "cm": (r"cm|centimet(?:er|re)s?", r"cm|厘米|公分|㎝"),
+    "\u03bcm": (r"[\u00b5\u03bcu]m|microns?|micromet(?:er|re)s?", r"[\u00b5\u03bcu]m|微米|μ"), "nm": (r"nm|nanomet(?:er|re)s?", "nm|纳米"),
+    "kg": (r"kg|kilograms?", "kg|公斤|千克|㎏"), "mg": (r"mg|milligrams?", "mg|毫克|㎎"), "\u03bcg": (r"[\u00b5\u03bcu]g|mcg|micrograms?", r"[\u00b5\u03bcu]g|mcg|微克"),
+    "g": (r"g|gm|grams?", r"(?<![a-zA-Z\u00b5\u03bc])gm?(?![a-zA-Z])|(?<![毫微千纳])克"), "ml": (r"m[lL]|millilit(?:er|re)s?|cc", r"m[lL]|毫升|cc"),
+    "dl": (r"d[lL]|decilit(?:er|re)s?", "d[lL]|分升"), "l": (r"L|lit(?:er|re)s?", r"(?<![a-zA-Z\u00b5\u03bc])[lL](?![a-zA-Z])|(?<![毫分微])升"),
+    "mmHg": (r"mm ?Hg", r"mm ?Hg|毫米汞柱"), "%": (r"%|percent|per cent", r"%|\uff05|百分"), "\u00b0C": (r"\u00b0 ?C|\u2103|degrees Celsius", r"\u2103|\u00b0 ?C|摄氏|度"),
+    "MHz": ("MHz", "MHz|兆赫"), "kHz": ("kHz", "kHz|千赫"), "Gy": ("Gy", r"(?<!c)Gy|戈瑞"), "cGy": ("cGy", "cGy|厘戈"), "HU": ("HU|Hounsfield", "HU|亨"),
+    "years": (r"years?|yrs?|y/?o", "岁|年|周岁"), "months": (r"months?", "月"), "weeks": (r"weeks?|wks?", "周|星期|礼拜"), "days": (r"days?", "天|日"),
+    "hours": (r"hours?|hrs?", r"小时|时|h|钟头"), "minutes": (r"minutes?|mins?", r"分|min"), "seconds": (r"seconds?|secs?", r"秒|\bs\b"),
+}
+BOTH_WAYS = ("mm", "cm", "\u03bcm", "kg", "mg", "\u03bcg", "g", "ml", "mmHg", "%")  # must not appear out of nothing either
+UNIT_EN = {unit: re.compile(rf"{NUMBER_EN}[\s-]?(?:{en})(?![A-Za-z])") for unit, (en, _) in UNITS.items()}
+UNIT_ZH = {unit: re.compile(zh) for unit, (_, zh) in UNITS.items()}
+NUMBER_UNIT_ZH = {unit: re.compile(rf"\d\s*(?:{UNITS[unit][1]})") for unit in BOTH_WAYS}
+WORD_NUMBERS = {word: n for n, words in enumerate((
+    "zero", "one first once single i january mono uni", "two second twice both pair double ii february bi di dual", "three third triple thrice iii march tri", "four fourth iv april quadr tetra", "five fifth v may penta",
+    "six sixth vi june hexa", "seven seventh vii july", "eight eighth viii august octa", "nine ninth ix september", "ten tenth x october", "eleven eleventh xi november",
+    "twelve twelfth dozen xii december", "thirteen thirteenth", "fourteen fourteenth", "fifteen fifteenth", "sixteen sixteenth", "seventeen seventeenth",
+    "eighteen eighteenth", "nineteen nineteenth", "twenty twentieth")) for word in words.split()}
+WORD_NUMBERS |= {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90, "hundred": 100, "thousand": 1000, "half": 50, "quarter": 25}
+SCALES_EN = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+SCALES_ZH = {"百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "亿": 10**8}
+DIGITS_ZH = {c: n for n, c in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0, "双": 2, "单": 1}
+WIDE = str.maketrans("\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19\uff0e\u00b7\u2160\u2161\u2162\u2163\u2164", "0123456789..12345")
+
+
+def plain_number(text):
+    """A number as it is compared: 1,200 and 1200.0 are 1200."""
+    try:
+        return Decimal(text.replace(",", "").rstrip(".")).normalize()
+    except InvalidOperation:
+        return Decimal(0)
+
+
+def chinese_numbers(text):
+    """The values that Chinese numerals in a text say: 十二 is 12, 三十五 is 35, 一百二十 is 120, and each digit of 二〇一九."""
+    values = set()
+    for run in re.findall("[零〇一二三四五六七八九两双单十百千万亿]+", text):
+        total = section = digit = 0
+        for c in run:
+            values |= {Decimal(DIGITS_ZH[c])} if c in DIGITS_ZH else set()
+            if c in DIGITS_ZH:
+                digit = DIGITS_ZH[c]
+            elif c in "十百千":
+                section, digit = section + (digit or 1) * {"十": 10, "百": 100, "千": 1000}[c], 0
+            else:
+                total, section, digit = total + (section + digit or 1) * {"万": 10**4, "亿": 10**8}[c], 0, 0
+        values |= {Decimal(total + section + digit), Decimal(int("".join(str(DIGITS_ZH[c]) for c in run if c in DIGITS_ZH) or 0))}
+    return {value.normalize() for value in values}
+
+
+def numbers_differ(english, chinese):
+    """The numbers, as text, that only one side has, or "". Words (three, 三, May, II) may stand for digits on the other side."""
+    english, chinese = english.translate(WIDE), chinese.translate(WIDE)
+    decades = re.findall(r"\b(\d\d)(\d0)s\b", english)  # the 1990s are 20世纪90年代
+    english_digits = re.sub(r"\b\d\d\d0s\b", " ", english)
+
+    def found(text, scales):
+        pattern = "|".join(sorted(scales, key=len, reverse=True))
+        return {(plain_number(n) * scales.get(scale.lower(), 1)).normalize() for n, scale in re.findall(rf"(\d+(?:,\d{{3}})*(?:\.\d+)?)\s*({pattern})?", text, re.IGNORECASE)}
+
+    in_english, in_chinese = found(english_digits, SCALES_EN), found(chinese, SCALES_ZH)
+    words = {Decimal(WORD_NUMBERS[w]) for w in re.findall(r"[a-z]+", english.lower()) if w in WORD_NUMBERS}
+    words |= {a + b for a in words for b in words if a >= 20 and 0 < b < 10 and a % 10 == 0}  # thirty-five
+    words |= {Decimal(n) for century, decade in decades for n in (int(century) + 1, int(decade), int(century + decade))}
+    missing = in_english - in_chinese - (chinese_numbers(chinese) if in_english - in_chinese else set())
+    invented = in_chinese - in_english - {word.normalize() for word in words}
+    raw = {plain_number(n) for n in re.findall(r"\d+(?:\.\d+)?", english)} if invented else set()  # 2 hundred, said as 2 and 百
+    return ", ".join(f"{n:f}" for n in sorted(missing | (invented - raw)))
+
+
+def units_differ(english, chinese):
+    """The units that only one side has, or ""."""
+    wrong = [unit for unit in UNITS if UNIT_EN[unit].search(english) and not UNIT_ZH[unit].search(chinese)]
+    wrong += [unit for unit in BOTH_WAYS if NUMBER_UNIT_ZH[unit].search(chinese) and not re.search(rf"(?<![A-Za-z])(?:{UNITS[unit][0]})(?![A-Za-z])", english)]
+    return ", ".join(wrong)
+
+
+def sides_differ(english, chinese):
+    """left, right or bilateral when one side has it and the other has not, or has them swapped; "" otherwise."""
+    english, chinese = LEFT_VERB.sub(" ", english), SIDE_IDIOM.sub(lambda m: "\u4e24" if m[0] == "\u5de6\u53f3" else " ", chinese)
+    count = {side: (len(re.findall(words, english, re.IGNORECASE)), chinese.count(char)) for side, (words, _, char) in SIDES.items()}
+    for side, (words, short, _) in SIDES.items():
+        said, translated = count[side]
+        if bool(said) != bool(translated) and not (translated and re.search(short, english)):
+            return side
+    (left, left_zh), (right, right_zh) = count["left"], count["right"]
+    if (left, right) == (right_zh, left_zh) != (left_zh, right_zh):
+        return "left and right swapped"
+    if re.search(r"\bbilateral", english, re.IGNORECASE) and not re.search("[\u53cc\u4e24\u4e8c\u5404]", chinese):
+        return "bilateral"
+    if re.search("\u53cc\u4fa7|\u4e24\u4fa7", chinese) and not re.search(r"bilateral|\bboth\b|\btwo\b|\beither\b|\beach\b|side|symmetr|\bpair|lateral|bi", english, re.IGNORECASE):
+        return "bilateral"
+    return ""
+
+
+def negation_differs(english, chinese):
+    english = re.sub(r"\bnon-?(?:contrast|enhanced|small|steroidal)\b|\bnot only\b", " ", english, flags=re.IGNORECASE)
+    return bool(NOT_EN.search(english)) and not NOT_ZH.search(chinese) or bool(SURE_NOT_ZH.search(chinese)) and not MAYBE_NOT_EN.search(english)
+
+
+def is_repetitive(text):
+    """A phrase four times in a row, a character ten times, or a long text of few different phrases."""
+    if re.search(r"(.{3,40}?)\1{3,}|([^\W\d_])\2{9,}", text):
+        return True
+    grams = [text[i:i + 4] for i in range(len(text) - 3)]
+    return len(grams) > 80 and len(set(grams)) * 3 < len(grams)
+
+
+def glossary_breaks(english, chinese, glossary):
+    """English terms of the glossary that a text holds and whose Chinese the translation lacks."""
+    broken, rest = [], english
+    for term, accepted, pattern in glossary:  # longest first: "left ventricle" hides the "ventricle" in it
+        if pattern.search(rest):
+            rest = pattern.sub(" ", rest)
+            broken += [] if any(word in chinese for word in accepted) else [term]
+    return broken
+
+
+def quality(english, chinese, glossary=()):
+    """Why the translation of a row is not good enough: ["reason: field, detail"], [] when every rule passes. english, chinese: {field: text}."""
+    reasons = []
+    for name, source in english.items():
+        text = chinese.get(name, "")
+        if not text.strip():
+            reasons.append(f"empty: {name}")
+            continue
+        letters = re.sub(r"\s", "", source)
+        if is_untranslated(text) or (is_untranslated(source) and not CJK.search(text) and re.search("[A-Za-z]", text) and len(source.split()) > 2):
+            reasons.append(f"Chinese share: {name}, {chinese_share(text):.0%}")
+        elif len(letters) >= 20 and not 0.06 < len(text) / len(source) < (1.2 if len(source) < 40 else 0.9) and chinese_share(source) < 0.3:
+            reasons.append(f"length ratio: {name}, {len(text) / len(source):.2f}")
+        if detail := numbers_differ(source, text):
+            reasons.append(f"numbers: {name}, {detail}")
+        if detail := units_differ(source, text):
+            reasons.append(f"units: {name}, {detail}")
+        if detail := sides_differ(source, text):
+            reasons.append(f"laterality: {name}, {detail}")
+        if negation_differs(source, text):
+            reasons.append(f"negation: {name}")
+        if (found := REFUSAL.search(text)) and not REFUSAL.search(source):
+            reasons.append(f"refusal: {name}, {found[0]}")
+        if (found := LEFTOVER.search(text)) and not LEFTOVER.search(source):
+            reasons.append(f"leftover: {name}, {found[0]}")
+        if is_repetitive(text) and not is_repetitive(source):
+            reasons.append(f"repeated text: {name}")
+        if broken := glossary_breaks(source, text, glossary):
+            reasons.append(f"glossary: {name}, {', '.join(broken)}")
+    return reasons
+
+
+def reason_name(reason):
+    return reason.split(":")[0]
+
+
+def read_glossary(path):
+    """[(English, accepted Chinese words, pattern)], longest first, of a table with English and Chinese in its first two columns (`a|b`: either will do)."""
+    if path is None:
+        return []
+    records, glossary = Records(path), []
+    if len(records.columns or ()) < 2:
+        raise ValueError(f"{path}: a glossary is a .csv or .tsv with two columns, English and Chinese, and a header")
+    for i in range(len(records)):
+        try:
+            english, chinese = (clean_text(value) for value in list(records[i].values())[:2])
+        except BadRow as error:
+            raise ValueError(f"{path}: row {i + 1}: {error}") from None
+        accepted = [word.strip() for word in chinese.split("|") if word.strip()]
+        if not english or not accepted:
+            raise ValueError(f"{path}: row {i + 1}: English or Chinese is empty")
+        if any(not CJK.search(word) and word != english for word in accepted):
+            raise ValueError(f"{path}: row {i + 1}: {chinese!r} holds no Chinese: are the columns swapped?")
+        glossary.append((english, accepted, re.compile(rf"(?<![A-Za-z]){re.escape(english)}(?:e?s)?(?![A-Za-z])", re.IGNORECASE)))
+    return sorted(glossary, key=lambda term: -len(term[0]))
+
+
+# --- 2. journal: one line a finished row, appended as it comes ------------------------------------------------------
+
+
+class Journal:
+    """Finished rows by the key of their English texts; the last line of a key counts. 16 bytes of memory a row; a line cut by a kill is forgotten."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.file = open(self.path, "a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{self.path} is in use by another run") from None
+        self.keys, self.offsets = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
+        self.header, self.damaged, self.unsynced = None, 0, 0
+
+    def load(self, is_good=lambda line: True):
+        """Reads what is there; lines for which is_good is false, or that are damaged, do not count."""
+        latest, position, self.damaged = {}, 0, 0
+        self.file.seek(0)
+        for raw in self.file:
+            if not raw.endswith(b"\n"):  # killed in the middle of it
+                self.file.truncate(position)
+                break
+            try:
+                line = json.loads(raw)
+                if "raw" in line:  # where its rows come from
+                    self.header, position = line, position + len(raw)
+                    continue
+                key = int(line["key"], 16)
+                line["english"], line["chinese"], line["reasons"]
+                latest[key] = position if is_good(line) else -1
+            except (ValueError, KeyError, TypeError, RecursionError):
+                self.damaged += 1
+            position += len(raw)
+        keys = np.fromiter(latest.keys(), dtype=np.uint64, count=len(latest))
+        offsets = np.fromiter(latest.values(), dtype=np.int64, count=len(latest))
+        order = np.argsort(keys)
+        self.keys, self.offsets = keys[order], offsets[order]
+
+    def find(self, key):
+        """The line of a key, or None."""
+        i = int(np.searchsorted(self.keys, np.uint64(key)))
+        if i == len(self.keys) or int(self.keys[i]) != key or self.offsets[i] < 0:
+            return None
+        self.file.seek(int(self.offsets[i]))
+        return json.loads(self.file.readline())
+
+    def has(self, keys):
+        """bool per key (uint64 array)."""
+        i = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys) - 1, 0))
+        return (self.keys[i] == keys) & (self.offsets[i] >= 0) if len(self.keys) else np.zeros(len(keys), dtype=bool)
+
+    def add(self, line):
+        self.file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self.file.flush()  # safe from a kill at once, from a power cut after at most 100 rows
+        self.unsynced += 1
+        if self.unsynced >= 100:
+            self.sync()
+
+    def sync(self):
+        os.fsync(self.file.fileno())
+        self.unsynced = 0
+
+
+# --- 3. one row -----------------------------------------------------------------------------------------------------
+
+
+def row_key(english):
+    return text_key(*(f"{name}\x1e{text}" for name, text in sorted(english.items())))
+
+
+def read_answer(text, english):
+    """{field: Chinese} of what the model wrote: a JSON object, perhaps in a fence or with words around. ValueError."""
+    start, stop = text.find("{"), text.rfind("}")
+    try:
+        answer = json.loads(text[start:stop + 1], strict=False)  # a line break inside a text is forgiven
+    except (ValueError, RecursionError):
+        raise ValueError("refusal" if REFUSAL.search(text) else "answer is no JSON object") from None
+    if not isinstance(answer, dict) or not all(isinstance(answer.get(name), str) and answer[name].strip() for name in english):
+        raise ValueError("answer lacks a field")
+    return {name: clean_text(answer[name]) for name in english}
+
+
+async def translate_row(endpoint, english, glossary, attempts):
+    """(chinese, reasons): the best of up to `attempts` translations; each that fails the rules is sent back with what is wrong."""
+    terms = {term: accepted[0] for term, accepted, pattern in glossary if any(pattern.search(text) for text in english.values())}
+    system = TRANSLATE + (GLOSSARY + json.dumps(terms, ensure_ascii=False) if terms else "")
+    ask = [{"role": "system", "content": system}, {"role": "user", "content": json.dumps(english, ensure_ascii=False)}]
+    best, more = None, []
+    for _ in range(attempts):
+        chinese = await endpoint.ask(ask + more, lambda text: read_answer(text, english))
+        reasons = quality(english, chinese, glossary)
+        if best is None or len(reasons) < len(best[1]):
+            best = chinese, reasons
+        if not reasons:
+            break
+        more = [{"role": "assistant", "content": json.dumps(chinese, ensure_ascii=False)}, {"role": "user", "content": AGAIN.format(reasons="; ".join(reasons))}]
+    return best
+
+
+# --- 4. files -------------------------------------------------------------------------------------------------------
+
+
+class Task:
+    """One raw file on its way to Chinese: its records, their keys, its journal and its output."""
+
+    def __init__(self, source, records, out, columns):
+        self.source, self.records, self.columns, self.fields = source, records, columns, set()
+        self.out = out / records.path.name
+        if self.out.resolve() == records.path.resolve():
+            raise ValueError(f"--out {out} holds {records.path} itself: name another folder")
+        self.journal = Journal(out / f"{records.path.name}.journal.jsonl")
+
+    def sign(self):
+        """Notes in the journal where its rows come from: what review --import writes the file from."""
+        header = {"raw": os.path.realpath(self.records.path), "source": self.source, "encoding": self.records.encoding, "columns": self.columns}
+        if self.journal.header is None or json.dumps(self.journal.header) != json.dumps(header):
+            self.journal.add(header)
+
+    def row(self, record):
+        """(Row, what to translate: {field: text}). BadRow when there is nothing, or only what cannot sensibly be translated."""
+        row = read_row(self.source, record, self.columns)
+        english = to_translate(row)
+        if not english:
+            raise BadRow("no text")
+        for name in ("context", "inline", "caption"):  # an answer may well be a number
+            if name in english and (reason := impractical(english[name])):
+                if len([n for n in ("context", "inline", "caption", "question") if n in english]) == 1:
+                    raise BadRow(reason)
+                del english[name]  # the rest of the row is worth having
+        return row, english
+
+    def images(self, i):
+        """Picture names of record i, for the journal: a reviewer will want to see them."""
+        row = read_row(self.source, self.records[i], self.columns)
+        return [candidates(row, name) for name in row.images]
+
+    def is_chinese(self, english):
+        return not any(is_untranslated(text) for text in english.values())
+
+    def survey(self, progress):
+        """uint64 keys of all rows, 0 for those that are not translated, and the number of characters of the others."""
+        keys, characters = np.zeros(len(self.records), dtype=np.uint64), 0
+        for i, raw in self.records.read(0, len(self.records)):
+            try:
+                _, english = self.row(self.records.parse(raw))
+                keys[i] = 0 if self.is_chinese(english) else row_key(english)
+                self.fields.update(english)
+                characters += sum(map(len, english.values())) if keys[i] else 0
+            except BadRow:
+                pass  # counted when the file is written
+            progress.update()
+        return keys, characters
+
+    def finish(self):
+        """Writes the translated file and the rejected rows. Counts of what became of the rows, and of the reasons."""
+        counts, dropped = Counter(), Counter()
+        partial, rejected = (path.with_name(path.name + ".partial") for path in (self.out, self.out.with_name(self.out.name + ".rejected.jsonl")))
+
+        def rows(rejects):
+            for i, raw in self.records.read(0, len(self.records)):
+                try:
+                    record = self.records.parse(raw)
+                    row, english = self.row(record)
+                except BadRow as error:
+                    dropped[str(error)] += 1
+                    continue
+                if self.is_chinese(english):
+                    counts["chinese"] += 1
+                    yield record
+                    continue
+                line = self.journal.find(row_key(english))
+                if line is None:
+                    counts["undone"] += 1
+                elif line["reasons"]:
+                    dropped.update({reason_name(reason) for reason in line["reasons"]})
+                    counts["rejected"] += 1
+                    rejects.write(json.dumps({"row": i, **line}, ensure_ascii=False) + "\n")
+                else:
+                    counts["translated"] += 1
+                    yield put_texts(self.source, record, row, line["chinese"], self.columns)
+
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as out, open(rejected, "w", encoding="utf-8", errors="backslashreplace") as rejects:
+            self.records.write(out, rows(rejects))
+        partial.replace(self.out)
+        rejected.replace(self.out.with_name(self.out.name + ".rejected.jsonl"))
+        return counts, dropped
+
+
+def given_translations(path, tasks):
+    """A function (english) -> {field: Chinese} or None from a file of finished translations.
+
+    path: rows {english, chinese}, each a text or {field: text} (a journal is such a file), or the raw file itself with Chinese in place, row by row."""
+    records = Records(path)
+    sample = next((record for i in range(min(len(records), 100)) if (record := _try(records, i)) is not None), {})
+    names = {name.lower(): name for name in sample}
+    index = {}
+
+    def pairs():
+        for i in range(len(records)):
+            record = _try(records, i)
+            if record is None:
+                continue
+            english, chinese = record.get(names["english"]), record.get(names["chinese"])
+            if isinstance(english, dict) and isinstance(chinese, dict):
+                yield from ((i, name, text) for name, text in english.items() if isinstance(text, str) and isinstance(chinese.get(name), str))
+            elif isinstance(english, str) and isinstance(chinese, str):
+                yield i, None, english
+
+    if {"english", "chinese"} <= set(names):
+        for i, name, text in pairs():
+            index[text_key(clean_text(text))] = i, name
+
+        def look_up(text):
+            i, name = index.get(text_key(text), (None, None))
+            if i is None:
+                return None
+            chinese = records[i][names["chinese"]]
+            return clean_text(chinese if name is None else chinese[name])
+
+        def by_text(_, __, english):
+            chinese = {name: look_up(text) for name, text in english.items()}
+            return None if None in chinese.values() else chinese
+        return by_text
+    if len(tasks) != 1 or len(records) != len(tasks[0].records):
+        raise ValueError(f"{path}: finished translations are rows of `english` and `chinese`, or the one raw file itself, row by row, with Chinese in place")
+
+    def same_row(task, i, english):
+        try:
+            chinese = read_row(task.source, records[i], task.columns).texts
+        except BadRow:
+            return None
+        return {name: chinese.get(name, "") for name in english}
+    return same_row
+
+
+def _try(records, i):
+    try:
+        return records[i]
+    except BadRow:
+        return None
+
+
+async def run_requests(endpoint, todo, glossary, attempts, bar):
+    """Every row of `todo` (an iterator of (task, key, i, english)), a few at a time; each finished one goes into its journal. Reasons of those that failed."""
+    failed = Counter()
+
+    async def worker():
+        for task, key, i, english in todo:  # one iterator, shared: the next row goes to whoever is free
+            try:
+                chinese, reasons = await translate_row(endpoint, english, glossary, attempts)
+            except RequestFailed as error:
+                failed[one_line(error)] += 1
+            else:
+                task.journal.add({"key": f"{key:016x}", "source": task.source, "row": i, "images": task.images(i), "english": english, "chinese": chinese, "reasons": reasons, "by": endpoint.model,
+                                  "glossary": task.glossary_digest})
+            bar.update()
+            bar.set_postfix_str(endpoint.status())
+
+    async with endpoint.connect():
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(endpoint.args.concurrency):
+                    group.create_task(worker())
+        except* EndpointFailed as errors:
+            raise errors.exceptions[0] from None
+    return failed
+
+
+def translate(args):
+    check_ranges(args, attempts=(1, 20))
+    glossary = read_glossary(args.glossary)
+    digest = hashlib.sha256(repr([term[:2] for term in glossary]).encode()).hexdigest()[:16]
+    columns, out = named_columns(args), Path(args.out)
+    opened = open_sources(args, RAW)
+    names = [records.path.name for _, records in opened]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two files are named {max(names, key=names.count)}: translate them into two folders")
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = [Task(source, records, out, columns) for source, records in opened]
+    given = given_translations(args.translations, tasks) if args.translations else None
+
+    def is_good(line):
+        return not (args.retry_rejected and line["reasons"]) and (line.get("glossary") == digest or "review" in line or line["reasons"]
+                                                                 or not any(glossary_breaks(text, line["chinese"].get(name, ""), glossary) for name, text in line["english"].items()))
+
+    todo, n_done, characters = [], 0, 0
+    with tqdm(total=sum(len(task.records) for task in tasks), desc="reading", unit=" rows", disable=None) as bar:
+        for task in tasks:
+            task.glossary_digest = digest
+            task.journal.load(is_good)
+            task.sign()
+            if task.journal.damaged:
+                print(f"{task.journal.path}: {task.journal.damaged} damaged lines: their rows are translated again", file=sys.stderr)
+            keys, size = task.survey(bar)
+            first = np.sort(np.unique(keys, return_index=True)[1])  # equal texts are translated once, and alike
+            first = first[(keys[first] != 0)]
+            done = task.journal.has(keys[first])
+            n_done += int(done.sum())
+            characters += int(size * (1 - done.mean())) if len(done) else 0
+            todo.append((task, keys, first[~done]))
+    n_todo = sum(len(rows) for *_, rows in todo)
+
+    def remaining():
+        for task, keys, rows in todo:
+            for i in rows:
+                yield task, int(keys[i]), int(i), task.row(task.records[int(i)])[1]
+
+    failed, fault, unanswered = Counter(), None, Counter()
+    if given:
+        left = []
+        for task, key, i, english in tqdm(remaining(), total=n_todo, desc="taking", unit=" rows", disable=None):
+            chinese = given(task, i, english)
+            if chinese is None:
+                unanswered[task] += 1
+                left.append((task, key, i, english) if args.base_url else None)
+            else:
+                task.journal.add({"key": f"{key:016x}", "source": task.source, "row": i, "images": task.images(i), "english": english, "chinese": chinese,
+                                  "reasons": quality(english, chinese, glossary), "by": Path(args.translations).name, "glossary": digest})
+        rows, n_todo = iter(left), len(left) if args.base_url else 0
+    else:
+        rows = remaining()
+    if n_todo:
+        endpoint = Endpoint(args)
+        endpoint.confirm(f"the texts ({', '.join(sorted(set().union(*(task.fields for task in tasks)), key=list(FIELDS).index))}) of {n_todo:,} rows of "
+                         f"{', '.join(names)}, some {characters:,} characters. No pictures, ids or file names are sent.")
+        with tqdm(total=n_todo + n_done, initial=n_done, desc="translating", unit=" rows", disable=None, smoothing=0.05) as bar:
+            try:
+                failed = asyncio.run(run_requests(endpoint, rows, glossary, args.attempts, bar))
+            except EndpointFailed as error:
+                fault = error
+        print(f"{endpoint.tokens_in:,} tokens read, {endpoint.tokens_out:,} written" + (f", cost {endpoint.cost:.4f}" if endpoint.cost else "")
+              + (f"; retried: {', '.join(f'{reason} x {n}' for reason, n in endpoint.faults.most_common())}" if endpoint.faults else ""), file=sys.stderr)
+    undone = 0
+    for task in tasks:
+        task.journal.sync()
+        task.journal.load(is_good)
+        if fault or failed:
+            continue
+        counts, dropped = task.finish()
+        undone += counts["undone"] if not given else 0
+        print(f"{task.out}: {counts['translated'] + counts['chinese']:,} rows of {len(task.records):,}"
+              + (f" ({counts['chinese']:,} were Chinese already)" if counts["chinese"] else "")
+              + (f"; {counts['undone']:,} without a translation given" if counts["undone"] else "")
+              + (f"; {counts['rejected']:,} rejected (in {task.out.name}.rejected.jsonl)" if counts["rejected"] else "")
+              + (f"; left out, by reason: {', '.join(f'{reason} {n:,}' for reason, n in dropped.most_common())}" if dropped else ""))
+    if fault or failed:
+        n = sum(int((~task.journal.has(keys[rows])).sum()) for task, keys, rows in todo)
+        why = one_line(fault) if fault else ", ".join(f"{reason} ({k})" for reason, k in failed.most_common(3))
+        print(f"data_prep.py: {n:,} rows are still to be translated: {why}. What is finished is kept: run the same command again", file=sys.stderr)
+        return 2 if isinstance(fault, EndpointFailed) and not n_done and not endpoint.tokens_out else 1
+    return 0
