@@ -143,7 +143,7 @@ class Records:
 
 CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LATIN = re.compile(r"[A-Za-z]")
-WORD = re.compile(r"(?<![A-Za-z])[A-Za-z]?[a-z]{2,}(?![A-Za-z])")  # an ordinary word: CT, HER2 and pH are none
+WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])")  # an ordinary word: CT, HER2 and pH are none
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 
 
@@ -175,7 +175,7 @@ def text_length(text):
     return len(CJK.findall(text)) + 2 * len(re.findall(r"[A-Za-z0-9][A-Za-z0-9.\-]*", text))
 
 
-LINK = re.compile(r"(?:https?://|www\.|doi:)\S+|\S+@\S+")
+LINK = re.compile(r"(?:https?://|www\.|doi:)\S+|[A-Za-z0-9._+-]++@[A-Za-z0-9.-]+")
 SEQUENCE = re.compile(r"[A-Z*-]{40,}")
 MAX_CHARACTERS = 40_000  # of one text; the longest context of the paper has 2,576 tokens
 
