@@ -2,6 +2,7 @@
 word clouds, a sheet of pictures by modality."""
 
 import heapq
+import importlib.util
 import os
 import re
 import sys
@@ -128,22 +129,30 @@ def markdown(title, table, kinds, what):
 
 # --- 3. figures -----------------------------------------------------------------------------------------------------
 
-FONT_FILES = re.compile(r"(?:NotoSans(?:Mono)?CJK|NotoSerifCJK|SourceHanSans|SourceHanSerif|wqy-|simhei|simsun|msyh|PingFang|STHeiti|Hiragino Sans GB|DroidSansFallback|ipaexg|ukai|uming)[^/]*\.(?:ttc|ttf|otf)$", re.IGNORECASE)
+FONT_FILES = re.compile(r"(?:NotoSans(?:Mono)?(?:CJK|SC)|NotoSerifCJK|SourceHanSans|SourceHanSerif|wqy-|simhei|simsun|msyh|PingFang|STHeiti|Hiragino Sans GB|DroidSansFallback|ukai|uming)[^/]*\.(?:ttc|ttf|otf)$", re.IGNORECASE)
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts")
 
 
+def has_chinese(path):
+    """True for a font file that draws simplified Chinese, which Japanese ones lack in part: no box in place of a character."""
+    try:
+        font = ImageFont.truetype(path, 20)
+        return all(bytes(font.getmask(c)) != bytes(font.getmask("\uffff")) for c in "\u7ed3\u68c0\u8bca")
+    except OSError:
+        return False
+
+
 def find_font(given):
-    """A font file with Chinese characters: the one given, or one of the usual ones on this machine; None without. ValueError for one that is none."""
+    """A font file with Chinese characters: the one given, or one of the usual ones on this machine; None without. ValueError for one that has none."""
     if given:
-        try:
-            ImageFont.truetype(given, 20)
-        except OSError:
-            raise ValueError(f"--font {given}: no font file") from None
+        if not has_chinese(given):
+            raise ValueError(f"--font {given}: no font file, or one without simplified Chinese characters")
         return given
-    for folder in map(os.path.expanduser, FONT_FOLDERS):
+    package = importlib.util.find_spec("zhplot")  # a package that brings one along
+    for folder in [*(package.submodule_search_locations if package else ()), *map(os.path.expanduser, FONT_FOLDERS)]:
         for path, _, files in os.walk(folder):
             for name in sorted(files):
-                if FONT_FILES.search(name):
+                if FONT_FILES.search(name) and has_chinese(os.path.join(path, name)):
                     return os.path.join(path, name)
     return None
 
@@ -158,7 +167,7 @@ def draw_histograms(tables, path):
     figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.2), squeeze=False)
     for axis, (subset, kind, counts) in zip(axes[0], kinds):
         top = max(10, quantile(counts, 0.995))
-        axis.hist(list(counts), weights=list(counts.values()), bins=np.linspace(0, top, 50), color="#4477aa")
+        axis.hist(list(counts), weights=list(counts.values()), bins=np.arange(0, top + 2, max(1, round(top / 50))) - 0.5, color="#4477aa")
         axis.axvline(quantile(counts, 0.5), color="#cc3311", linewidth=1)
         axis.set(title=f"{subset}: {names[kind]}", xlabel=f"tokens (line: median; {sum(n for length, n in counts.items() if length > top):,} longer)", ylabel="texts")
     figure.tight_layout()
@@ -269,7 +278,7 @@ def figures(args, lengths, clouds, sheets, total, font):
 
     attempt("lengths.png", "matplotlib", lambda: draw_histograms(lengths, args.out / "lengths.png"))
     if font is None:
-        print("data_prep.py: no word clouds: no font with Chinese characters was found; install one (Debian: apt install fonts-noto-cjk) or name one by --font FILE", file=sys.stderr)
+        print("data_prep.py: no word clouds: no font with Chinese characters was found; install one (Debian: apt install fonts-noto-cjk; anywhere: pip install zhplot) or name one by --font FILE", file=sys.stderr)
     for subset, texts in clouds.items() if font else ():
         attempt(f"words-{subset}.png", "jieba wordcloud", lambda subset=subset, texts=texts: draw_cloud(texts, font, args.out / f"words-{subset}.png"))
     if args.images:

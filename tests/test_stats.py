@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,8 +14,8 @@ from PIL import Image
 from conftest import ROOT
 from prompts import MODALITIES, VQA
 from qilin_min import Rows, Tokenizer
-from raw_sets import make_raw
-from stats import modality_of, own_question, quantile
+from raw_sets import OA, make_raw
+from stats import find_font, has_chinese, modality_of, own_question, quantile
 
 
 def prep(*options, code=0):
@@ -75,24 +77,35 @@ def test_modalities(text, modality):
 
 
 def test_figures(tmp_path, toy):
-    """Histograms, a sheet with a line for each kind of picture; word clouds where a font with Chinese is named, and a clear word where none is found."""
+    """Histograms, word clouds without a box in place of a character, a sheet with a line for each kind of picture."""
     raw = make_raw(tmp_path / "raw", n=9)
+    given = [{"english": OA[k][0].format(a), "chinese": OA[k][1].format(a)} for k in range(3) for a in range(20)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    prep("translate", "--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--translations", tmp_path / "given.jsonl")
     out = tmp_path / "built"
-    prep("build", "--pmc-oa", raw / "pmc_oa.jsonl", "--images", raw / "images", "--out", out)
-    import matplotlib
-    font = next(iter((__import__("pathlib").Path(matplotlib.get_data_path()) / "fonts/ttf").glob("DejaVuSans.ttf")))  # stands in for one with Chinese
+    prep("build", "--pmc-oa", tmp_path / "zh/pmc_oa.jsonl", "--images", raw / "images", "--out", out)
     options = "stats", "--alignment", out / "alignment.json", "--tokenizer", toy / "llama", "--images", out / "images", "--out", tmp_path / "stats"
-    done = prep(*options, "--font", font)
-    for name in ("lengths.png", "pictures.png"):
+    done = prep(*options)
+    for name in ("lengths.png", "words-alignment.png", "pictures.png"):
         with Image.open(tmp_path / "stats" / name) as image:
-            assert min(image.size) > 100
+            assert min(image.size) > 100 and str(tmp_path / "stats" / name) in done.stdout
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "stats/words-alignment.png").convert("L")))) > 10  # words, not an empty sheet
     sheet = np.asarray(Image.open(tmp_path / "stats/pictures.png").convert("RGB"))
     colours = {tuple(c) for c in np.asarray(Image.open(next((out / "images").glob("*.jpg"))).convert("RGB")).reshape(-1, 3).tolist()}
     assert any((np.abs(sheet.astype(int) - colour).max(axis=2) <= 3).any() for colour in colours)
     assert "| CT | 3 |" in done.stdout and "| unknown | " not in done.stdout
-    env_home = prep(*options) if not __import__("stats").find_font(None) else None
-    assert env_home is None or "no font with Chinese characters was found" in env_home.stderr
-    assert "no font file" in prep(*options, "--font", tmp_path / "none.ttf", code=2).stderr
+
+
+def test_fonts(tmp_path, monkeypatch):
+    """A font without simplified Chinese is refused by name; where none is found, that is said and everything else is made."""
+    latin = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    chinese = find_font(None)
+    assert has_chinese(chinese) and not has_chinese(latin) and not has_chinese(str(tmp_path / "none.ttf"))
+    with pytest.raises(ValueError, match="DejaVuSans.ttf: no font file, or one without"):
+        find_font(latin)
+    monkeypatch.setattr("stats.FONT_FOLDERS", ())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert find_font(None) is None
 
 
 def test_published_files_and_bad_rows(tmp_path, toy):
