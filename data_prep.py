@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -432,6 +433,7 @@ def build(args):
     for root in args.images:
         if not Path(root).is_dir():
             raise FileNotFoundError(f"no such image folder: {root}")
+    place_pictures.cache_clear()  # what an earlier build of this process saw may have changed
     BUILD = Build(args)
     BUILD.survey(args)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -519,7 +521,7 @@ def picture_problem(path):
     """What is wrong with a picture file, or None: "picture is a decompression bomb", "picture does not decode"."""
     try:
         if not is_dicom(path):
-            with Image.open(path) as opened:  # reads the header alone
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:  # reads the header alone
                 if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
                     return "picture is a decompression bomb"
     except Image.DecompressionBombError:
@@ -610,6 +612,7 @@ def check(args):
     rows = Rows(args.file)
     if not len(rows):
         raise ValueError(f"{args.file}: it has no rows")
+    known_problem.cache_clear()
     CHECK = rows, os.path.realpath(args.images), vars(args), Tokenizer(args.tokenizer) if args.tokenizer else None
     problems, ids, contents = {}, np.zeros(len(rows), dtype=np.uint64), np.zeros(len(rows), dtype=np.uint64)
     tasks = [(start, min(start + BLOCK // 10, len(rows))) for start in range(0, len(rows), BLOCK // 10)]

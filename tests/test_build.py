@@ -17,15 +17,12 @@ from conftest import ROOT
 from data_prep import COMPOSITE_SIDE, Teams, connected, held_out, join_pictures
 from prompts import CAPTION, CONTEXT, VQA
 from qilin_min import IMAGE_TOKEN, Rows, row_pictures
-from raw_sets import make_raw, picture, write_table
+from raw_sets import make_raw, picture, prep, write_table
 from sources import Records, read_row
 
 
 def build(*options, check=0):
-    done = subprocess.run([sys.executable, ROOT / "data_prep.py", "build", *map(str, options)], capture_output=True, text=True, timeout=300)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == check, done.stdout + done.stderr
-    return done
+    return prep("build", *options, *(() if "--workers" in options else ("--workers", 1)), code=check)
 
 
 def every_set(raw):

@@ -1,22 +1,16 @@
 """Promise: `check` finds every row that training could not use or should not see, names why, and with --fix writes the others byte for byte."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
-from conftest import ROOT
 from qilin_min import Rows
-from raw_sets import picture
+from raw_sets import picture, prep
 
 
 def check(*options, code=None):
-    done = subprocess.run([sys.executable, ROOT / "data_prep.py", "check", *map(str, options)], capture_output=True, text=True, timeout=200)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert code is None or done.returncode == code, done.stdout + done.stderr
-    return done
+    return prep("check", *options, *(() if "--workers" in options else ("--workers", 1)), code=code)
 
 
 def row(row_id="r", image="a.png", question="<image>\n这是什么？", answer="CT图像", **more):

@@ -4,22 +4,13 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
 
-from conftest import ROOT
-from raw_sets import chinese_of, make_raw
+from raw_sets import chinese_of, make_raw, prep
 from review import shares, wilson
 from sources import Records
-
-
-def prep(*options, code=0):
-    done = subprocess.run([sys.executable, ROOT / "data_prep.py", *map(str, options)], capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr and done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Promise: `stats` counts what is in the built files with the chosen tokenizer, exactly, in the form of the paper's Tables 1 and 2, and draws its figures."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,17 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
 from prompts import MODALITIES, VQA
 from qilin_min import Rows, Tokenizer
-from raw_sets import OA, make_raw
+from raw_sets import OA, make_raw, prep
 from stats import find_font, has_chinese, modality_of, own_question, quantile
-
-
-def prep(*options, code=0):
-    done = subprocess.run([sys.executable, ROOT / "data_prep.py", *map(str, options)], capture_output=True, text=True, timeout=200)
-    assert "Traceback" not in done.stderr and done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def test_quantiles_are_exact():

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from conftest import ROOT
-from raw_sets import chinese_of, make_raw
+from raw_sets import chinese_of, make_raw, prep
 from sources import Records
 
 OPTIONS = "--endpoint-model", "test", "--yes", "--retry-delay", "0.01", "--timeout", "2"
@@ -97,13 +96,8 @@ class Server:
         self.http.server_close()
 
 
-def translate(*options, env={}, check=None):
-    done = subprocess.run([sys.executable, ROOT / "data_prep.py", "translate", *map(str, options)], capture_output=True, text=True, timeout=120,
-                          env={**{k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}, **env})
-    assert "Traceback" not in done.stderr, done.stderr
-    if check is not None:
-        assert done.returncode == check, done.stdout + done.stderr
-    return done
+def translate(*options, env=None, check=None):
+    return prep("translate", *options, env=env, code=check)
 
 
 def journal(path):
