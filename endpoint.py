@@ -28,7 +28,7 @@ class EndpointFailed(ValueError):
 def add_endpoint_flags(parser):
     group = parser.add_argument_group("endpoint (any OpenAI-compatible /chat/completions: OpenAI, Azure, DeepSeek, Qwen, or vLLM on your own machine)")
     group.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL"), metavar="URL", help="e.g. https://api.openai.com/v1 (default: $OPENAI_BASE_URL)")
-    group.add_argument("--endpoint-model", default=os.environ.get("OPENAI_MODEL"), metavar="NAME", help="the model's name there (default: $OPENAI_MODEL)")
+    group.add_argument("--model", "--endpoint-model", dest="endpoint_model", default=os.environ.get("OPENAI_MODEL"), metavar="NAME", help="the model's name there (default: $OPENAI_MODEL)")
     group.add_argument("--api-key", default=None, metavar="KEY", help="default: $OPENAI_API_KEY, which other users of the machine cannot see")
     group.add_argument("--yes", action="store_true", help="send without asking first")
     group.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests under way at once (default %(default)s)")
@@ -46,7 +46,7 @@ class Endpoint:
     def __init__(self, args):
         check_ranges(args, concurrency=(1, 1024), timeout=(0.01, 86400), retries=(0, 1000), retry_delay=(0, 600), price_in=(0, math.inf), price_out=(0, math.inf))
         if not args.base_url or not args.endpoint_model:
-            raise ValueError("name the endpoint by --base-url URL and --endpoint-model NAME (or $OPENAI_BASE_URL, $OPENAI_MODEL)")
+            raise ValueError("name the endpoint by --base-url URL and --model NAME (or $OPENAI_BASE_URL, $OPENAI_MODEL)")
         url = urlsplit(args.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError(f"--base-url {args.base_url}: must be like https://host/v1")

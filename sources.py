@@ -91,7 +91,7 @@ class Records:
         """The dict of a record's bytes. BadRow."""
         if self.columns is None:
             try:
-                record = json.loads(raw.decode(self.encoding))
+                record = json.loads(raw.decode())
             except (ValueError, RecursionError):
                 raise BadRow("not JSON") from None
             if not isinstance(record, dict):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from array import array
 from collections import Counter
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -274,7 +275,7 @@ class Journal:
 
     def load(self, is_good=lambda line: True):
         """Reads what is there; lines for which is_good is false, or that are damaged, do not count."""
-        latest, position, self.damaged = {}, 0, 0
+        found, offsets, position, self.damaged = array("Q"), array("q"), 0, 0
         self.file.seek(0)
         for raw in self.file:
             if not raw.endswith(b"\n"):  # killed in the middle of it
@@ -287,14 +288,13 @@ class Journal:
                     continue
                 key = int(line["key"], 16)
                 line["english"], line["chinese"], line["reasons"]
-                latest[key] = position if is_good(line) else -1
+                offsets.append(position if is_good(line) else -1)
+                found.append(key)
             except (ValueError, KeyError, TypeError, RecursionError):
                 self.damaged += 1
             position += len(raw)
-        keys = np.fromiter(latest.keys(), dtype=np.uint64, count=len(latest))
-        offsets = np.fromiter(latest.values(), dtype=np.int64, count=len(latest))
-        order = np.argsort(keys)
-        self.keys, self.offsets = keys[order], offsets[order]
+        self.keys, last = np.unique(np.array(found, dtype=np.uint64)[::-1], return_index=True)  # of the lines of a key the last
+        self.offsets = np.array(offsets, dtype=np.int64)[::-1][last]
 
     def find(self, key):
         """The line of a key, or None."""
@@ -572,11 +572,11 @@ def translate(args):
             chinese = given(task, i, english)
             if chinese is None:
                 unanswered[task] += 1
-                left.append((task, key, i, english) if args.base_url else None)
+                left += [(task, key, i)] if args.base_url else []
             else:
                 task.journal.add({"key": f"{key:016x}", "source": task.source, "row": i, "images": task.images(i), "english": english, "chinese": chinese,
                                   "reasons": quality(english, chinese, glossary), "by": Path(args.translations).name, "glossary": digest})
-        rows, n_todo = iter(left), len(left) if args.base_url else 0
+        rows, n_todo = ((task, key, i, task.row(task.records[i])[1]) for task, key, i in left), len(left)
     else:
         rows = remaining()
     if n_todo:

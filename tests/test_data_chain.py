@@ -23,7 +23,7 @@ def test_the_whole_chain(tmp_path, toy):
     """translate, review, build, check, stats, on all three sets and the test set's form: no English is left, nothing is unfit, and counts add up from step to step."""
     raw, zh, data = make_raw(tmp_path / "raw", n=9), tmp_path / "zh", tmp_path / "data"
     with Server() as server:
-        prep("translate", "--pmc-oa", raw / "pmc_oa.jsonl", "--pmc-casereport", raw / "case.csv", "--pmc-vqa", raw / "train_2.csv", "--out", zh, "--base-url", server.url, "--endpoint-model", "m", "--yes")
+        prep("translate", "--pmc-oa", raw / "pmc_oa.jsonl", "--pmc-casereport", raw / "case.csv", "--pmc-vqa", raw / "train_2.csv", "--out", zh, "--base-url", server.url, "--model", "m", "--yes")
     prep("review", zh / "pmc_oa.jsonl", zh / "case.csv", zh / "train_2.csv", "--images", raw / "images", "--n", 10, "--out", tmp_path / "review")
     prep("build", "--pmc-oa", zh / "pmc_oa.jsonl", "--pmc-casereport", zh / "case.csv", "--pmc-vqa", zh / "train_2.csv", "--images", raw / "images", "--out", data, "--require-chinese")
     alignment, instruction = list(Rows(data / "alignment.json")), list(Rows(data / "instruction.json"))

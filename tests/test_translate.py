@@ -17,7 +17,7 @@ from conftest import ROOT
 from raw_sets import chinese_of, make_raw, prep
 from sources import Records
 
-OPTIONS = "--endpoint-model", "test", "--yes", "--retry-delay", "0.01", "--timeout", "2"
+OPTIONS = "--model", "test", "--yes", "--retry-delay", "0.01", "--timeout", "2"
 
 
 class Server:
@@ -242,7 +242,7 @@ def test_a_row_the_endpoint_will_not_take_costs_only_itself(raw, tmp_path):
 
 def test_a_dead_endpoint_ends_in_one_line(raw, tmp_path):
     with Server(lambda *_: "hang") as server:
-        done = translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, "--endpoint-model", "m", "--yes", "--timeout", 0.2, "--retries", 1, "--retry-delay", 0.01, check=1)
+        done = translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, "--model", "m", "--yes", "--timeout", 0.2, "--retries", 1, "--retry-delay", 0.01, check=1)
         assert "no answer within 0.2 s" in done.stderr.splitlines()[-1]
     done = translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", "http://127.0.0.1:9/v1", *OPTIONS, "--retries", 1, check=1)
     assert "ConnectError" in done.stderr.splitlines()[-1]
@@ -250,7 +250,7 @@ def test_a_dead_endpoint_ends_in_one_line(raw, tmp_path):
 
 def test_nothing_leaves_without_a_yes(raw, tmp_path):
     with Server() as server:
-        done = subprocess.run([sys.executable, ROOT / "data_prep.py", "translate", "--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, "--endpoint-model", "m"],
+        done = subprocess.run([sys.executable, ROOT / "data_prep.py", "translate", "--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, "--model", "m"],
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 2 and "--yes" in done.stderr and not server.requests
         assert f"will be sent to 127.0.0.1:{server.http.server_address[1]}" in done.stderr
@@ -314,7 +314,7 @@ def test_what_cannot_be_translated_is_left_out_and_counted(tmp_path):
 
 def test_bad_usage_is_one_line(raw, tmp_path):
     for options, words in ((["--pmc-oa", tmp_path / "none.jsonl"], "no such data file"), (["--pmc-oa", raw / "case.csv"], "no 'image' in it"), ([], "name a raw set"),
-                           (["--pmc-oa", raw / "pmc_oa.jsonl"], "--base-url"), (["--pmc-oa", raw / "pmc_oa.jsonl", "--base-url", "ftp://x", "--endpoint-model", "m"], "must be like https"),
+                           (["--pmc-oa", raw / "pmc_oa.jsonl"], "--base-url"), (["--pmc-oa", raw / "pmc_oa.jsonl", "--base-url", "ftp://x", "--model", "m"], "must be like https"),
                            (["--pmc-oa", raw / "pmc_oa.jsonl", "--glossary", raw / "pmc_oa.jsonl"], "two columns")):
         done = translate(*options, "--out", tmp_path / "zh", check=2)
         assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
