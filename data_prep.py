@@ -12,6 +12,7 @@ stats.py; prompts.py holds every word that is said or looked for. Exit codes: 0 
 """
 
 import argparse
+import errno
 import functools
 import hashlib
 import json
@@ -19,7 +20,6 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -32,8 +32,8 @@ from endpoint import add_endpoint_flags
 from prompts import CAPTION, CHOICES, CONTEXT, VQA
 from qilin_min import (IMAGE_TOKEN, Rows, Tokenizer, check_conversation, check_ranges, encode_conversation, is_dicom, open_image, picture_names, run_cli,
                        write_json)
-from sources import (SOURCES, BadRow, Row, add_source_flags, candidates, find_picture, impractical, in_order, is_untranslated, named_columns, open_sources,
-                     read_row, text_key, text_length)
+from sources import (SOURCES, BadRow, Row, add_source_flags, article_of, candidates, find_picture, hold, impractical, in_order, is_untranslated, named_columns,
+                     open_sources, own_question, read_row, text_key, text_length)
 
 # --- 1. pictures: read whole, joined, put beside the dialogs --------------------------------------------------------
 
@@ -55,8 +55,8 @@ def join_pictures(images):
     beside, stacked = layout([image.size for image in images]), layout([image.size[::-1] for image in images])
     horizontal = beside[1] <= stacked[1]
     sizes = beside[0] if horizontal else [size[::-1] for size in stacked[0]]
-    if max(max(size) for size in sizes) > 4 * COMPOSITE_SIDE:  # lines of a few pixels
-        raise ValueError("pictures too long to be joined")
+    if any(abs(w / h / (image.width / image.height) - 1) > 0.1 for (w, h), image in zip(sizes, images)):  # a line a few pixels wide: rounding would bend it
+        raise BadRow("pictures too unlike to be joined")
     width, height = (sum(w for w, _ in sizes), sizes[0][1]) if horizontal else (sizes[0][0], sum(h for _, h in sizes))
     composite, offset = Image.new("RGB", (width, height)), 0
     for image, size in zip(images, sizes):
@@ -65,12 +65,21 @@ def join_pictures(images):
     return composite
 
 
-def put_file(write, target):
-    """write(path) to a path beside `target`, then renamed: several workers may make the same picture."""
+def mark_of(paths):
+    """A time in nanoseconds that stands for sizes and times of some files: what is made of them gets it as its own, and is current while they agree."""
+    status = [os.stat(path) for path in paths]
+    return text_key(*(f"{one.st_size} {one.st_mtime_ns}" for one in status)) % 10**18
+
+
+def put_file(write, target, paths):
+    """write(path) to a path beside `target`, marked as made of `paths`, then renamed: several workers may make the same picture."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{os.getpid()}-{text_key(target.name):x}.partial")
+    partial.unlink(missing_ok=True)  # of a killed run with this number: never to be written through
     try:
         write(partial)
+        if not partial.samefile(paths[0]):
+            os.utime(partial, ns=(mark_of(paths),) * 2)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -79,7 +88,7 @@ def put_file(write, target):
 def is_current(target, paths):
     """True when `target` was made from files that have not changed since: nothing needs to be decoded again."""
     try:
-        return all(target.samefile(path) or target.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in paths)
+        return target.samefile(paths[0]) or target.stat().st_mtime_ns == mark_of(paths)
     except OSError:
         return False
 
@@ -87,7 +96,7 @@ def is_current(target, paths):
 def link_or_copy(path, target, copy):
     if not copy:
         try:
-            return os.link(path, target)
+            return os.link(os.path.realpath(path), target)
         except OSError:
             pass  # another disk, or a file system without links
     shutil.copyfile(path, target)
@@ -113,20 +122,26 @@ def place_pictures(names, roots, folder, copy, skip):
             target = Path(folder, name)
             if not is_current(target, paths):
                 composite = join_pictures([decode(path) for path in paths])
-                put_file(lambda partial: composite.save(partial, "JPEG", quality=95, subsampling=0), target)
+                put_file(lambda partial: composite.save(partial, "JPEG", quality=95, subsampling=0), target, paths)
             return name, None
         (path, name), = found
         if is_dicom(path):
             name += ".png"
             if not is_current(Path(folder, name), paths):
                 image = decode(path)
-                put_file(lambda partial: image.save(partial, "PNG"), Path(folder, name))
+                put_file(lambda partial: image.save(partial, "PNG"), Path(folder, name), paths)
         elif not is_current(Path(folder, name), paths):
             decode(path)
-            put_file(lambda partial: link_or_copy(path, partial, copy), Path(folder, name))
+            put_file(lambda partial: link_or_copy(path, partial, copy), Path(folder, name), paths)
         return name, None
     except BadRow as error:
         return None, str(error)
+    except PermissionError:
+        return None, "picture may not be read"
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        return None, "picture cannot be stored"  # a name too long, or a file where a folder should be
 
 
 def composite_name(names, found):
@@ -178,15 +193,22 @@ def question_and_answer(row, row_id, options):
     for text, missing in ((question, "no question"), (answer, "no answer")):
         if not re.search(r"\w", text):
             raise BadRow(missing)
-    if options["require_chinese"] and (is_untranslated(question) or is_untranslated(answer)):
-        raise BadRow("not Chinese")
     choices = [(name[-1].upper(), text) for name, text in row.texts.items() if name.startswith("choice_")]
+    if options["require_chinese"] and any(map(is_untranslated, (question, answer, *(text for _, text in choices if options["choices"])))):
+        raise BadRow("not Chinese")
     if options["choices"] and choices:
         if not row.letter:
             raise BadRow("answer is none of the choices")
         listed = "\n".join(f"{letter}. {text}" for letter, text in choices)
         return f"{question}\n{draw(options['seed'], row_id, 'choices', CHOICES)}\n{listed}", f"{row.letter}. {answer}"
     return question, answer
+
+
+def put_question(template, question):
+    """A question in its prompt; a mark ends it where more words follow."""
+    if not template.endswith("{question}") and question[-1] not in "\u3002\uff1f\uff01.?!:\uff1a":
+        question += "\uff1f"
+    return template.replace("{question}", question)
 
 
 def published(row, row_id, place, options):
@@ -197,8 +219,10 @@ def published(row, row_id, place, options):
         raise BadRow("no dialog") from None
     turns = [turn["value"].encode("utf-8", "ignore").decode() for turn in row.conversations]
     n_images = sum(turn.count(IMAGE_TOKEN) for turn in turns)
-    if options["require_chinese"] and all(is_untranslated(turn) for turn in turns[1::2]):
+    if options["require_chinese"] and any(map(is_untranslated, turns[1::2])):
         raise BadRow("not Chinese")
+    if len(turns) % 2 or not all(turn.replace(IMAGE_TOKEN, "").strip() for turn in turns[1::2]) or any(IMAGE_TOKEN in turn for turn in turns[1::2]):
+        raise BadRow("no dialog")
     if n_images not in (1, len(row.images)) or bool(n_images) != bool(row.images):
         raise BadRow(f"{IMAGE_TOKEN} and pictures do not agree")
     images = [place(row.images)] if n_images == 1 else [place([name]) for name in row.images]
@@ -211,7 +235,7 @@ def published(row, row_id, place, options):
 # pass 2 makes pictures and dialogs of blocks of rows, each on its own; this process only writes them, in order.
 
 BLOCK = 1000  # rows a worker takes at a time
-MAX_TURNS = 10  # questions in one merged dialog, which must fit into training's 2048 tokens
+MAX_TURNS = 10  # questions in one merged dialog: of the paper's lengths that is some 600 tokens beside the picture's 576
 ALIGNED, ASKED = ("pmc-oa", "pmc-casereport", "chimed-alignment", "own"), ("pmc-casereport", "pmc-vqa", "chimed-instruction", "own")
 BUILD = None  # the Build that worker processes inherit
 
@@ -279,8 +303,10 @@ class Build:
         self.roots = tuple(os.path.realpath(root) for root in args.images)
         self.folder, self.copy, self.skip = args.out / "images", args.copy, args.skip_pictures
         self.starts = np.cumsum([0, *(len(records) for _, records in self.files)])
-        seen = Counter()
-        self.id_starts = [(seen[source], seen.update({source: len(records)}))[0] for source, records in self.files]
+        seen, self.id_starts = Counter(), []
+        for source, records in self.files:
+            self.id_starts.append(seen[source])
+            seen[source] += len(records)
 
     def blocks(self):
         return [(f, start, min(start + BLOCK, len(records))) for f, (_, records) in enumerate(self.files) for start in range(0, len(records), BLOCK)]
@@ -290,8 +316,10 @@ class Build:
         f = int(np.searchsorted(self.starts, row, side="right")) - 1
         return f, int(row - self.starts[f])
 
-    def id_of(self, f, i):
-        return f"{self.files[f][0]}-{self.id_starts[f] + i}"
+    def id_of(self, f, i, row):
+        """A dialog's id says its set, for stats; the row's own id is kept, else rows are numbered through the files of a set."""
+        source = self.files[f][0]
+        return row.id if row.id and source != "own" else f"{source}-{row.id or self.id_starts[f] + i}"
 
     def read(self, f, i, raw=None):
         """A Row. BadRow."""
@@ -332,7 +360,8 @@ def survey_block(f, start, stop):
             row = BUILD.read(f, i, raw)
             names = [candidates(row, name)[0] for name in row.images]
             n_test += row.test
-            keys = [text_key("picture", name) for name in names] + ([text_key("article", row.article)] if row.article else [])
+            articles = {row.article, *(article_of(name) for name in names)} - {""}
+            keys = [text_key("picture", os.path.splitext(os.path.normpath(name))[0]) for name in names] + [text_key("article", article) for article in sorted(articles)]
             if row.source == "pmc-oa" and row.article and row.texts["caption"]:
                 group = text_key(row.article, row.texts["caption"])
             if names and row.texts.get("question"):
@@ -359,8 +388,9 @@ class Block:
             except BadRow as error:
                 row = error
             subsets = [subset for subset, sources in (("alignment", ALIGNED), ("instruction", ASKED)) if BUILD.files[f][0] in sources]
-            if BUILD.files[f][0] == "own" and isinstance(row, Row):
-                subsets = [subset for subset, text in (("alignment", "caption"), ("instruction", "question")) if row.texts[text]] or subsets[:1]
+            if BUILD.files[f][0] == "own":
+                fit = isinstance(row, Row) and [subset for subset, text in (("alignment", "caption"), ("instruction", "question")) if row.texts[text]]
+                subsets = fit or subsets[:1]
             for subset in subsets:
                 teams = BUILD.joined if subset == "alignment" else BUILD.merged
                 if not teams.follows[number]:
@@ -382,7 +412,7 @@ class Block:
                 other = row if (g, k) == (f, i) else BUILD.read(g, k)
                 if isinstance(other, BadRow):
                     raise other
-                row_id = other.id or BUILD.id_of(g, k)
+                row_id = BUILD.id_of(g, k, other)
                 parts = () if other.source.startswith("chimed") else alignment_texts(other, row_id, BUILD.options) if subset == "alignment" else question_and_answer(other, row_id, BUILD.options)
                 members.append((number, other, row_id, parts))
             except BadRow as error:
@@ -402,17 +432,19 @@ class Block:
     def dialogs(self, subset, members):
         (_, row, row_id, parts), seed = members[0], BUILD.options["seed"]
         if row.source.startswith("chimed"):
-            return [published(row, row_id, lambda names: BUILD.place([Row(row.source, names, {})]), BUILD.options)]
+            made = published(row, row_id, lambda names: BUILD.place([Row(row.source, names, {})]), BUILD.options)
+            self.counts[subset, row.source, "untranslated"] += any(is_untranslated(turn["value"]) for turn in made["conversations"][1::2])
+            return [made]
         if subset == "alignment":
             picture = BUILD.place([other for _, other, *_ in members])
             self.counts[subset, row.source, "untranslated"] += sum(is_untranslated(text) for _, text in parts)
             return [dialog(f"{row_id}-{kind}", picture, f"{IMAGE_TOKEN}\n{draw(seed, row_id, kind, CONTEXT if kind == 'context' else CAPTION)}", text) for kind, text in parts]
-        turns = []
+        picture, turns = BUILD.place([row]), []
         for _, other, other_id, (question, answer) in members:
             self.counts[subset, other.source, "untranslated"] += is_untranslated(question) or is_untranslated(answer)
             whole = turns or "\n" in question  # later questions of a dialog, and those with choices, stand as they are
-            turns += [question if whole else draw(seed, other_id, "vqa", VQA).replace("{question}", question), answer]
-        return [dialog(row_id, BUILD.place([row]), f"{IMAGE_TOKEN}\n{turns[0]}", *turns[1:])]
+            turns += [question if whole else put_question(draw(seed, other_id, "vqa", VQA), question), answer]
+        return [dialog(row_id, picture, f"{IMAGE_TOKEN}\n{turns[0]}", *turns[1:])]
 
 
 def make_block(f, start, stop):
@@ -435,8 +467,14 @@ def build(args):
             raise FileNotFoundError(f"no such image folder: {root}")
     place_pictures.cache_clear()  # what an earlier build of this process saw may have changed
     BUILD = Build(args)
-    BUILD.survey(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    with hold(args.out):
+        write_build(args)
+
+
+def write_build(args):
+    """Both passes, and what they leave in --out."""
+    BUILD.survey(args)
     targets = {(subset, side): args.out / f"{subset}{'-val' if side else ''}.json" for subset in ("alignment", "instruction") for side in (False, True)}
     inputs = {os.path.realpath(records.path) for _, records in BUILD.files}
     for target in (*targets.values(), args.out / "dropped.jsonl", args.out / "manifest.json"):
@@ -469,18 +507,20 @@ def build(args):
     Path(args.out, "dropped.jsonl.partial").replace(args.out / "dropped.jsonl")
     write_json(args.out / "manifest.json", {
         "inputs": [{"set": source, "file": str(records.path), "rows": len(records), "sha256": file_digest(records.path)} for source, records in BUILD.files],
-        "settings": BUILD.options | {"images": list(args.images), "max_pictures": MAX_PICTURES, "min_length": MIN_LENGTH},
+        "settings": BUILD.options | {"images": list(args.images), "skip_pictures": args.skip_pictures, "columns": {name: names[0] for name, names in BUILD.columns.items() if names}, "encoding": args.encoding, "max_pictures": MAX_PICTURES, "min_length": MIN_LENGTH},
         "outputs": {target.name: {"dialogs": written[key], "sha256": file_digest(target)} for key, target in targets.items() if key in files},
         "counts": table})
     print_summary(table)
     for key, target in targets.items():
         if key in files:
             print(f"{target}: {written[key]:,} dialogs")
+    if args.val_fraction and not any(written[subset, True] for subset in ("alignment", "instruction")):
+        print("data_prep.py: no row that was held out was fit: there is no *-val.json", file=sys.stderr)
     merged = sum(n for (*_, what), n in counts.items() if what == "merged")
     if args.merge_turns:
         print(f"merged: {merged:,} questions stand in another's dialog, {merged:,} pictures fewer to train on ({merged * 576:,} image tokens at 576 a picture)")
     if untranslated := sum(n for (*_, what), n in counts.items() if what == "untranslated"):
-        print(f"data_prep.py: {untranslated:,} rows hold English that was not translated: they are kept (--require-chinese drops them)", file=sys.stderr)
+        print(f"data_prep.py: {untranslated:,} texts or questions are English that was not translated: they are kept (--require-chinese drops them)", file=sys.stderr)
 
 
 def summary(counts):
@@ -520,15 +560,6 @@ def print_summary(table):
 def picture_problem(path):
     """What is wrong with a picture file, or None: "picture is a decompression bomb", "picture does not decode"."""
     try:
-        if not is_dicom(path):
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:  # reads the header alone
-                if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
-                    return "picture is a decompression bomb"
-    except Image.DecompressionBombError:
-        return "picture is a decompression bomb"
-    except Exception:
-        return "picture does not decode"
-    try:
         open_image(path)
     except ValueError as error:
         return "picture is a decompression bomb" if "bomb" in str(error) else "picture does not decode"
@@ -564,6 +595,8 @@ def row_problems(row, root, options, tokenizer=None):
                 problem = str(error)
             problems += [problem] if problem and problem not in problems else []
         texts = [turn["value"] for turn in row["conversations"]]
+        if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
+            problems.append("text is not valid Unicode")
         if any(len(text) > options["max_characters"] for text in texts):
             problems.append(f"text longer than {options['max_characters']} characters")
         if tokenizer and not problems:
@@ -575,6 +608,13 @@ def row_problems(row, root, options, tokenizer=None):
 
 
 CHECK = None  # (Rows, root, options, tokenizer) that worker processes inherit
+
+
+def content_key(row):
+    """A key of a row's pictures, questions and answers, the prompts around them left out: they are drawn anew for each row."""
+    turns = row.get("conversations") if isinstance(row.get("conversations"), list) else []
+    texts = [str(turn.get("value")) if isinstance(turn, dict) else str(turn) for turn in turns]
+    return text_key(json.dumps(row.get("image")), *(own_question(text) if i % 2 == 0 else text for i, text in enumerate(texts)))
 
 
 def check_block(start, stop):
@@ -591,8 +631,7 @@ def check_block(start, stop):
             continue
         problems = row_problems(row, root, options, tokenizer)
         keyed = isinstance(row, dict)
-        content = json.dumps([row.get("image"), row.get("conversations")], ensure_ascii=False) if keyed else ""
-        found.append((problems, text_key(str(row["id"])) if keyed and row.get("id") not in (None, "") else 0, text_key(content) if keyed else 0))
+        found.append((problems, text_key(str(row["id"])) if keyed and row.get("id") not in (None, "") else 0, content_key(row) if keyed else 0))
     return found
 
 
@@ -609,6 +648,11 @@ def check(args):
     check_ranges(args, workers=(1, 512), max_length=(1, 10**9), max_characters=(1, 10**9), n_image_tokens=(1, 10**6))
     if not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
+    bad = Path(args.bad or f"{args.file}.bad.jsonl")
+    if len({path.resolve() for path in (bad, Path(args.file), *([Path(args.fix)] if args.fix else []))}) < (3 if args.fix else 2):
+        raise ValueError("the file checked, --bad and --fix must be three different files")
+    if args.fix and Path(args.fix).suffix != Path(args.file).suffix:
+        raise ValueError(f"--fix {args.fix}: must end in {Path(args.file).suffix}, as the file checked does")
     rows = Rows(args.file)
     if not len(rows):
         raise ValueError(f"{args.file}: it has no rows")
@@ -626,7 +670,6 @@ def check(args):
     for name, again in (("duplicate id", repeated(ids)), ("duplicate content", repeated(contents))):
         for i in np.flatnonzero(again):
             problems.setdefault(int(i), []).append(name)
-    bad = Path(args.bad or f"{args.file}.bad.jsonl")
     partial = bad.with_name(bad.name + ".partial")
     with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file, open(args.file, "rb") as source:
         for i in sorted(problems):
@@ -637,7 +680,11 @@ def check(args):
             except (ValueError, RecursionError):
                 row = raw.decode("utf-8", "replace").strip()
             file.write(json.dumps({"row": i, "problems": problems[i], "content": row}, ensure_ascii=False) + "\n")
-    partial.replace(bad)
+    if problems:
+        partial.replace(bad)
+    else:
+        partial.unlink()
+        bad.unlink(missing_ok=True)  # of an earlier check
     counts = Counter(problem for wrong in problems.values() for problem in wrong)
     print(f"{args.file}: {len(rows):,} rows, {len(rows) - len(problems):,} fit to train on")
     for problem, n in counts.most_common():
@@ -652,11 +699,7 @@ def check(args):
 
 def write_clean(path, rows, problems, target):
     """The rows without problems, byte for byte, in the form of the file."""
-    if target.resolve() == Path(path).resolve():
-        raise ValueError(f"--fix {target}: name another file than the one checked")
     lines, partial = Path(path).suffix == ".jsonl", target.with_name(target.name + ".partial")
-    if (target.suffix == ".jsonl") != lines:
-        raise ValueError(f"--fix {target}: must end in {Path(path).suffix}, as the file checked does")
     with open(path, "rb") as source, open(partial, "wb") as out:
         out.write(b"" if lines else b"[\n")
         first = True

@@ -9,7 +9,14 @@ import warnings
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # as Pillow for other formats: more is taken for a decompression bomb
+
+def has_window(dataset):
+    """True when centre and width are both there as numbers, the width at least 1: de-identified files may have empty ones."""
+    try:
+        first = [float(value if isinstance(value, (int, float, str)) else value[0]) for value in (dataset.WindowCenter, dataset.WindowWidth)]
+        return bool(np.isfinite(first).all() and first[1] >= 1)
+    except Exception:
+        return False
 
 
 def dicom_image(source, frame=0, window=None):
@@ -30,7 +37,7 @@ def dicom_image(source, frame=0, window=None):
             kind, n_frames, colours = str(dataset.PhotometricInterpretation), int(dataset.get("NumberOfFrames") or 1), int(dataset.SamplesPerPixel)
         except Exception:
             raise ValueError("no readable DICOM picture in it") from None
-        if n_pixels > MAX_PIXELS:
+        if n_pixels > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{n_pixels} pixels: taken for a decompression bomb")
         if not 0 <= frame < n_frames:
             raise ValueError(f"it has {n_frames} frames, no frame {frame}")
@@ -38,12 +45,13 @@ def dicom_image(source, frame=0, window=None):
             array = pixel_array(dataset, index=frame)  # (H, W) or (H, W, 3), YBR already as RGB
             if kind == "PALETTE COLOR":
                 array = apply_color_lut(array, dataset)
-            if array.ndim == 3 or colours == 3:
                 return Image.fromarray((array >> 8).astype(np.uint8) if array.dtype.itemsize > 1 else array)
+            if array.ndim == 3 or colours == 3:
+                return Image.fromarray((array >> max(0, int(dataset.BitsStored) - 8)).astype(np.uint8) if array.dtype.itemsize > 1 else array)
             array = apply_modality_lut(array, dataset)
-            if window is None and ("WindowCenter" in dataset or "VOILUTSequence" in dataset):
+            if window is None and (has_window(dataset) or dataset.get("VOILUTSequence")):
                 ends = np.array([-2**31, 2**31 - 1])  # what lies below and above every window: the ends of the grey scale
-                array, (low, high) = apply_voi_lut(array, dataset), apply_voi_lut(ends, dataset)
+                array, (low, high) = apply_voi_lut(array, dataset), map(float, apply_voi_lut(ends, dataset))
             else:
                 low, high = np.percentile(array, [0.5, 99.5]) if window in (None, "range") else window
             grey = np.clip((array.astype(np.float64) - low) / (high - low or 1), 0, 1)

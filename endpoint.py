@@ -9,16 +9,21 @@ import sys
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from qilin_min import check_ranges, one_line
 
 MAX_ANSWER_BYTES = 2**23  # of one response: an endpoint that never stops talking must not fill memory
+MAX_NONSENSE = 4  # answers to one request that make no sense: the same words asked again at temperature 0 seldom get better
 GIVE_UP_AFTER = 20  # requests in a row that fail for good, with none answered between: then it is the endpoint
 
 
 class RequestFailed(ValueError):
-    """This one request got no usable answer, after all retries."""
+    """This one request got no usable answer. final: nor will it another time (refused, filtered, nonsense), unlike one lost to a fault of the line."""
+
+    def __init__(self, reason, final):
+        super().__init__(reason)
+        self.final = final
 
 
 class EndpointFailed(ValueError):
@@ -27,7 +32,7 @@ class EndpointFailed(ValueError):
 
 def add_endpoint_flags(parser):
     group = parser.add_argument_group("endpoint (any OpenAI-compatible /chat/completions: OpenAI, Azure, DeepSeek, Qwen, or vLLM on your own machine)")
-    group.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL"), metavar="URL", help="e.g. https://api.openai.com/v1 (default: $OPENAI_BASE_URL)")
+    group.add_argument("--base-url", default=None, metavar="URL", help="e.g. https://api.openai.com/v1 (default: $OPENAI_BASE_URL)")
     group.add_argument("--model", "--endpoint-model", dest="endpoint_model", default=os.environ.get("OPENAI_MODEL"), metavar="NAME", help="the model's name there (default: $OPENAI_MODEL)")
     group.add_argument("--api-key", default=None, metavar="KEY", help="default: $OPENAI_API_KEY, which other users of the machine cannot see")
     group.add_argument("--yes", action="store_true", help="send without asking first")
@@ -45,20 +50,28 @@ class Endpoint:
 
     def __init__(self, args):
         check_ranges(args, concurrency=(1, 1024), timeout=(0.01, 86400), retries=(0, 1000), retry_delay=(0, 600), price_in=(0, math.inf), price_out=(0, math.inf))
-        if not args.base_url or not args.endpoint_model:
+        base = args.base_url or os.environ.get("OPENAI_BASE_URL")
+        if not base or not args.endpoint_model:
             raise ValueError("name the endpoint by --base-url URL and --model NAME (or $OPENAI_BASE_URL, $OPENAI_MODEL)")
-        url = urlsplit(args.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(f"--base-url {args.base_url}: must be like https://host/v1")
+        try:
+            url = urlsplit(base)
+            valid = url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0)
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(f"--base-url {base if '@' not in base else '(with a password)'}: must be like https://host/v1")
         if url.username or url.password:
             raise ValueError("--base-url must not carry a password: use $OPENAI_API_KEY")
         if not isinstance(args.extra_body, dict):
             raise ValueError("--extra-body must be a JSON object")
-        self.url = args.base_url.rstrip("/") + ("" if url.path.rstrip("/").endswith("/chat/completions") else "/chat/completions")
+        path = url.path.rstrip("/")
+        self.url = urlunsplit(url._replace(path=path if path.endswith("/chat/completions") else f"{path}/chat/completions", fragment=""))
         self.host, self.model, self.args = url.netloc, args.endpoint_model, args
         self.local = url.hostname in ("localhost", "127.0.0.1", "::1")
-        self.key = args.api_key if args.api_key is not None else os.environ.get("OPENAI_API_KEY", "")
-        self.tokens_in = self.tokens_out = self.failed_in_a_row = 0
+        self.key = (args.api_key if args.api_key is not None else os.environ.get("OPENAI_API_KEY", "")).strip()
+        if not self.key.isascii() or not self.key.isprintable():
+            raise ValueError("the API key holds characters that no key has")
+        self.tokens_in = self.tokens_out = self.answered = self.failed_in_a_row = 0
         self.faults = Counter()  # reason: how often; each was retried, or failed its row
         self.not_before = 0.0  # monotonic seconds: nobody asks earlier, because somebody was told to wait
         try:
@@ -75,7 +88,11 @@ class Endpoint:
             return
         if not sys.stdin.isatty():
             raise ValueError(f"nothing was sent to {self.host}: add --yes to agree (no terminal to ask on)")
-        if input("send it? type yes: ").strip().lower() not in ("yes", "y", "\u662f"):
+        try:
+            said = input("send it? type yes: ")
+        except EOFError:
+            said = ""
+        if said.strip().lower() not in ("yes", "y", "\u662f"):
             raise ValueError(f"nothing was sent to {self.host}")
 
     @property
@@ -89,20 +106,22 @@ class Endpoint:
     @asynccontextmanager
     async def connect(self):
         limits = self.httpx.Limits(max_connections=self.args.concurrency, max_keepalive_connections=self.args.concurrency)
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         # a proxy from the environment is for the world outside, not for this machine; redirects would carry texts to a host nobody agreed to
         async with self.httpx.AsyncClient(limits=limits, headers=headers, timeout=self.args.timeout, trust_env=not self.local, follow_redirects=False) as self.client:
             yield self
 
     async def ask(self, messages, accept=lambda text: text):
         """accept(the answer) of one request, retried while the endpoint fails or accept raises ValueError. RequestFailed, EndpointFailed."""
+        nonsense = 0
         for attempt in range(self.args.retries + 1):
-            await asyncio.sleep(max(0.0, self.not_before - time.monotonic()))
-            wait = 0.0
+            while (wait := self.not_before - time.monotonic()) > 0:
+                await asyncio.sleep(wait * random.uniform(1.0, 1.3))
+            wait, final = 0.0, False
             try:
                 async with asyncio.timeout(self.args.timeout):  # in all: a server that drips a byte now and then is slow, too
                     result = accept(await self._post(messages))
-                self.failed_in_a_row = 0
+                self.answered, self.failed_in_a_row = self.answered + 1, 0
                 return result
             except TimeoutError:
                 reason = f"no answer within {self.args.timeout:g} s"
@@ -113,38 +132,42 @@ class Endpoint:
             except (RequestFailed, EndpointFailed):
                 raise
             except ValueError as error:
-                reason = one_line(error)
+                reason, final, nonsense = one_line(error), True, nonsense + 1
             self.faults[reason] += 1
             delay = max(wait, min(60.0, self.args.retry_delay * 2**min(attempt, 16)) * random.uniform(0.5, 1.0))  # jitter: or all come back at once
             if wait:
                 self.not_before = max(self.not_before, time.monotonic() + wait)
+            if nonsense == MAX_NONSENSE:
+                break
             if attempt < self.args.retries:
                 await asyncio.sleep(delay)
-        self._failed(reason)
+        self._failed(reason, final)
 
-    def _failed(self, reason):
+    def _failed(self, reason, final):
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= GIVE_UP_AFTER:
             raise EndpointFailed(f"{self.host}: {GIVE_UP_AFTER} requests in a row failed, the last with: {reason}")
-        raise RequestFailed(reason)
+        raise RequestFailed(reason, final)
 
     async def _post(self, messages):
         """The text of one answer. Raises what the fault means: _Later, RequestFailed, EndpointFailed, ValueError (worth another try)."""
         body = {"model": self.model, "messages": messages, "temperature": 0, **self.args.extra_body}
         async with self.client.stream("POST", self.url, json=body) as response:
             raw = b""
-            async for part in response.aiter_bytes():
+            async for part in response.aiter_raw():  # as it comes: a compressed answer could be a thousand times its size
                 raw += part
                 if len(raw) > MAX_ANSWER_BYTES:
                     raise ValueError("answer without end")
-        said = one_line(raw[:300].decode("utf-8", "replace") or "no reason given")
-        said = said.replace(self.key, "***") if self.key else said
-        if response.status_code in (401, 402, 403, 404, 405) or 300 <= response.status_code < 400:
+        said = raw[:5000].decode("utf-8", "replace")
+        for secret in {self.key, json.dumps(self.key)[1:-1]} - {""}:  # some endpoints quote it
+            said = said.replace(secret, "***")
+        said = one_line(said[:200] or "no reason given")
+        if response.status_code in (401, 402, 404, 405) or 300 <= response.status_code < 400 or response.status_code == 403 and not self.answered:
             raise EndpointFailed(f"{self.host} answers {response.status_code} ({said})")
         if response.status_code in (408, 409, 425, 429) or response.status_code >= 500:
             raise _Later(f"status {response.status_code}", _retry_after(response))
         if response.status_code != 200:  # this request is at fault: too long, or filtered
-            self._failed(f"status {response.status_code}: {said}")
+            self._failed(f"status {response.status_code}: {said}", final=True)
         try:
             answer = json.loads(raw)
             choice = answer["choices"][0]
@@ -153,7 +176,7 @@ class Endpoint:
             raise ValueError("malformed response") from None
         usage = answer.get("usage")
         if isinstance(usage, dict):  # paid for, whatever the answer is worth
-            counts = [n if isinstance(n := usage.get(name), int) else 0 for name in ("prompt_tokens", "completion_tokens")]
+            counts = [n if isinstance(n := usage.get(name), int) and 0 <= n < 10**9 else 0 for name in ("prompt_tokens", "completion_tokens")]
             self.tokens_in, self.tokens_out = self.tokens_in + counts[0], self.tokens_out + counts[1]
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty answer")

@@ -831,6 +831,8 @@ def open_image(image):
                 image = dicom_image(image)
             elif not isinstance(image, Image.Image):
                 with Image.open(image) as opened:
+                    if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+                        raise ValueError(f"{opened.width} x {opened.height} pixels: taken for a decompression bomb")
                     opened.load()
                     image = opened
             image = ImageOps.exif_transpose(image)

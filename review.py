@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from prompts import FIELDS
 from qilin_min import check_ranges, open_image, write_json, write_text
 from sources import Records, clean_text, find_picture, BadRow
 from translate import Journal, Task, quality
@@ -19,8 +20,6 @@ from translate import Journal, Task, quality
 VERDICTS = {"accept": "accept", "fix": "fix", "reject": "reject", "接受": "accept", "修改": "fix", "拒绝": "reject"}
 COLUMNS = ["sample", "file", "key", "field", "english", "chinese", "verdict", "fixed", "note"]
 THUMBNAIL = 512  # pixels, the longer side, of a picture on the page
-FIELD_NAMES = {"context": "病例背景 context", "inline": "正文 inline", "caption": "图注 caption", "question": "问题 question", "answer": "答案 answer",
-               "choice_a": "选项A", "choice_b": "选项B", "choice_c": "选项C", "choice_d": "选项D"}
 
 # --- 1. the page ----------------------------------------------------------------------------------------------------
 
@@ -41,7 +40,7 @@ label {{ margin-right: 1rem; }} button {{ font: inherit; padding: .3rem 1rem; }}
 {cards}
 <script>
 "use strict";
-const pairs = [...document.querySelectorAll(".pair")], slot = p => "{stamp}/" + p.dataset.key + "/" + p.dataset.field;
+const pairs = [...document.querySelectorAll(".pair")], slot = p => "{stamp}/" + p.dataset.sample + "/" + p.dataset.key + "/" + p.dataset.field;
 const verdict = p => (p.querySelector("input:checked") || {{value: ""}}).value, text = p => p.querySelector("textarea").value;
 function shown() {{
   document.getElementById("count").textContent = pairs.filter(verdict).length + " / " + pairs.length;
@@ -67,8 +66,8 @@ shown();
 """
 CARD = '<article><small>{sample}. {file}</small>{pictures}{pairs}</article>\n'
 PAIR = ('<div class="pair" data-sample="{sample}" data-file="{file}" data-key="{key}" data-field="{field}" data-chinese="{chinese}"><div><small>{label}</small><div class="en">{english}</div></div>'
-        '<div><textarea lang="zh">{chinese}</textarea><label><input type="radio" name="{key}-{field}" value="accept">接受</label><label><input type="radio" name="{key}-{field}" value="fix">修改</label>'
-        '<label><input type="radio" name="{key}-{field}" value="reject">拒绝</label><input class="note" placeholder="备注"></div></div>')
+        '<div><textarea lang="zh">{chinese}</textarea><label><input type="radio" name="{sample}-{field}" value="accept">接受</label><label><input type="radio" name="{sample}-{field}" value="fix">修改</label>'
+        '<label><input type="radio" name="{sample}-{field}" value="reject">拒绝</label><input class="note" placeholder="备注"></div></div>')
 
 
 def picture_data(names, roots):
@@ -132,8 +131,9 @@ def take_sample(args):
     for sample, (path, line) in enumerate(rows, 1):
         pairs = []
         for field, english in line["english"].items():
-            table.append([sample, path, line["key"], field, english, line["chinese"].get(field, ""), "", "", ""])
-            pairs.append(PAIR.format(sample=sample, label=html.escape(FIELD_NAMES.get(field, field)),
+            table.append([sample, path, f"k{line['key']}", field,  # or a spreadsheet takes 12e45 for a number
+                           english, line["chinese"].get(field, ""), "", "", ""])
+            pairs.append(PAIR.format(sample=sample, label=html.escape(f"{FIELDS.get(field, '')} {field}"),
                                      **{name: html.escape(str(value)) for name, value in zip(COLUMNS[1:6], table[-1][1:6])}))
         cards.append(CARD.format(sample=sample, file=html.escape(f"{line['source']}: {path}"), pictures=picture_data(line.get("images", []), roots), pairs="".join(pairs)))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -164,10 +164,14 @@ def read_filled(path, files):
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("gb18030", "replace")  # Excel in Chinese, saving as plain CSV
-    lines = list(csv.reader(io.StringIO(text, newline="")))
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path}: no table ({error})") from None
     if not lines or lines[0][:8] != COLUMNS[:8]:
         raise ValueError(f"{path}: not a review table (its columns are {', '.join(COLUMNS)})")
-    known, decided = {str(file): str(file) for file in files} | {Path(file).name: str(file) for file in files}, {}
+    names = Counter(Path(file).name for file in files)
+    known, decided = {str(file): str(file) for file in files} | {Path(file).name: str(file) for file in files if names[Path(file).name] == 1}, {}
     for number, line in enumerate(lines[1:], 2):
         if not any(cell.strip() for cell in line):
             continue
@@ -175,13 +179,20 @@ def read_filled(path, files):
         verdict = VERDICTS.get(row.get("verdict", "").strip().lower()) if row.get("verdict", "").strip() else ""
         if verdict is None:
             raise ValueError(f"{path}: row {number}: verdict {row['verdict']!r} is none of accept, fix, reject (接受， 修改， 拒绝）")
+        row["key"] = row["key"].strip().lower().removeprefix("k")
         file = known.get(row["file"]) or known.get(Path(row["file"]).name)
         if file is None:
             raise ValueError(f"{path}: row {number}: {row['file']} is not among the files named")
         fixed = clean_text(row.get("fixed", ""))
+        if fixed and verdict in ("accept", "reject"):
+            raise ValueError(f"{path}: row {number}: a text under 'fixed', but the verdict is {row['verdict'].strip()}: say fix, or empty it")
+        verdict = "fix" if fixed else verdict
         if verdict == "fix" and not fixed:
             raise ValueError(f"{path}: row {number}: fix without a text under 'fixed'")
-        decided.setdefault((file, row["key"].strip().lower()), {})[row["field"]] = verdict, fixed
+        fields = decided.setdefault((file, row["key"]), {})
+        if fields.get(row["field"], (verdict, fixed)) != (verdict, fixed):
+            raise ValueError(f"{path}: row {number}: decided otherwise in a row above")
+        fields[row["field"]] = verdict, fixed
     return decided
 
 
@@ -240,4 +251,5 @@ def report(args, counts):
 
 
 def review(args):
+    args.files = list(dict.fromkeys(args.files))
     return take_back(args) if args.filled else take_sample(args)

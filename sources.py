@@ -9,12 +9,15 @@
 
 import ast
 import csv
+import fcntl
 import hashlib
 import html
 import json
 import multiprocessing
 import os
 import re
+import threading
+import time
 import unicodedata
 from array import array
 from collections import deque
@@ -25,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prompts import CAPTION, CONTEXT, VQA
 from qilin_min import IMAGE_TOKEN, find_rows, one_line
 
 # --- 1. records: where each begins and ends -------------------------------------------------------------------------
@@ -37,6 +41,10 @@ class BadRow(ValueError):
     """A row that is left out and counted under this reason; str() is the reason."""
 
 
+class NotEncoded(ValueError):
+    """A table that is not in the encoding tried."""
+
+
 class Records:
     """The records of one file, each a dict, read when asked for: 16 bytes of memory a record. ValueError names a file that is none."""
 
@@ -47,14 +55,26 @@ class Records:
         if self.path.suffix in JSON_SUFFIXES:
             self.ranges = find_rows(path)
         elif self.path.suffix in TABLE_SUFFIXES:
-            self.ranges = self._find_lines()
+            try:  # UTF-8 where it is, as translate writes it; JSON always is
+                self.encoding, self.ranges = "utf-8", None
+                self.ranges = self._find_lines()
+            except NotEncoded:
+                if encoding == "utf-8":
+                    raise
+                self.encoding, self.columns = encoding, None
+                self.ranges = self._find_lines()
         else:
             raise ValueError(f"{path}: a data file ends in {', '.join((*TABLE_SUFFIXES, *JSON_SUFFIXES))}")
         if not len(self.ranges):
             raise ValueError(f"{path}: it has no rows")
+        self.stamp = self._status()
 
     def __len__(self):
         return len(self.ranges)
+
+    def _status(self):
+        status = os.stat(self.path)
+        return status.st_size, status.st_mtime_ns
 
     def _find_lines(self):
         """Where each record of a table lies: a quoted text may run over several lines, so the csv module decides."""
@@ -85,7 +105,7 @@ class Records:
         try:
             return raw.decode(self.encoding)
         except UnicodeDecodeError:
-            raise ValueError(f"{self.path}: line {line} is not {self.encoding} (a table saved by Excel in Chinese is often `--encoding gb18030`)") from None
+            raise NotEncoded(f"{self.path}: line {line} is not {self.encoding} (a table saved by Excel in Chinese is often `--encoding gb18030`)") from None
 
     def parse(self, raw):
         """The dict of a record's bytes. BadRow."""
@@ -104,6 +124,8 @@ class Records:
 
     def read(self, start, stop):
         """(number, bytes) of records start to stop, in one go through the file."""
+        if self._status() != self.stamp:
+            raise ValueError(f"{self.path}: the file changed while it was in use: its rows are no longer where they were")
         with open(self.path, "rb") as file:
             for i in range(start, min(stop, len(self))):
                 first, last = (int(n) for n in self.ranges[i])
@@ -128,7 +150,7 @@ class Records:
     def write(self, out, records):
         """Records (dicts) to `out` in the form of this file: same columns, list or lines. The caller renames."""
         if self.columns is not None:
-            writer = csv.writer(out, delimiter=TABLE_SUFFIXES[self.path.suffix], lineterminator="\n")
+            writer = csv.writer(out, delimiter=TABLE_SUFFIXES[self.path.suffix], lineterminator="\r\n")  # so that a \r inside a text is quoted, too
             writer.writerow(self.columns)
             writer.writerows([record[name] for name in self.columns] for record in records)
             return
@@ -167,7 +189,7 @@ def chinese_share(text):
 
 def is_untranslated(text):
     """True for a text of ordinary Latin words with little Chinese; names like MRI or HER2 alone need no translation."""
-    return bool(WORD.search(text)) and chinese_share(text) < 0.3
+    return (bool(WORD.search(text)) or len(re.findall("[A-Za-z]{4,}", text)) > 3) and chinese_share(text) < 0.3  # four long words, though in capitals
 
 
 def text_length(text):
@@ -175,7 +197,7 @@ def text_length(text):
     return len(CJK.findall(text)) + 2 * len(re.findall(r"[A-Za-z0-9][A-Za-z0-9.\-]*", text))
 
 
-LINK = re.compile(r"(?:https?://|www\.|doi:)\S+|[A-Za-z0-9._+-]++@[A-Za-z0-9.-]+")
+LINK = re.compile(r"(?:https?://|www\.|doi:)\S+|(?<![A-Za-z0-9._+-])[A-Za-z0-9._+-]++@[A-Za-z0-9.-]+")
 SEQUENCE = re.compile(r"[A-Z*-]{40,}")
 MAX_CHARACTERS = 40_000  # of one text; the longest context of the paper has 2,576 tokens
 
@@ -230,7 +252,7 @@ class Row:
 
 def names_in(value, separators=None):
     """Picture names in a value: a list, a string that holds a Python or JSON list, names between `separators`, or one name. BadRow."""
-    if isinstance(value, str) and value.strip().startswith("["):
+    if isinstance(value, str) and value.strip()[:1] == "[" and (value.strip()[-1] == "]" or not separators):
         try:
             value = ast.literal_eval(value.strip()[:100_000])
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
@@ -243,7 +265,12 @@ def names_in(value, separators=None):
         return []
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, (str, int)) for name in value):
         raise BadRow("list of pictures cannot be read")
-    return list(dict.fromkeys(str(name).strip() for name in value if str(name).strip()))
+    if any(isinstance(name, int) and abs(name) > 10**18 for name in value):
+        raise BadRow("list of pictures cannot be read")
+    names = list(dict.fromkeys(str(name).strip() for name in value if str(name).strip()))
+    if any("\ud800" <= c <= "\udfff" for name in names for c in name):  # half a surrogate pair: no file name
+        raise BadRow("list of pictures cannot be read")
+    return names
 
 
 def article_of(text):
@@ -256,8 +283,9 @@ def candidates(row, name):
     """File names a picture may have: PMC-CaseReport's references become {PMC_id}_{reference}.jpg on disk."""
     if row.source != "pmc-casereport":
         return [name]
-    stems = [name] if article_of(name) else [f"{row.article}_{name}", f"{row.article.removeprefix('PMC')}_{name}", name]
-    return [*stems, *(f"{stem}.jpg" for stem in stems)]
+    whole = re.search(r"\.(?:jpe?g|png|gif|tiff?|webp|bmp)$", name, re.IGNORECASE)
+    stems = [name] if article_of(name) else [f"{row.article}_{name}", f"{row.article.removeprefix('PMC')}_{name}"]
+    return [*stems, name] if whole else [f"{stem}{suffix}" for suffix in (".jpg", "") for stem in stems]
 
 
 def strip_mark(text, letter):
@@ -270,10 +298,11 @@ def read_choices(record):
     choices = {}
     for letter in LETTERS:
         text = clean_text(record.get(f"Choice {letter}"))
-        text = re.sub(rf"^\(?{letter}\s*[:.)\u3001\uff1a\uff0e\uff09]\s*", "", text, flags=re.IGNORECASE)
         if text:
             choices[letter] = text
-    return choices
+    marks = {letter: re.match(rf"\(?{letter}\s*([:.)\u3001\uff1a\uff0e\uff09])\s*", text, re.IGNORECASE) for letter, text in choices.items()}
+    lettered = all(marks.values())  # a point after a letter is a mark only where all have one: C. albicans keeps its C
+    return {letter: text[mark.end():] if (mark := marks[letter]) and (lettered or mark[1] not in ".\uff0e") and mark.end() < len(text) else text for letter, text in choices.items()}
 
 
 def read_letter(record, choices):
@@ -281,7 +310,7 @@ def read_letter(record, choices):
     for name in ("Answer_label", "Answer", "Anwser"):
         text = clean_text(record.get(name))
         match = re.fullmatch(r"\(?([A-D])\)?\s*[:.)\u3001\uff1a\uff0e]?", text, re.IGNORECASE)
-        if match and (choices or name == "Answer_label"):
+        if match:
             if match[1].upper() not in choices:
                 raise BadRow("answer letter names no choice")
             return match[1].upper()
@@ -303,9 +332,9 @@ def read_row(source, record, columns=COLUMNS):
         return Row(source, names_in(get("image")), {}, article_of(get("image")), id=clean_text(get("id")), conversations=record.get("conversations"))
     if source == "pmc-oa":
         images = names_in(get("image"))
-        return Row(source, images, {"caption": clean_text(get("caption"))}, article_of(get("pmcid")) or article_of(images[:1]))
+        return Row(source, images, {"caption": clean_text(get("caption"))}, article_of(get("pmcid")) or article_of(f"PMC{get('pmcid')}") or article_of(images[:1]))
     if source == "pmc-casereport":
-        number = str(get("PMC_id")).strip()
+        number = re.sub(r"\.0$", "", str(get("PMC_id")).strip())  # as pandas writes a number
         inline = get("inline")
         if isinstance(inline, (list, str)) and str(inline).strip().startswith("["):  # several sentences about the same figures
             try:
@@ -323,7 +352,7 @@ def read_row(source, record, columns=COLUMNS):
         images = names_in(get("Figure_path"))
         return Row(source, images, texts, article_of(images[:1]), letter, test=clean_text(get("split")).lower() == "test")
     texts = {name: clean_text(get(*columns[name])) for name in ("question", "answer", "caption")}
-    group = clean_text(get(*columns["group"])) if columns["group"] else ""
+    group = re.sub(r"\.0$", "", clean_text(get(*columns["group"])).casefold()) if columns["group"] else ""
     return Row(source, names_in(get(*columns["image"]), r"[;|]"), texts, f"own {group}" if group else "", id=clean_text(get(*columns["id"])) if columns["id"] else "")
 
 
@@ -344,8 +373,10 @@ def put_texts(source, record, row, chinese, columns=COLUMNS):
 
     for name, text in chinese.items():
         if name.startswith("choice_"):
-            put(text, f"Choice {name[-1].upper()}")
-            if row.letter == name[-1].upper() and clean_text(record.get("Answer", record.get("Anwser"))).strip("()[]:. ").upper() != row.letter:
+            letter = name[-1].upper()
+            marked = re.match(rf"\(?{letter}\s*[:.)\u3001\uff1a\uff0e\uff09]", clean_text(record.get(f"Choice {letter}")), re.IGNORECASE)
+            put(f"{letter}: {text}" if marked else text, f"Choice {letter}")  # or `A. fumigatus` would lose its A when read again
+            if row.letter == letter and clean_text(record.get("Answer", record.get("Anwser"))).strip("()[]:. ").upper() != row.letter:
                 put(text, "Answer", "Anwser")
         elif source == "pmc-vqa":
             put(text, *{"answer": ("Answer", "Anwser")}.get(name, (name.capitalize(),)))
@@ -367,8 +398,9 @@ def add_source_flags(parser, *names):
         for name, usual in COLUMNS.items():
             own.add_argument(f"--{name}-column", metavar="NAME", help={
                 "id": "where a row's id stands (default: rows are numbered)",
+                "image": "several in one field: a.png;b.png, or a list (default image or images)",
                 "group": "what must stay on one side of --val-fraction, e.g. the patient (default: the pictures)"}.get(name, f"(default {' or '.join(usual)})"))
-        own.add_argument("--encoding", default="utf-8", help="of all tables read, e.g. gb18030 (default %(default)s)")
+        own.add_argument("--encoding", default="utf-8", help="of tables that are not UTF-8, e.g. gb18030")
 
 
 def named_columns(args):
@@ -396,6 +428,21 @@ def open_sources(args, names):
     return opened
 
 
+PROMPTS = sorted((tuple(template.split("{question}")) for template in VQA if template != "{question}"), key=lambda parts: -len("".join(parts)))
+
+
+def own_question(text):
+    """A question without <image>, the prompt around it and the choices below it; "" where it is the prompt of a caption."""
+    text = text.replace(IMAGE_TOKEN, "").strip()
+    if text in CAPTION or text in CONTEXT:
+        return ""
+    for before, after in PROMPTS:
+        if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
+            text = text[len(before):len(text) - len(after)]
+            break
+    return text.split("\n")[0]
+
+
 # --- 4. what every step needs ----------------------------------------------------------------------------------------
 
 
@@ -407,11 +454,30 @@ def find_picture(names, roots):
             path = os.path.join(root, name)
             if "\0" in name or not os.path.isfile(path):
                 continue
-            if os.path.isabs(name) or os.path.commonpath((root, os.path.realpath(path))) != root:  # by .., an absolute path or a link
+            if os.path.isabs(name) or ".." in name.split("/") or os.path.commonpath((root, os.path.realpath(path))) != root:  # by .., an absolute path or a link
                 outside = True
                 continue
             return Path(path), os.path.normpath(name)
     raise BadRow("picture outside the image folder" if outside else "picture missing")
+
+
+def end_with(parent):
+    """In a worker: ends it when its parent is gone, killed, and nobody will ever ask it for anything again."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def hold(folder):
+    """A lock on a folder that is being written; keep what is returned. ValueError when another run has it."""
+    file = open(Path(folder) / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder} is being written by another run") from None
+    return file
 
 
 def in_order(work, tasks, workers):
@@ -419,7 +485,7 @@ def in_order(work, tasks, workers):
     if workers < 2:
         yield from (work(*task) for task in tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=end_with, initargs=(os.getpid(),)) as pool:
         waiting = deque()
         try:
             for task in tasks:

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from prompts import CONTEXT, MODALITIES, VQA
-from qilin_min import IMAGE_TOKEN, Rows, Tokenizer, check_conversation, find_rows, open_image, write_json, write_text
-from sources import SOURCES, BadRow, find_picture, in_order, text_key
+from prompts import CONTEXT, MODALITIES
+from qilin_min import IMAGE_TOKEN, Rows, Tokenizer, check_conversation, check_ranges, find_rows, open_image, write_json, write_text
+from sources import SOURCES, BadRow, find_picture, in_order, own_question, text_key
 
 # --- 1. one pass ----------------------------------------------------------------------------------------------------
 
@@ -23,25 +23,16 @@ BLOCK = 500
 CLOUD_TEXTS = 20_000  # texts a word cloud is made of, drawn evenly: cutting words out of a million takes an hour
 SHEET = 6  # pictures of a modality on the sheet
 NAMES = {"pmc-oa": "PMC-OA", "pmc-casereport": "PMC-CaseReport", "pmc-vqa": "PMC-VQA", "own": "own", "chimed-alignment": "ChiMed-VL", "chimed-instruction": "ChiMed-VL"}
-PROMPTS = [tuple(template.split("{question}")) for template in VQA if template != "{question}"]
-PROMPTS.sort(key=lambda parts: -len("".join(parts)))
-HITS = {name: re.compile("|".join(rf"(?<![A-Za-z]){re.escape(word)}(?![A-Za-z])" if word.isascii() and word != word.lower() else rf"(?<![A-Za-z])(?i:{re.escape(word)}s?)(?![A-Za-z])" if word.isascii() else re.escape(word)
-                                  for word in sorted(words, key=len, reverse=True))) for name, words in MODALITIES.items()}
+HITS = {name: re.compile("|".join(
+    re.escape(word) if not word.isascii()
+    else rf"(?<![A-Za-z]){re.escape(word)}(?![A-Za-z])" if word != word.lower()
+    else rf"(?<![A-Za-z])(?i:{re.escape(word)}s?)(?![A-Za-z])" for word in sorted(words, key=len, reverse=True))) for name, words in MODALITIES.items()}
 STATE = None  # (files, tokenizer) that worker processes inherit
 
 
 def source_of(row_id):
     """The set a dialog came from, by the id that build gave it."""
     return next((NAMES[source] for source in SOURCES if str(row_id).startswith(f"{source}-")), "other")
-
-
-def own_question(text):
-    """A question without <image> and without the prompt around it."""
-    text = text.replace(IMAGE_TOKEN, "").strip()
-    for before, after in PROMPTS:
-        if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
-            return text[len(before):len(text) - len(after)]
-    return text
 
 
 def modality_of(text):
@@ -60,11 +51,11 @@ def count_block(f, start, stop):
         except (ValueError, TypeError, KeyError):
             bad += 1
             continue
-        source, turns = source_of(row.get("id")), [turn["value"] for turn in row["conversations"]]
+        source, turns = source_of(row.get("id")), [turn["value"].encode("utf-8", "ignore").decode() for turn in row["conversations"]]
         for question, answer in zip(turns[::2], turns[1::2]):
             pairs[source] += 1
             if subset == "alignment":
-                kind = "C" if str(row.get("id")).endswith("-context") or own_question(question) in CONTEXT else "I"
+                kind = "C" if str(row.get("id")).endswith("-context") or question.replace(IMAGE_TOKEN, "").strip() in CONTEXT else "I"
                 counted = [(kind, answer)]
             else:
                 counted = [("Q", own_question(question)), ("A", answer)]
@@ -224,6 +215,7 @@ def stats(args):
         raise ValueError("name built files by --alignment FILE, --instruction FILE or both")
     if args.images and not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
+    check_ranges(args, workers=(1, 512))
     font = find_font(args.font)
     files = [(subset, Rows(path, find_rows(path))) for subset, path in named]
     totals = Counter()
@@ -245,6 +237,8 @@ def stats(args):
             clouds.setdefault(subset, []).extend(texts)
             bad += n_bad
             bar.update(stop - start)
+    if not pairs:
+        raise ValueError(f"{', '.join(path for _, path in named)}: no dialog in {totals.total():,} rows (see data_prep.py check)")
     args.out.mkdir(parents=True, exist_ok=True)
     made, report, parts = [], {"tokenizer": str(args.tokenizer), "files": [path for _, path in named], "bad_rows": bad}, []
     for subset, kinds, title, what in (("alignment", "CI", "Table 1: ChiMed-VL-Alignment", "image-text pairs"), ("instruction", "QA", "Table 2: ChiMed-VL-Instruction", "QA pairs")):
@@ -255,9 +249,9 @@ def stats(args):
     total = sum(modalities.values(), Counter())
     parts.append("## Figure 1: kinds of pictures, by keywords\n\n| kind | rows |\n|---|---|\n" + "".join(f"| {name} | {n:,} |\n" for name, n in total.most_common()))
     text = f"Tokens of {args.tokenizer}; C context, I inline text or caption, Q question, A answer, without the words of prompts.\n\n" + "\n".join(parts)
-    print(text)
     write_text(args.out / "stats.md", text)
     write_json(args.out / "stats.json", report)
+    print(text)
     if bad:
         print(f"data_prep.py: {bad:,} rows are no dialogs and were passed over: see data_prep.py check", file=sys.stderr)
     if not args.no_figures:

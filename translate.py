@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from endpoint import Endpoint, EndpointFailed, RequestFailed
-from prompts import AGAIN, FIELDS, GLOSSARY, TRANSLATE
+from prompts import AGAIN, FIELDS, GLOSSARY, REASONS, TRANSLATE
 from qilin_min import check_ranges, one_line
-from sources import (CJK, BadRow, Records, candidates, chinese_share, clean_text, impractical, is_untranslated, named_columns, open_sources, put_texts, read_row,
+from sources import (CJK, WORD, BadRow, Records, candidates, chinese_share, clean_text, impractical, is_untranslated, named_columns, open_sources, put_texts, read_row,
                      text_key, to_translate)
 
 RAW = ("pmc-oa", "pmc-casereport", "pmc-vqa", "own")  # ChiMed-VL is Chinese already
@@ -36,6 +36,7 @@ SIDES = {  # side: words of the original, what else may stand for it there, its 
     "left": (r"\bleft\b", r"\bL[A-Z]{1,4}\b|\bL\b|sinistr|levo", "左"),
     "right": (r"\bright\b", r"\bR[A-Z]{1,4}\b|\bR\b|dextr", "右"),
 }
+OTHER_SCRIPT = re.compile(r"[\u0400-\u04ff\u0600-\u06ff\u3040-\u30ff\uac00-\ud7af]")  # Cyrillic, Arabic, kana, Hangul
 NOT_EN = re.compile(r"\b(?:no|not|without|never|neither|nor|none|cannot|absen(?:t|ce)|(?:sero)?negative|den(?:y|ies|ied)|lack(?:s|ed|ing)?|unable|inability|un(?:known|remarkable|successful|changed))\b(?!\.\s*\d)|n['’]t\b", re.IGNORECASE)
 SOFT_NOT_EN = re.compile(r"\b(?:asymptomatic|afebrile|irregular\w*|heterogen\w+|non-?(?!etheless)\w{4,}|un(?:treated|stable|displaced|clear|specific|responsive|detect\w+)|painless|incomplete|insufficient|"
                          r"impossible|free of|failed to|sterile|anechoic)\b", re.IGNORECASE)  # these become 无, 不, 非 or 未
@@ -209,7 +210,9 @@ def quality(english, chinese, glossary=()):
             reasons.append(f"length ratio: {name}, {len(text) / len(source):.2f}")
             continue
         letters = re.sub(r"\s", "", source)
-        if is_untranslated(text) and not (CJK.search(text) and len(source.split()) <= 3):  # Candida auris (耳念珠菌) is well translated
+        if (WORD.search(source) and not CJK.search(text)) or (OTHER_SCRIPT.search(text) and not OTHER_SCRIPT.search(source)):
+            reasons.append(f"Chinese share: {name}, {chinese_share(text):.0%}")
+        elif is_untranslated(text) and not (CJK.search(text) and len(source.split()) <= 3):  # Candida auris (耳念珠菌) is well translated
             reasons.append(f"Chinese share: {name}, {chinese_share(text):.0%}")
         elif len(letters) >= 20 and not (0.08 if len(source) < 150 else 0.17) < len(text) / len(source) < (1.2 if len(source) < 40 else 0.9 if len(source) < 150 else 0.55) and chinese_share(source) < 0.3 and source not in text:
             reasons.append(f"length ratio: {name}, {len(text) / len(source):.2f}")
@@ -236,11 +239,11 @@ def reason_name(reason):
     return reason.split(":")[0]
 
 
-def read_glossary(path):
+def read_glossary(path, encoding="utf-8"):
     """[(English, accepted Chinese words, pattern)], longest first, of a table with English and Chinese in its first two columns (`a|b`: either will do)."""
     if path is None:
         return []
-    records, glossary = Records(path), []
+    records, glossary = Records(path, encoding), []
     if len(records.columns or ()) < 2:
         raise ValueError(f"{path}: a glossary is a .csv or .tsv with two columns, English and Chinese, and a header")
     for i in range(len(records)):
@@ -286,11 +289,14 @@ class Journal:
                 if "raw" in line:  # where its rows come from
                     self.header, position = line, position + len(raw)
                     continue
-                key = int(line["key"], 16)
-                line["english"], line["chinese"], line["reasons"]
+                texts = [text for name in ("english", "chinese") for text in line[name].values()] + line["reasons"]
+                complete = line["reasons"] or line["chinese"].keys() == line["english"].keys()
+                pictures = [name for names in line["images"] for name in names] + [line["source"]]
+                if len(line["key"]) != 16 or not complete or not all(isinstance(text, str) for text in texts + pictures):
+                    raise ValueError
                 offsets.append(position if is_good(line) else -1)
-                found.append(key)
-            except (ValueError, KeyError, TypeError, RecursionError):
+                found.append(int(line["key"], 16))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self.damaged += 1
             position += len(raw)
         self.keys, last = np.unique(np.array(found, dtype=np.uint64)[::-1], return_index=True)  # of the lines of a key the last
@@ -343,17 +349,22 @@ def read_answer(text, english):
 async def translate_row(endpoint, english, glossary, attempts):
     """(chinese, reasons): the best of up to `attempts` translations; each that fails the rules is sent back with what is wrong."""
     terms = {term: accepted[0] for term, accepted, pattern in glossary if any(pattern.search(text) for text in english.values())}
-    system = TRANSLATE + (GLOSSARY + json.dumps(terms, ensure_ascii=False) if terms else "")
+    system = TRANSLATE.replace("{fields}", "\uff0c".join(f"{name}\uff1a{FIELDS[name]}" for name in english)) + (GLOSSARY + json.dumps(terms, ensure_ascii=False) if terms else "")
     ask = [{"role": "system", "content": system}, {"role": "user", "content": json.dumps(english, ensure_ascii=False)}]
     best, more = None, []
     for _ in range(attempts):
-        chinese = await endpoint.ask(ask + more, lambda text: read_answer(text, english))
+        try:
+            chinese = await endpoint.ask(ask + more, lambda text: read_answer(text, english))
+        except RequestFailed:
+            if best is None:
+                raise
+            break  # what was paid for is kept
         reasons = quality(english, chinese, glossary)
         if best is None or len(reasons) < len(best[1]):
             best = chinese, reasons
         if not reasons:
             break
-        more = [{"role": "assistant", "content": json.dumps(chinese, ensure_ascii=False)}, {"role": "user", "content": AGAIN.format(reasons="; ".join(reasons))}]
+        more = [{"role": "assistant", "content": json.dumps(chinese, ensure_ascii=False)}, {"role": "user", "content": AGAIN.format(reasons="\uff1b".join(f"{name}\uff1a{REASONS[reason_name(reason)]}" for reason in reasons for name in [reason.split(": ")[1].split(",")[0]]))}]
     return best
 
 
@@ -363,8 +374,8 @@ async def translate_row(endpoint, english, glossary, attempts):
 class Task:
     """One raw file on its way to Chinese: its records, their keys, its journal and its output."""
 
-    def __init__(self, source, records, out, columns):
-        self.source, self.records, self.columns, self.fields = source, records, columns, set()
+    def __init__(self, source, records, out, columns, glossary_digest=""):
+        self.source, self.records, self.columns, self.fields, self.glossary_digest = source, records, columns, set(), glossary_digest
         self.out = out / records.path.name
         if self.out.resolve() == records.path.resolve():
             raise ValueError(f"--out {out} holds {records.path} itself: name another folder")
@@ -398,18 +409,18 @@ class Task:
         return not any(is_untranslated(text) for text in english.values())
 
     def survey(self, progress):
-        """uint64 keys of all rows, 0 for those that are not translated, and the number of characters of the others."""
-        keys, characters = np.zeros(len(self.records), dtype=np.uint64), 0
+        """Of every row a key (uint64), 0 for those that are not translated, and how many characters it has (int64)."""
+        keys, sizes = np.zeros(len(self.records), dtype=np.uint64), np.zeros(len(self.records), dtype=np.int64)
         for i, raw in self.records.read(0, len(self.records)):
             try:
                 _, english = self.row(self.records.parse(raw))
                 keys[i] = 0 if self.is_chinese(english) else row_key(english)
                 self.fields.update(english)
-                characters += sum(map(len, english.values())) if keys[i] else 0
+                sizes[i] = sum(map(len, english.values()))
             except BadRow:
                 pass  # counted when the file is written
             progress.update()
-        return keys, characters
+        return keys, sizes
 
     def finish(self):
         """Writes the translated file and the rejected rows. Counts of what became of the rows, and of the reasons."""
@@ -446,39 +457,36 @@ class Task:
         return counts, dropped
 
 
-def given_translations(path, tasks):
-    """A function (english) -> {field: Chinese} or None from a file of finished translations.
+def given_translations(path, tasks, encoding):
+    """A function (task, row number, english) -> {field: Chinese} or None from a file of finished translations.
 
     path: rows {english, chinese}, each a text or {field: text} (a journal is such a file), or the raw file itself with Chinese in place, row by row."""
-    records = Records(path)
-    sample = next((record for i in range(min(len(records), 100)) if (record := _try(records, i)) is not None), {})
+    records = Records(path, encoding)
+    samples = (_try(records, i) or {} for i in range(min(len(records), 100)))
+    sample = next((record for record in samples if {"english", "chinese"} <= {name.lower() for name in record}), {})
     names = {name.lower(): name for name in sample}
-    index = {}
 
-    def pairs():
+    def pairs(record):
+        """[(English, Chinese)] of one record."""
+        english, chinese = record.get(names["english"]), record.get(names["chinese"])
+        if isinstance(english, dict) and isinstance(chinese, dict):
+            return [(clean_text(text), clean_text(chinese[name])) for name, text in english.items() if isinstance(text, str) and isinstance(chinese.get(name), str)]
+        return [(clean_text(english), clean_text(chinese))] if isinstance(english, str) and isinstance(chinese, str) else []
+
+    if names:
+        found, rows = array("Q"), array("q")  # key of each English text, and the record it stands in
         for i in range(len(records)):
-            record = _try(records, i)
-            if record is None:
-                continue
-            english, chinese = record.get(names["english"]), record.get(names["chinese"])
-            if isinstance(english, dict) and isinstance(chinese, dict):
-                yield from ((i, name, text) for name, text in english.items() if isinstance(text, str) and isinstance(chinese.get(name), str))
-            elif isinstance(english, str) and isinstance(chinese, str):
-                yield i, None, english
-
-    if {"english", "chinese"} <= set(names):
-        for i, name, text in pairs():
-            index[text_key(clean_text(text))] = i, name
-
-        def look_up(text):
-            i, name = index.get(text_key(text), (None, None))
-            if i is None:
-                return None
-            chinese = records[i][names["chinese"]]
-            return clean_text(chinese if name is None else chinese[name])
+            for english, _ in pairs(_try(records, i) or {}):
+                found.append(text_key(english))
+                rows.append(i)
+        keys, last = np.unique(np.array(found, dtype=np.uint64)[::-1], return_index=True)
+        rows = np.array(rows, dtype=np.int64)[::-1][last]
 
         def by_text(_, __, english):
-            chinese = {name: look_up(text) for name, text in english.items()}
+            chinese = {}
+            for name, text in english.items():
+                k = int(np.searchsorted(keys, np.uint64(text_key(text))))
+                chinese[name] = dict(pairs(records[int(rows[k])])).get(text) if k < len(keys) else None
             return None if None in chinese.values() else chinese
         return by_text
     if len(tasks) != 1 or len(records) != len(tasks[0].records):
@@ -486,9 +494,12 @@ def given_translations(path, tasks):
 
     def same_row(task, i, english):
         try:
-            chinese = read_row(task.source, records[i], task.columns).texts
+            row, raw = (read_row(task.source, one[i], task.columns) for one in (records, task.records))
         except BadRow:
             return None
+        if row.images != raw.images:
+            raise ValueError(f"{path}: row {i} has other pictures ({', '.join(row.images)}) than the same row of {task.records.path}: the rows must stand in the same order")
+        chinese = row.texts
         return {name: chinese.get(name, "") for name in english}
     return same_row
 
@@ -500,35 +511,43 @@ def _try(records, i):
         return None
 
 
-async def run_requests(endpoint, todo, glossary, attempts, bar):
-    """Every row of `todo` (an iterator of (task, key, i, english)), a few at a time; each finished one goes into its journal. Reasons of those that failed."""
+def journal_line(task, key, i, english, chinese, reasons, by):
+    return {"key": f"{key:016x}", "source": task.source, "row": i, "images": task.images(i), "english": english, "chinese": chinese, "reasons": reasons, "by": by, "glossary": task.glossary_digest}
+
+
+async def run_requests(endpoint, todo, glossary, args, bar, any_done):
+    """Every row of `todo` (an iterator of (task, key, row number, english)), a few at a time; each finished one goes into its journal.
+
+    -> reasons of those that are to be asked for again another time. A row that the endpoint refuses for good is finished, too: rejected."""
     failed = Counter()
 
     async def worker():
         for task, key, i, english in todo:  # one iterator, shared: the next row goes to whoever is free
             try:
-                chinese, reasons = await translate_row(endpoint, english, glossary, attempts)
+                chinese, reasons = await translate_row(endpoint, english, glossary, args.attempts)
             except RequestFailed as error:
-                failed[one_line(error)] += 1
+                if error.final and (endpoint.answered or any_done):  # where nothing was ever answered, the fault is not the row's
+                    task.journal.add(journal_line(task, key, i, english, {}, [f"not translated: {one_line(error)}"], endpoint.model))
+                else:
+                    failed[one_line(error)] += 1
             else:
-                task.journal.add({"key": f"{key:016x}", "source": task.source, "row": i, "images": task.images(i), "english": english, "chinese": chinese, "reasons": reasons, "by": endpoint.model,
-                                  "glossary": task.glossary_digest})
+                task.journal.add(journal_line(task, key, i, english, chinese, reasons, endpoint.model))
             bar.update()
             bar.set_postfix_str(endpoint.status())
 
     async with endpoint.connect():
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(endpoint.args.concurrency):
+                for _ in range(args.concurrency):
                     group.create_task(worker())
-        except* EndpointFailed as errors:
+        except ExceptionGroup as errors:  # all have stopped; the first says why
             raise errors.exceptions[0] from None
     return failed
 
 
 def translate(args):
     check_ranges(args, attempts=(1, 20))
-    glossary = read_glossary(args.glossary)
+    glossary = read_glossary(args.glossary, args.encoding)
     digest = hashlib.sha256(repr([term[:2] for term in glossary]).encode()).hexdigest()[:16]
     columns, out = named_columns(args), Path(args.out)
     opened = open_sources(args, RAW)
@@ -536,76 +555,81 @@ def translate(args):
     if len(set(names)) < len(names):
         raise ValueError(f"two files are named {max(names, key=names.count)}: translate them into two folders")
     out.mkdir(parents=True, exist_ok=True)
-    tasks = [Task(source, records, out, columns) for source, records in opened]
-    given = given_translations(args.translations, tasks) if args.translations else None
+    tasks = [Task(source, records, out, columns, digest) for source, records in opened]
+    try:
+        return translate_files(args, tasks, glossary, digest)
+    finally:
+        for task in tasks:
+            task.journal.file.close()  # and with it the lock
 
-    def is_good(line):
-        return not (args.retry_rejected and line["reasons"]) and (line.get("glossary") == digest or "review" in line or line["reasons"]
-                                                                 or not any(glossary_breaks(text, line["chinese"].get(name, ""), glossary) for name, text in line["english"].items()))
 
-    todo, n_done, characters = [], 0, 0
+def translate_files(args, tasks, glossary, digest):
+    names = [task.records.path.name for task in tasks]
+    given = given_translations(args.translations, tasks, args.encoding) if args.translations else None
+    ask = bool(args.base_url or not given)  # translations given are all there is, unless an endpoint is named with them
+
+    def keeps_glossary(line):
+        return (line.get("glossary") == digest or "review" in line or bool(line["reasons"])
+                or not any(glossary_breaks(text, line["chinese"].get(name, ""), glossary) for name, text in line["english"].items()))
+
+    plan, n_done, characters = [], 0, 0  # plan: (task, keys, numbers of the rows to translate)
     with tqdm(total=sum(len(task.records) for task in tasks), desc="reading", unit=" rows", disable=None) as bar:
         for task in tasks:
-            task.glossary_digest = digest
-            task.journal.load(is_good)
+            task.journal.load(lambda line: keeps_glossary(line) and not (args.retry_rejected and line["reasons"]))
             task.sign()
             if task.journal.damaged:
                 print(f"{task.journal.path}: {task.journal.damaged} damaged lines: their rows are translated again", file=sys.stderr)
-            keys, size = task.survey(bar)
-            first = np.sort(np.unique(keys, return_index=True)[1])  # equal texts are translated once, and alike
-            first = first[(keys[first] != 0)]
+            keys, sizes = task.survey(bar)
+            first = np.unique(keys, return_index=True)[1]  # equal texts are translated once, and alike
+            first = first[keys[first] != 0]
             done = task.journal.has(keys[first])
+            # in any order: rows that an endpoint refuses often stand together, and must not look like an endpoint that refuses all
+            plan.append((task, keys, np.random.default_rng().permutation(first[~done])))
             n_done += int(done.sum())
-            characters += int(size * (1 - done.mean())) if len(done) else 0
-            todo.append((task, keys, first[~done]))
-    n_todo = sum(len(rows) for *_, rows in todo)
+            characters += int(sizes[first[~done]].sum())
 
-    def remaining():
-        for task, keys, rows in todo:
+    def rows_of(numbers):
+        for (task, keys, _), rows in zip(plan, numbers):
             for i in rows:
                 yield task, int(keys[i]), int(i), task.row(task.records[int(i)])[1]
 
-    failed, fault, unanswered = Counter(), None, Counter()
+    todo = [rows for *_, rows in plan]
     if given:
-        left = []
-        for task, key, i, english in tqdm(remaining(), total=n_todo, desc="taking", unit=" rows", disable=None):
+        todo, open_rows = [], {task: array("q") for task in tasks}
+        for task, key, i, english in tqdm(rows_of([rows for *_, rows in plan]), total=sum(len(rows) for *_, rows in plan), desc="taking", unit=" rows", disable=None):
             chinese = given(task, i, english)
-            if chinese is None:
-                unanswered[task] += 1
-                left += [(task, key, i)] if args.base_url else []
+            reasons = quality(english, chinese, glossary) if chinese else None
+            if chinese is None or (reasons and ask):
+                open_rows[task].append(i)
             else:
-                task.journal.add({"key": f"{key:016x}", "source": task.source, "row": i, "images": task.images(i), "english": english, "chinese": chinese,
-                                  "reasons": quality(english, chinese, glossary), "by": Path(args.translations).name, "glossary": digest})
-        rows, n_todo = ((task, key, i, task.row(task.records[i])[1]) for task, key, i in left), len(left)
-    else:
-        rows = remaining()
-    if n_todo:
+                task.journal.add(journal_line(task, key, i, english, chinese, reasons, Path(args.translations).name))
+        todo = [open_rows[task] for task in tasks]
+    failed, fault, n_todo = Counter(), None, sum(map(len, todo))
+    if n_todo and ask:
         endpoint = Endpoint(args)
-        endpoint.confirm(f"the texts ({', '.join(sorted(set().union(*(task.fields for task in tasks)), key=list(FIELDS).index))}) of {n_todo:,} rows of "
-                         f"{', '.join(names)}, some {characters:,} characters. No pictures, ids or file names are sent.")
+        said = ", ".join(sorted(set().union(*(task.fields for task in tasks)), key=list(FIELDS).index))
+        endpoint.confirm(f"the texts ({said}) of {n_todo:,} rows of {', '.join(names)}, some {characters:,} characters{', and glossary terms' if glossary else ''}. "
+                         "No pictures, ids or file names are sent.")
         with tqdm(total=n_todo + n_done, initial=n_done, desc="translating", unit=" rows", disable=None, smoothing=0.05) as bar:
             try:
-                failed = asyncio.run(run_requests(endpoint, rows, glossary, args.attempts, bar))
+                failed = asyncio.run(run_requests(endpoint, rows_of(todo), glossary, args, bar, bool(n_done)))
             except EndpointFailed as error:
                 fault = error
         print(f"{endpoint.tokens_in:,} tokens read, {endpoint.tokens_out:,} written" + (f", cost {endpoint.cost:.4f}" if endpoint.cost else "")
               + (f"; retried: {', '.join(f'{reason} x {n}' for reason, n in endpoint.faults.most_common())}" if endpoint.faults else ""), file=sys.stderr)
-    undone = 0
     for task in tasks:
         task.journal.sync()
-        task.journal.load(is_good)
-        if fault or failed:
-            continue
+        task.journal.load(keeps_glossary)
+    if fault or failed:
+        n = sum(int((~task.journal.has(keys[rows])).sum()) for task, keys, rows in plan)
+        why = one_line(fault) if fault else ", ".join(f"{reason} ({k})" for reason, k in failed.most_common(3))
+        print(f"data_prep.py: {n:,} rows are still to be translated: {why}. What is finished is kept: run the same command again", file=sys.stderr)
+        return 2 if fault and not n_done and not endpoint.answered else 1
+    for task in tasks:
         counts, dropped = task.finish()
-        undone += counts["undone"] if not given else 0
         print(f"{task.out}: {counts['translated'] + counts['chinese']:,} rows of {len(task.records):,}"
               + (f" ({counts['chinese']:,} were Chinese already)" if counts["chinese"] else "")
               + (f"; {counts['undone']:,} without a translation given" if counts["undone"] else "")
               + (f"; {counts['rejected']:,} rejected (in {task.out.name}.rejected.jsonl)" if counts["rejected"] else "")
               + (f"; left out, by reason: {', '.join(f'{reason} {n:,}' for reason, n in dropped.most_common())}" if dropped else ""))
-    if fault or failed:
-        n = sum(int((~task.journal.has(keys[rows])).sum()) for task, keys, rows in todo)
-        why = one_line(fault) if fault else ", ".join(f"{reason} ({k})" for reason, k in failed.most_common(3))
-        print(f"data_prep.py: {n:,} rows are still to be translated: {why}. What is finished is kept: run the same command again", file=sys.stderr)
-        return 2 if isinstance(fault, EndpointFailed) and not n_done and not endpoint.tokens_out else 1
     return 0

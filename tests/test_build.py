@@ -259,12 +259,47 @@ def test_ones_own_data(tmp_path):
     assert "--encoding gb18030" in build(*flags, "--out", tmp_path / "out", check=2).stderr
     build(*flags, "--encoding", "gb18030", "--out", tmp_path / "out")
     alignment, instruction = dialogs(tmp_path / "out/alignment.json"), dialogs(tmp_path / "out/instruction.json")
-    assert [row["id"] for row in alignment] == ["1-caption", "3-caption"] and alignment[0]["image"].startswith("composites/a-")
-    assert [(row["id"], row["conversations"][1]["value"]) for row in instruction] == [("2", "胸部CT"), ("3", "右肺上叶")]
+    assert [row["id"] for row in alignment] == ["own-1-caption", "own-3-caption"] and alignment[0]["image"].startswith("composites/a-")
+    assert [(row["id"], row["conversations"][1]["value"]) for row in instruction] == [("own-2", "胸部CT"), ("own-3", "右肺上叶")]
     assert "no '描述 2' in it" in build(*flags[:7], "描述 2", "--encoding", "gb18030", "--out", tmp_path / "x", check=2).stderr
     (tmp_path / "own.jsonl").write_text(json.dumps({"images": ["a.png", "b.png"], "caption": "两幅图像均可见结节"}) + "\n" + json.dumps({"images": "c.png", "question": "是什么？", "answer": 3}) + "\n")
     build("--own", tmp_path / "own.jsonl", "--images", images, "--out", tmp_path / "out2")
     assert dialogs(tmp_path / "out2/instruction.json")[0]["conversations"][1]["value"] == "3"
+
+
+def test_groups_and_articles_are_not_split(tmp_path):
+    """Patients named by --group-column, articles named by pictures of different names, ./p.png and p.png: each on one side only."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for k in range(120):
+        picture(images / f"PMC{k // 3}_Fig{k % 3}.jpg", (8, 8))
+        picture(images / f"p{k}.png", (8, 8))
+    write_table(tmp_path / "own.csv", ["image", "caption", "patient"], [[f"p{k}.png", f"第{k}例影像所见", f"P{k // 4}"] for k in range(120)] + [[f"./p{k}.png", f"第{k}例再次所见", f"Q{k}"] for k in range(120)])
+    (tmp_path / "oa.jsonl").write_text("".join(json.dumps({"image": f"PMC{k // 3}_Fig{k % 3}.jpg", "caption": f"图像{k}显示肺部结节"}) + "\n" for k in range(120)))
+    build("--own", tmp_path / "own.csv", "--group-column", "patient", "--pmc-oa", tmp_path / "oa.jsonl", "--images", images, "--out", tmp_path / "out", "--val-fraction", 0.3)
+    side = {row["id"].removesuffix("-caption"): name for name in ("alignment", "alignment-val") for row in dialogs(tmp_path / f"out/{name}.json")}
+    assert len(side) == 360 and 60 < sum(name == "alignment-val" for name in side.values()) <= 108
+    for k in range(120):
+        assert side[f"own-{k}"] == side[f"own-{k - k % 4}"] == side[f"own-{k + 120}"] and side[f"pmc-oa-{k}"] == side[f"pmc-oa-{k - k % 3}"]
+
+
+def test_one_folder_one_build(raw, tmp_path):
+    """A second build of a folder that is being written is refused; links inside the picture folder are followed; a replaced picture is taken anew, whatever its date."""
+    import fcntl
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "being written by another run" in build(*every_set(raw), "--out", tmp_path / "out", check=2).stderr
+    (raw / "images/PMC1000_Fig1_0.jpg").rename(raw / "images/real.jpg")
+    (raw / "images/PMC1000_Fig1_0.jpg").symlink_to("real.jpg")
+    build(*every_set(raw), "--out", tmp_path / "out")
+    target = tmp_path / "out/images/PMC1000_Fig1_0.jpg"
+    assert target.is_file() and not target.is_symlink()
+    (raw / "images/PMC1000_Fig1_0.jpg").unlink()
+    picture(raw / "images/PMC1000_Fig1_0.jpg", (31, 17))
+    os.utime(raw / "images/PMC1000_Fig1_0.jpg", (1, 1))
+    build(*every_set(raw), "--out", tmp_path / "out")
+    assert Image.open(target).size == (31, 17)
 
 
 def test_published_files_pass_through(tmp_path):
@@ -297,7 +332,7 @@ def test_texts_are_cleaned(tmp_path):
 
 
 def test_untranslated_rows(raw, tmp_path):
-    assert "rows hold English" in build(*every_set(raw), "--out", tmp_path / "a").stderr
+    assert "English that was not translated" in build(*every_set(raw), "--out", tmp_path / "a").stderr
     done = build(*every_set(raw), "--out", tmp_path / "b", "--require-chinese", check=2)
     assert "not Chinese" in done.stderr
 

@@ -50,7 +50,7 @@ CASES = [  # the row, its problems
     (row("link", "link.png"), ["picture outside the image folder"]),
     (row("absolute", "/etc/hostname"), ["picture outside the image folder"]),
     (row("nul", "a\0.png"), ["picture missing"]),
-    (row("count", "a.png", "这是什么？"), ["<image> and pictures do not agree"]),
+    (row("count", "a.png", "这是什么？", "MRI图像"), ["<image> and pictures do not agree"]),
     (row("count2", None), ["<image> and pictures do not agree"]),
     (row("number", 5), ["image is no name"]),
     (row("answer", answer="  "), ["answer is empty"]),
@@ -82,7 +82,7 @@ def test_every_problem_by_name(tmp_path, images, suffix, workers):
     kept = [json.loads(r) for r, p in zip(rows, expected) if not p]
     assert list(Rows(tmp_path / f"clean{suffix}")) == kept
     done = check(tmp_path / f"clean{suffix}", "--images", images, code=0)
-    assert f"{len(kept)} fit to train on" in done.stdout and (tmp_path / f"clean{suffix}.bad.jsonl").read_text() == ""
+    assert f"{len(kept)} fit to train on" in done.stdout and not (tmp_path / f"clean{suffix}.bad.jsonl").exists()
 
 
 def test_lengths_in_tokens(tmp_path, images, toy):
@@ -96,6 +96,6 @@ def test_bad_usage_is_one_line(tmp_path, images):
     (tmp_path / "cut.json").write_text('[{"id": 1')
     (tmp_path / "good.json").write_text(json.dumps([row()]))
     for options, words in ((["none.json", "--images", images], "no such data file"), ([tmp_path / "cut.json", "--images", images], "not a JSON file"),
-                           ([tmp_path / "good.json", "--images", tmp_path / "none"], "no such image folder"), ([tmp_path / "good.json", "--images", images, "--fix", tmp_path / "good.json"], "name another file")):
+                           ([tmp_path / "good.json", "--images", tmp_path / "none"], "no such image folder"), ([tmp_path / "good.json", "--images", images, "--fix", tmp_path / "good.json"], "three different files"), ([tmp_path / "good.json", "--images", images, "--bad", tmp_path / "good.json"], "three different files")):
         done = check(*options, code=2)
         assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1

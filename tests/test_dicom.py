@@ -73,10 +73,19 @@ def test_other_windows(tmp_path):
     assert np.asarray(dicom_image(flat)).shape == (8, 8)
 
 
+@pytest.mark.parametrize("tags", [{"WindowCenter": "", "WindowWidth": ""}, {"WindowCenter": 40}, {"WindowCenter": 40, "WindowWidth": 0}, {"WindowCenter": None, "WindowWidth": 5}])
+def test_a_window_that_is_none(tmp_path, tags):
+    """Empty, half or of width 0, as de-identified files have it: the range of the pixels, not a grey sheet."""
+    path = dicom(tmp_path / "x.dcm", GREY, **tags)
+    assert np.array_equal(np.asarray(dicom_image(path)), np.asarray(dicom_image(path, window="range"))) and np.asarray(dicom_image(path)).std() > 50
+
+
 def test_colours_and_frames(tmp_path):
     rgb = np.zeros((16, 20, 3), dtype=np.uint8)
     rgb[:, :10] = (200, 30, 60)
     assert np.array_equal(np.asarray(open_image(dicom(tmp_path / "rgb.dcm", rgb, "RGB"))), rgb)
+    deep = (rgb.astype(np.uint16) * 16)  # 12 bits of 16
+    assert np.array_equal(np.asarray(open_image(dicom(tmp_path / "deep.dcm", deep, "RGB", BitsStored=12, HighBit=11))), rgb)
     ybr = np.asarray(Image.fromarray(rgb).convert("YCbCr"))
     assert np.abs(np.asarray(open_image(dicom(tmp_path / "ybr.dcm", ybr, "YBR_FULL"))).astype(int) - rgb).max() <= 2
     frames = np.stack([np.full((10, 12), 50, np.uint8), np.arange(120, dtype=np.uint8).reshape(10, 12)])

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from conftest import ROOT
+from prompts import REASONS
 from raw_sets import chinese_of, make_raw, prep
 from sources import Records
 
@@ -45,7 +46,13 @@ class Server:
                 time.sleep(5)
                 return
             elif isinstance(what, int):
-                status, headers = what, {"Retry-After": "0"} if what == 429 else {}
+                status, headers = what, {"Retry-After": "0"} if what == 429 else {"Location": "/v1/elsewhere"} if what == 302 else {}
+            elif what == "wait":
+                status, headers = 429, {"Retry-After": "1"}
+            elif what == "quote":
+                status, text = 401, "x" * 150 + f" wrong key {handler.headers['Authorization']}"
+            elif what == "endless":
+                text = " " * 2**23 + "{}"
             elif what == "malformed":
                 text = '{"choices": [{"mess'
             elif what == "empty":
@@ -127,9 +134,9 @@ def test_every_set_comes_back_in_its_own_form(raw, tmp_path):
                 if column in texts:
                     assert b[column] == chinese_of(a[column].removeprefix("Q: ").removeprefix("A: "))
                 elif column.startswith("Choice"):
-                    assert b[column] == chinese_of(a[column].split(":")[1].strip())
+                    assert b[column] == a[column].strip()[:3] + chinese_of(a[column].split(":")[1].strip())  # "A: text"
                 elif name == "train.csv" and column == "Answer":
-                    assert b[column] == chinese_of(a[column]) == b[f"Choice {a['Answer_label']}"]
+                    assert b[column] == chinese_of(a[column]) == b[f"Choice {a['Answer_label']}"][3:]
                 else:
                     assert a[column] == b[column], column
 
@@ -175,7 +182,7 @@ def test_what_stays_wrong_is_rejected_by_name(raw, tmp_path, answer, reason):
     with Server(behave) as server:
         done = translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, *OPTIONS, "--attempts", 3, check=0)
         assert sum("nodule" in request["messages"][1]["content"] for request in server.requests) == 2 * 3  # articles 0 and 3
-        assert any(reason in request["messages"][-1]["content"] for request in server.requests)
+        assert any(REASONS[reason] in request["messages"][-1]["content"] for request in server.requests)
         rejected = [json.loads(line) for line in open(tmp_path / "zh/pmc_oa.jsonl.rejected.jsonl")]
         assert rejected and all(row["reasons"][0].startswith(reason) and "nodule" in row["english"]["caption"] for row in rejected)
         assert f"{reason} {len(rejected)}" in done.stdout
@@ -218,7 +225,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
         process = subprocess.Popen(list(map(str, [sys.executable, ROOT / "data_prep.py", "translate", "--pmc-vqa", raw / "train_2.csv", "--out", tmp_path / "zh", "--base-url", server.url, *OPTIONS, "--concurrency", "2"])),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         path = tmp_path / "zh/train_2.csv.journal.jsonl"
-        while not path.is_file() or path.read_bytes().count(b"\n") < 5:
+        while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 5):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130 and "Traceback" not in process.stderr.read()
@@ -232,12 +239,43 @@ def test_a_wrong_key_or_address_stops_at_once(raw, tmp_path, status):
 
 
 def test_a_row_the_endpoint_will_not_take_costs_only_itself(raw, tmp_path):
+    """Two rows that are always refused (a content filter) are rejected by name, and all others arrive; --retry-rejected asks for them again, once more in vain, then with success."""
     with Server(lambda n, english, messages: 400 if "nodule" in english["caption"] else None) as server:
-        done = translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, *OPTIONS, check=1)
-        assert "2 rows are still to be translated: status 400" in done.stderr
+        for more in ((), ("--retry-rejected",)):
+            done = translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, *OPTIONS, *more, check=0)
+            assert "10 rows of 12; 2 rejected" in done.stdout and "not translated 2" in done.stdout
+            assert len(Records(tmp_path / "zh/pmc_oa.jsonl")) == 10 and len(Records(tmp_path / "zh/pmc_oa.jsonl.rejected.jsonl")) == 2
     with Server() as server:
-        translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, *OPTIONS, check=0)
-        assert len(server.requests) == 2
+        translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, *OPTIONS, "--retry-rejected", check=0)
+        assert len(server.requests) == 2 and len(Records(tmp_path / "zh/pmc_oa.jsonl")) == 12
+
+
+def test_a_wait_that_is_asked_for_is_kept(raw, tmp_path):
+    """Retry-After: 1: for a second nobody asks, neither the row that was told nor another."""
+    times = []
+
+    def behave(n, english, messages):
+        times.append(time.monotonic())
+        return "wait" if n == 0 else None
+
+    with Server(behave) as server:
+        translate("--pmc-oa", raw / "pmc_oa.jsonl", "--out", tmp_path / "zh", "--base-url", server.url, *OPTIONS, "--concurrency", 1, "--timeout", 10, check=0)
+    assert times[1] - times[0] > 0.95
+
+
+def test_an_endpoint_that_fails_every_time_is_given_up(tmp_path):
+    """Of 80 rows no more are asked for than 20 that fail for good, with those under way; a key that the endpoint quotes is not shown; endless answers end."""
+    raw = make_raw(tmp_path / "raw", n=40)
+    words = "--pmc-vqa", raw / "train_2.csv", "--out", tmp_path / "zh"
+    with Server(lambda *_: 500) as server:
+        translate(*words, "--base-url", server.url, *OPTIONS, "--retries", 0, "--concurrency", 4, check=2)
+        assert 20 <= len(server.requests) <= 24
+    with Server(lambda *_: "quote") as server:
+        done = translate(*words, "--base-url", server.url, *OPTIONS, env={"OPENAI_API_KEY": "sk-very-secret"}, check=2)
+        assert "***" in done.stderr and "very-secret" not in done.stderr
+    with Server(lambda *_: "endless") as server:
+        done = translate(*words, "--base-url", server.url, *OPTIONS, "--retries", 0, "--timeout", 60, "--concurrency", 4, check=2)
+        assert "answer without end" in done.stderr
 
 
 def test_a_dead_endpoint_ends_in_one_line(raw, tmp_path):
