@@ -519,15 +519,15 @@ async def run_requests(endpoint, todo, glossary, args, bar, any_done):
     """Every row of `todo` (an iterator of (task, key, row number, english)), a few at a time; each finished one goes into its journal.
 
     -> reasons of those that are to be asked for again another time. A row that the endpoint refuses for good is finished, too: rejected."""
-    failed = Counter()
+    failed, refused = Counter(), []
 
     async def worker():
         for task, key, i, english in todo:  # one iterator, shared: the next row goes to whoever is free
             try:
                 chinese, reasons = await translate_row(endpoint, english, glossary, args.attempts)
             except RequestFailed as error:
-                if error.final and (endpoint.answered or any_done):  # where nothing was ever answered, the fault is not the row's
-                    task.journal.add(journal_line(task, key, i, english, {}, [f"not translated: {one_line(error)}"], endpoint.model))
+                if error.final:
+                    refused.append((task, key, i, english, one_line(error)))
                 else:
                     failed[one_line(error)] += 1
             else:
@@ -542,6 +542,12 @@ async def run_requests(endpoint, todo, glossary, args, bar, any_done):
                     group.create_task(worker())
         except ExceptionGroup as errors:  # all have stopped; the first says why
             raise errors.exceptions[0] from None
+        finally:
+            for task, key, i, english, reason in refused:
+                if endpoint.answered or any_done:
+                    task.journal.add(journal_line(task, key, i, english, {}, [f"not translated: {reason}"], endpoint.model))
+                else:  # where nothing was ever answered, the fault is not the row's
+                    failed[reason] += 1
     return failed
 
 

@@ -220,7 +220,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
-    raw = make_raw(tmp_path / "raw", n=20)
+    raw = make_raw(tmp_path / "raw", n=150)  # a minute's work
     with Server(lambda n, *_: "slow") as server:
         process = subprocess.Popen(list(map(str, [sys.executable, ROOT / "data_prep.py", "translate", "--pmc-vqa", raw / "train_2.csv", "--out", tmp_path / "zh", "--base-url", server.url, *OPTIONS, "--concurrency", "2"])),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
