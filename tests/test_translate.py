@@ -107,10 +107,6 @@ def translate(*options, env=None, check=None):
     return prep("translate", *options, env=env, code=check)
 
 
-def journal(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8") if '"raw"' not in line]
-
-
 @pytest.fixture
 def raw(tmp_path):
     return make_raw(tmp_path / "raw")
