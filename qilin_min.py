@@ -12,6 +12,7 @@ Read from top to bottom. Sections 2 to 4, some 310 lines, are the model; the res
     8. weights in                         any folder -> every tensor accounted for -> the model
     9. weights out                        the model -> a folder that transformers and vLLM load
    10. generation                         prompts -> answers, token by token
+   11. command line                       the options that choose a model
 
 Shapes:  B batch, T tokens (each picture already expanded to its N positions), M pictures in the batch, N patches a picture
 (576 = 24 x 24), C text width, Cv vision width, H heads, D head size, V vocabulary, L layers.
@@ -213,6 +214,10 @@ class KVCache:
         self.k[layer][rows, :, position_ids] = k.transpose(1, 2)  # two indices around a slice select (B, T, H_kv, D)
         self.v[layer][rows, :, position_ids] = v.transpose(1, 2)
         return self.k[layer][:, :, : self.n_positions], self.v[layer][:, :, : self.n_positions]
+
+    def truncate(self, lengths):
+        """Forget all but the first lengths int64 (B,) tokens of each row: what comes next overwrites the rest."""
+        self.lengths, self.n_positions = lengths, int(lengths.max())
 
 
 class LlamaAttention(nn.Module):
@@ -812,27 +817,33 @@ NORMALISED = (((np.arange(256) * (1 / 255)).astype(np.float32)[None] - np.array(
               / np.array(CLIP_STD, dtype=np.float32)[:, None])  # (3, 256) float32: what each of 256 values becomes, looked up instead of computed for each pixel
 
 
-def is_dicom(path):
-    """True for a file that begins as DICOM does, or is named .dcm."""
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM" or Path(path).suffix.lower() in (".dcm", ".dicom")
+def is_dicom(image):
+    """True for a file (path, or binary file at its beginning) that begins as DICOM does, or is named .dcm."""
+    if not isinstance(image, (str, Path)):
+        start = image.read(132)
+        image.seek(0)
+        return start[128:] == b"DICM"
+    with open(image, "rb") as file:
+        return file.read(132)[128:] == b"DICM" or Path(image).suffix.lower() in (".dcm", ".dicom")
 
 
 def open_image(image):
-    """A PIL image upright and in RGB, 8 bits a channel, from a path or a PIL image. ValueError or FileNotFoundError names the file.
+    """A PIL image upright and in RGB, 8 bits a channel, from a path, a binary file or a PIL image. ValueError or FileNotFoundError names the file.
 
     16-bit grey keeps its high byte: PIL's own conversion clips at 255 and turns a CT slice white. Of several frames the first; DICOM through dicom.py.
     """
-    name = getattr(image, "filename", None) or image
+    name = getattr(image, "filename", None) or (image if isinstance(image, (str, Path, Image.Image)) else "the picture")
     try:
         with warnings.catch_warnings(action="ignore"):  # of Pillow about harmless damage
-            if isinstance(image, (str, Path)) and is_dicom(image):
+            if isinstance(image, Image.Image):
+                pass
+            elif is_dicom(image):
                 from dicom import dicom_image
                 image = dicom_image(image)
-            elif not isinstance(image, Image.Image):
+            else:
                 with Image.open(image) as opened:
                     if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
-                        raise ValueError(f"{opened.width} x {opened.height} pixels: taken for a decompression bomb")
+                        raise ValueError(f"{opened.width} x {opened.height} pixels: taken for a decompression bomb (at most {Image.MAX_IMAGE_PIXELS}: scale it down first)")
                     opened.load()
                     image = opened
             image = ImageOps.exif_transpose(image)
@@ -853,7 +864,7 @@ def preprocess_image(image, size=336, mode="pad"):
 
     Bit for bit what transformers' PIL CLIP and LLaVA processors give; rounding as there: sizes truncated, offsets floored.
     """
-    name, image = getattr(image, "filename", None) or image, open_image(image)
+    image, name = open_image(image), getattr(image, "filename", None) or image
     width, height = image.size
     longest = max(width, height) if mode == "pad" else size * max(width, height) // min(width, height)
     if longest > 16384:  # a line of 100000 x 1 pixels would need a square of 30 GB
@@ -999,7 +1010,8 @@ class QuantizedLinear(nn.Module):
     """A bias-free nn.Linear with its weight in 8 or 4 bits a number, widened to the activations' dtype when it multiplies.
 
     weight int8 (out, in * bits / 8), at 4 bits two numbers a byte; scale (out, in / group) in the model's dtype: one a row at 8 bits, one for
-    every 64 inputs at 4. Symmetric, rounded to nearest: a weight moves by at most half its scale. It saves memory, not multiplications.
+    every 64 inputs at 4. Symmetric, rounded to nearest: a weight moves by at most half its scale. On a CPU, one token a row is multiplied with the
+    8-bit numbers as they are, activations in bfloat16: decoding waits for memory, of which this reads a quarter. Elsewhere it saves memory only.
     """
 
     def __init__(self, in_features, out_features, bits):
@@ -1027,6 +1039,9 @@ class QuantizedLinear(nn.Module):
         return weight.flatten(1)
 
     def forward(self, x):
+        if self.bits == 8 and x.shape[-2] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
+            y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).bfloat16(), self.weight, self.scale.bfloat16())  # (B, out)
+            return y.to(x.dtype).reshape(*x.shape[:-1], -1)  # (B, 1, out)
         return QuantizedProduct.apply(x, self)
 
 
@@ -1509,27 +1524,32 @@ def sample_next_token(logits, seen, temperature=0.0, top_p=1.0, top_k=0, repetit
 
 @torch.no_grad()
 def generate(model, input_ids, pixel_values=None, *, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
-             seed=None, stop=all):
+             seed=None, stop=all, cache=None):
     """Yield one list of B new ids a step for B prompts (lists of int, from encode_prompt) and their pictures (M, 3, H, W).
 
     A row's end id is yielded, after that None. Rows of different lengths answer as each would alone. Ids past the tokenizer never come.
     stop: asked before each step with one bool a row (has it ended?); on a sharded model it must agree over ranks, since each step is a
     collective. A row ends as well after max_new_tokens or at the model's last position. ValueError when a prompt is empty or already fills the positions.
+    cache: a KVCache of an earlier call that holds the beginning of each prompt, which is then not computed again; pictures are those of the rest.
     """
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(row) for row in input_ids], device=device)
     limit, longest = model.config.text.max_position_embeddings, max(map(len, input_ids))
     if longest >= limit:
         raise ValueError(f"the prompt has {longest} tokens, the model's positions end at {limit}: ask a shorter question")
-    if not all(input_ids):
-        raise ValueError("a prompt is empty")
-    ids = pad_rows(input_ids, 0).to(device)
+    if cache is None:
+        cache = KVCache(model.config.text.num_hidden_layers, min(longest + max_new_tokens, limit))
+    limit = min(limit, max(cache.max_length, longest))
+    held = [0] * len(input_ids) if cache.lengths is None else cache.lengths.tolist()
+    rest = [row[n:] for row, n in zip(input_ids, held)]
+    if not all(rest) or longest > cache.max_length:
+        raise ValueError("a prompt is empty, or the cache holds all of it, or it is longer than the cache")
+    lengths = torch.tensor([len(row) for row in rest], device=device)
+    ids = pad_rows(rest, 0).to(device)
     seen = torch.zeros(len(input_ids), model.config.text.vocab_size, dtype=torch.bool, device=device)
     for row, prompt in zip(seen, input_ids):
         row[[i for i in set(prompt) if i >= 0]] = True
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     pixel_values = None if pixel_values is None else pixel_values.to(device)
-    cache = KVCache(model.config.text.num_hidden_layers, min(longest + max_new_tokens, limit))
     ended = [False] * len(input_ids)
     logits = model(ids, pixel_values, cache=cache, lengths=lengths)  # prefill: (B, V)
     for step in range(max_new_tokens):
@@ -1555,3 +1575,80 @@ def answer_ids(model, input_ids, pixel_values=None, **options):
             if i is not None and i not in model.config.end_ids:
                 answer.append(i)
     return answers
+
+
+class StreamedAnswer:
+    """Iterate for the text of one prompt's answer, piece by piece and in whole characters. Afterwards, also after an interruption:
+    ids (list of int without the end id), n_new (with it), finish_reason: "stop" (an end id or a stop text, which is not shown) or "length".
+
+    stop: texts at which the answer ends. Other options as for generate(), one prompt.
+    """
+
+    def __init__(self, model, tokenizer, prompt, pixel_values=None, stop=(), **options):
+        self.ids, self.n_new, self.finish_reason = [], 0, "length"
+        self._text = self._until_stop(tokenizer.decode_stream(self._new_ids(model, prompt, pixel_values, options)), stop)
+
+    def __iter__(self):
+        return self._text
+
+    def _new_ids(self, model, prompt, pixel_values, options):
+        for (i,) in generate(model, [prompt], pixel_values, **options):
+            self.n_new += 1
+            if i in model.config.end_ids:
+                self.finish_reason = "stop"
+                return
+            self.ids.append(i)
+            yield i
+
+    def _until_stop(self, texts, stop):
+        text = ""  # not shown yet
+        for piece in texts:
+            text += piece
+            found = min((at for s in stop if (at := text.find(s)) >= 0), default=-1)
+            if found >= 0:
+                self.finish_reason = "stop"
+                yield text[:found]
+                return
+            n_held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)  # may become a stop text
+            yield text[: len(text) - n_held]
+            text = text[len(text) - n_held:]
+        yield text
+
+
+# --- 11. command line -----------------------------------------------------------------------------------------------
+# what sample.py, evaluate.py and serve.py ask for alike: which model, where, in which numbers
+
+
+def add_model_flags(parser):
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", default=None, metavar="DIR", help="folder of a whole model: a train.py --out folder, llava-hf, original LLaVA or Qilin (default out/stage2)")
+    add("--llm", default=None, metavar="DIR", help="LLaMA folder, in place of the one in --model")
+    add("--vision", default=None, metavar="DIR", help="CLIP folder, likewise")
+    add("--projector", default=None, metavar="FILE", help="projector file, likewise")
+    add("--device", default=None, help="cuda, mps or cpu (default: the first there is)")
+    add("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda (float16 before Ampere), float16 on mps, float32 on cpu")
+    add("--quantize", default=None, choices=("int8", "int4"), help="keep the linear layers of the language model's blocks in 8 or 4 bits (tower, projector, embeddings and "
+        "head as they are): a quarter or an eighth of float32's memory; int8 also writes faster on a CPU")
+    add("--compile", action="store_true", help="torch.compile the language model: faster on CUDA after a slow first answer; needs a C++ compiler")
+
+
+def model_from_flags(args):
+    """(model, tokenizer, device) as add_model_flags' options say. ValueError or FileNotFoundError says what to do."""
+    if args.model is None and not (args.llm and args.vision):
+        args.model = "out/stage2"
+        if not Path(args.model).exists():
+            raise FileNotFoundError("no model in out/stage2: train one (bash demo.sh shows how), or give --model DIR")
+    if args.model is None and args.projector is None:
+        raise ValueError("--llm and --vision need the projector between them: give --projector FILE (or fresh: untrained, its answers mean nothing)")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: not to be had here ({one_line(error)[:100]})") from None
+    kind = torch.device(device).type
+    default = {"cuda": "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float16", "mps": "float16"}.get(kind, "float32")
+    model = load_qilin(args.model, llm=args.llm, vision=args.vision, projector=args.projector, dtype=getattr(torch, args.dtype or default), device=device, quantize=args.quantize)
+    if args.compile:
+        model.model.compile(dynamic=True)  # in place, so that names stay
+    return model, Tokenizer(args.llm or args.model), device
