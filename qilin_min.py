@@ -714,6 +714,13 @@ class Tokenizer:
             yield self.decode(seen)[len(shown):]
 
 
+def pictures_before(i, n_images):
+    """How many pictures stand in front of turn i: n_images is an int (all in front of the first turn) or a list with a number a human turn."""
+    if isinstance(n_images, list):
+        return n_images[i // 2] if i % 2 == 0 and i // 2 < len(n_images) else 0
+    return n_images if i == 0 else 0
+
+
 def check_conversation(conversation, n_images=None):
     """ValueError unless it is a list of {"from", "value"} turns, human and gpt by turns, human first; n_images as in encode_conversation."""
     if not isinstance(conversation, list) or not conversation:
@@ -724,7 +731,7 @@ def check_conversation(conversation, n_images=None):
             raise ValueError(f"turn {i} is not an object with text under 'value'")
         if turn.get("from") != role:
             raise ValueError(f"turn {i} is from {turn.get('from')!r}, expected {role!r}")
-        if not turn["value"].strip() and not (i == 0 and n_images):  # a picture alone may be a question
+        if not turn["value"].strip() and not pictures_before(i, n_images):  # a picture alone may be a question
             raise ValueError(f"turn {i} is an empty {'question' if role == 'human' else 'answer'}")
         if role == "gpt" and n_images is None and IMAGE_TOKEN in turn["value"]:
             raise ValueError(f"turn {i} is an answer that holds {IMAGE_TOKEN}")
@@ -746,7 +753,7 @@ def build_prompt(conversation, template="v1", n_images=None):
     if template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown: {' or '.join(TEMPLATES)}")
     if template == "plain":
-        n = count_images(conversation[:1]) if n_images is None else n_images
+        n = count_images(conversation[:1]) if n_images is None else pictures_before(0, n_images)
         if n == 0 or len(conversation) > 2:
             raise ValueError("template plain wants one turn with a picture and at most one answer")
         return [(PICTURE, False)] * n + [(turn["value"] + "\n", True) for turn in conversation[1:]]
@@ -756,7 +763,7 @@ def build_prompt(conversation, template="v1", n_images=None):
         if turn["from"] == "gpt":
             parts += [(value, True), (END, True)]  # the blank after "ASSISTANT:" is the one that sentencepiece puts in front of every text
             continue
-        n = value.count(IMAGE_TOKEN) if n_images is None else (n_images if i == 0 else 0)
+        n = value.count(IMAGE_TOKEN) if n_images is None else pictures_before(i, n_images)
         if n:
             value = (value.replace(IMAGE_TOKEN, "") if n_images is None else value).strip()
             value = "\n" + value if value else ""
@@ -786,8 +793,8 @@ def _encode_parts(parts, tokenizer, n_image_tokens):
 def encode_conversation(conversation, tokenizer, n_image_tokens, template="v1", max_length=2048, n_images=None):
     """(input_ids, labels) of a dialog for training: lists of int of the same length, at most max_length tokens.
 
-    n_images: None counts the <image> in the text (data files); an int puts that many pictures in front of the first turn and takes
-    all text literally. Too long: the end is cut, never a picture: where a picture would be cut both lists come back empty.
+    n_images: None counts the <image> in the text (data files); an int puts that many pictures in front of the first turn, a list as many
+    as it says in front of each human turn, and all text is taken literally. Too long: the end is cut, never a picture: where a picture would be cut both lists come back empty.
     ValueError when it is no conversation or ends with a question.
     """
     check_conversation(conversation, n_images)
@@ -1586,6 +1593,7 @@ class StreamedAnswer:
 
     def __init__(self, model, tokenizer, prompt, pixel_values=None, stop=(), **options):
         self.ids, self.n_new, self.finish_reason = [], 0, "length"
+        self.interrupted = False  # set it, from any thread, to end the answer at the next token
         self._text = self._until_stop(tokenizer.decode_stream(self._new_ids(model, prompt, pixel_values, options)), stop)
 
     def __iter__(self):
@@ -1596,6 +1604,8 @@ class StreamedAnswer:
             self.n_new += 1
             if i in model.config.end_ids:
                 self.finish_reason = "stop"
+                return
+            if self.interrupted:
                 return
             self.ids.append(i)
             yield i

@@ -115,6 +115,22 @@ def test_typed_control_words_are_plain_text(tokenizer):
     assert q.encode_prompt(chat, tokenizer, N, n_images=1).count(-200) == N
 
 
+def test_a_list_says_before_which_turn_pictures_stand(tokenizer):
+    """A list with a number a human turn is the same prompt as placeholders in those turns; an int is all of them before the first."""
+    chat = dialog("first", "one", "second", "two", "third")
+    marked = [dict(turn, value="<image>" * n + turn["value"]) for turn, n in zip(chat, (1, 0, 2, 0, 0))]
+    assert q.encode_prompt(chat, tokenizer, N, n_images=[1, 2]) == q.encode_prompt(chat, tokenizer, N, n_images=[1, 2, 0]) == q.encode_prompt(marked, tokenizer, N)
+    assert q.encode_prompt(chat, tokenizer, N, n_images=[2]) == q.encode_prompt(chat, tokenizer, N, n_images=2)
+    assert q.encode_prompt(chat, tokenizer, N, n_images=[0, 0, 0]) == q.encode_prompt(chat, tokenizer, N, n_images=0) == q.encode_prompt(chat, tokenizer, N)
+    typed = dialog("</s>", "an <image>", "<image>?")
+    assert q.encode_prompt(typed, tokenizer, N, n_images=[0, 1]).count(-200) == N
+    alone = dialog("hello", "hi", "")
+    assert q.encode_prompt(alone, tokenizer, N, n_images=[0, 1]) == q.encode_prompt(dialog("hello", "hi", "<image>"), tokenizer, N)
+    for wrong in ([1], [1, 0], 1, 0):
+        with pytest.raises(ValueError, match="turn 2 is an empty question"):
+            q.encode_prompt(alone, tokenizer, N, n_images=wrong)
+
+
 def test_too_long_loses_its_end_never_a_picture(tokenizer):
     conversation = dialog("<image>\nWhat?", "word " * 300)
     ids, labels = q.encode_conversation(conversation, tokenizer, N, max_length=4096)
