@@ -1,0 +1,606 @@
+"""A page in the browser and an OpenAI-compatible endpoint for one model, on this machine alone unless told otherwise.
+
+    python serve.py                                              the model that train.py left in out/stage2, on http://127.0.0.1:8000
+    python serve.py --model DIR --port 8080 --quantize int8      any folder: ours, llava-hf; another port
+    QILIN_API_KEY=secret python serve.py --host 0.0.0.0          for the whole network: with a key, and behind something that speaks https
+
+The page: drop pictures, ask, read the answer while it is written. For programs (pip install openai):
+
+    picture = "data:image/png;base64," + base64.b64encode(open("image.png", "rb").read()).decode()
+    client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client.chat.completions.create(model="qilin", messages=[{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "图中有什么异常？"}]}])
+
+Honoured: messages, stream, stream_options, temperature (default 0: the likeliest word each time), top_p, top_k, repetition_penalty, max_tokens, stop, seed.
+Any model name is accepted. A system message is put in front of the first question, pictures in front of the question that they came with. All text is literal:
+a typed <image> or </s> stays text. What could not be honoured (tools, logprobs, n > 1, JSON mode ...) is refused, and so are pictures by http: nothing is fetched.
+A prompt beyond the model's positions is refused, nothing is cut; an answer that reaches them ends with finish_reason "length".
+One answer is written at a time, the others wait in order; who leaves gives up the place. Nobody's questions or pictures are logged or kept.
+Needs two packages more: pip install fastapi uvicorn. Research code: an answer is no medical advice.
+"""
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import hmac
+import io
+import ipaddress
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from qilin_min import TEMPLATES, StreamedAnswer, add_model_flags, check_ranges, encode_prompt, is_dicom, model_from_flags, one_line, open_image, preprocess_image, run_cli
+
+try:
+    import uvicorn
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from starlette.exceptions import HTTPException as AnyHTTPException
+    from starlette.requests import ClientDisconnect
+except ImportError:
+    FastAPI = None  # main() says what to install
+
+BODY_SECONDS = 120  # a request's body must have come by then
+PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")  # and DICOM. Not all that Pillow knows: for EPS it would start Ghostscript
+CHARS_PER_TOKEN = 64  # no token is longer: so much text need not be tokenised to know that it is too long
+
+
+# --- 1. a request ---------------------------------------------------------------------------------------------------
+# in: the JSON that a client sent, of which nothing is believed; out: a conversation, its pictures, options; or a refusal
+
+# values that change nothing; any other is refused, because to ignore it would answer something else than was asked
+NEUTRAL = {"n": [1], "best_of": [1], "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "response_format": [{"type": "text"}], "modalities": [["text"]],
+           "logprobs": [False], "top_logprobs": [0], "logit_bias": [{}], "frequency_penalty": [0], "presence_penalty": [0], "min_p": [0], "stream": [False, True]}
+
+
+def refusal(status, message, code=None, param=None):
+    """An exception that becomes OpenAI's error object. No line breaks, nothing that UTF-8 cannot carry."""
+    kind = {401: "authentication_error", 403: "permission_error", 500: "server_error", 503: "server_error"}.get(status, "invalid_request_error")
+    message = " ".join(message.encode("utf-8", "replace").decode().split())
+    return HTTPException(status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, {"Retry-After": "5"} if status == 503 else None)
+
+
+async def read_body(request, limit):
+    """The JSON object of a request. Its bytes are counted as they come: Content-Length may lie. What is too large is read on for a while
+    without being kept, because a client that still sends does not hear an answer."""
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                size += len(piece)
+                if size <= limit:
+                    body += piece
+                elif size > 4 * limit:
+                    break
+        if size > limit:
+            raise refusal(413, f"the request is larger than {limit / 2**20:.3g} MB (--max-body-mb)", "request_too_large")
+        body = json.loads(body)
+    except TimeoutError:
+        raise refusal(408, f"the request did not come whole within {BODY_SECONDS} seconds") from None
+    except ClientDisconnect:
+        raise refusal(400, "the request was broken off") from None
+    except (ValueError, RecursionError):
+        raise refusal(400, "the request is no JSON") from None
+    if not isinstance(body, dict):
+        raise refusal(400, "the request is no JSON object")
+    return body
+
+
+def read_content(message, where):
+    """(text, URLs of pictures) of one message, whose content is a text or a list of parts."""
+    content, texts, urls = message.get("content"), [], []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content if isinstance(content, list) else [None]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        value = part.get(kind) if kind in ("text", "image_url") else None
+        value = value.get("url") if kind == "image_url" and isinstance(value, dict) else value
+        if not isinstance(value, str):
+            raise refusal(400, f"{where}.content must be a text, or a list of parts {{type: text, text}} and {{type: image_url, image_url: {{url}}}}", param="messages")
+        (texts if kind == "text" else urls).append(value)
+    return "\n".join(texts), urls
+
+
+def read_messages(messages):
+    """(conversation, number of pictures in front of each question, URLs of the pictures) of OpenAI's messages."""
+    system, conversation, n_images, urls = [], [], [], []
+    for i, message in enumerate(messages if isinstance(messages, list) else []):
+        where, role = f"messages[{i}]", message.get("role") if isinstance(message, dict) else None
+        expected = ("user", "assistant")[len(conversation) % 2]
+        if role != expected and not (role in ("system", "developer") and not conversation):
+            raise refusal(400, f"{where}.role must be {expected}: system first, then user and assistant by turns", param="messages")
+        text, found = read_content(message, where)
+        if found and role != "user":
+            raise refusal(400, f"{where}: only the user's messages may hold pictures", param="messages")
+        if role in ("system", "developer"):
+            system.append(text)
+            continue
+        if not text.strip() and not found:
+            raise refusal(400, f"{where} is empty", param="messages")
+        conversation.append({"from": "human" if role == "user" else "gpt", "value": text})
+        urls += found
+        if role == "user":
+            n_images.append(len(found))
+    if len(conversation) % 2 == 0:
+        raise refusal(400, "messages must be a list that ends with a user's message", param="messages")
+    conversation[0]["value"] = "\n".join([*filter(str.strip, system), conversation[0]["value"]])
+    return conversation, n_images, urls
+
+
+def read_options(body, max_new_tokens):
+    """Keywords for StreamedAnswer."""
+
+    def number(name, default, low, high, kind=float):
+        value = body.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or kind(value) != value:
+            raise refusal(400, f"{name} must be a {'whole ' * (kind is int)}number from {low} to {high}", param=name)
+        return kind(value)
+
+    for name, values in NEUTRAL.items():
+        if body.get(name) is not None and body[name] not in values:
+            raise refusal(400, f"{name}: this value is not supported here", "unsupported_parameter", name)
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop):
+        raise refusal(400, "stop must be a text or a list of at most 16, each of 1 to 200 characters", param="stop")
+    temperature = number("temperature", 0.0, 0, 2)
+    return dict(max_new_tokens=number("max_completion_tokens", number("max_tokens", max_new_tokens, 1, 10**9, int), 1, 10**9, int),
+                temperature=temperature if temperature >= 0.01 else 0.0,  # logits divided by less leave the range of float32
+                top_p=number("top_p", 1.0, 1e-6, 1), top_k=max(number("top_k", 0, -1, 10**9, int), 0),  # -1: vLLM's word for all
+                repetition_penalty=number("repetition_penalty", 1.0, 0.01, 100), seed=number("seed", None, -2**63, 2**63 - 1, int), stop=stop)
+
+
+def read_picture(url, name):
+    """A PIL image of a data URL. ValueError says what is wrong with the picture called `name`."""
+    head, _, data = url.partition(",")
+    if not head[:5].lower() == "data:":
+        raise ValueError(f"{name}: its URL must be a data URL (data:image/png;base64,...); nothing is fetched from elsewhere")
+    if not head.lower().endswith(";base64"):
+        raise ValueError(f"{name}: its data URL must be in base64")
+    try:
+        file = io.BytesIO(base64.b64decode("".join(data.split()), validate=True))
+    except ValueError:
+        raise ValueError(f"{name}: its base64 is damaged") from None
+    if not file.getbuffer().nbytes:
+        raise ValueError(f"{name} is empty (0 bytes)")
+    try:
+        if not is_dicom(file):
+            Image.open(file, formats=PICTURE_FORMATS)  # reads the header only
+            file.seek(0)
+        image = open_image(file)
+    except Exception as error:  # the decoders raise many kinds for a damaged file
+        said = re.sub(r" ?<_io\.BytesIO[^>]*>", "", one_line(error)).removeprefix("the picture: ")
+        raise ValueError(f"{name}: {said}") from None
+    image.filename = name  # for the errors of preprocess_image
+    return image
+
+
+def prepare(model, tokenizer, template, conversation, n_images, urls):
+    """(prompt, pixels (M, 3, size, size) or None) of what read_messages gave. Pictures are decoded last: only when they fit."""
+    limit, n, config = model.config.text.max_position_embeddings, model.config.n_image_tokens, model.config
+    n_chars = sum(len(turn["value"]) for turn in conversation)
+    fits = len(urls) * n < limit and n_chars <= CHARS_PER_TOKEN * limit
+    try:
+        prompt = encode_prompt(conversation, tokenizer, n, template, n_images) if fits else []
+        if not fits or len(prompt) >= limit:
+            length = f"{len(prompt)} tokens" if fits else f"{len(urls)} pictures of {n} tokens each and {n_chars} characters"
+            raise refusal(400, f"the model's positions end at {limit}, the messages take {length}: fewer pictures, or shorter texts", "context_length_exceeded", "messages")
+        names = [f"picture {k + 1}" if len(urls) > 1 else "the picture" for k in range(len(urls))]
+        pixels = [preprocess_image(read_picture(url, name), config.vision.image_size, config.image_mode) for url, name in zip(urls, names)]
+        return prompt, torch.stack(pixels) if pixels else None  # (M, 3, size, size)
+    except ValueError as error:
+        raise refusal(400, str(error), param="messages") from None
+
+
+# --- 2. the application ---------------------------------------------------------------------------------------------
+# in: HTTP requests; out: the page, JSON, or a stream of events. The event loop only waits: all work is done step by step by one thread
+
+
+async def check_caller(request: "Request"):
+    """Refuse what a foreign web site could make a browser send: a name that was pointed at this machine (DNS rebinding), a form, another site's script."""
+    host, hosts = request.headers.get("host", "").lower(), request.app.state.hosts
+    if hosts and (host if host.endswith("]") else host.rpartition(":")[0] or host) not in hosts:
+        raise refusal(403, "this server is for this machine alone: ask for localhost or 127.0.0.1, or start it with --host")
+    if request.method == "POST":
+        origin = request.headers.get("origin")
+        if origin is not None and origin.lower().partition("://")[2] != host:
+            raise refusal(403, "requests from other web sites are refused")
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise refusal(415, "the Content-Type must be application/json")
+
+async def check_key(request: "Request"):
+    key, sent = request.app.state.api_key, request.headers.get("authorization", "")
+    if key and not hmac.compare_digest(sent.encode("utf-8", "replace"), f"Bearer {key}".encode()):
+        raise refusal(401, "the API key is missing or wrong", "invalid_api_key")
+
+
+def build_app(model, tokenizer, args, local):
+    """(FastAPI application, jobs: the requests that are answered or wait, in their order). local: only this machine can ask."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(check_caller)])
+    app.state.api_key, app.state.hosts = args.api_key, {"localhost", "127.0.0.1", "[::1]", args.host} if local else None
+    name = Path(args.model or args.llm).resolve().name
+    jobs, turn, pool = {}, asyncio.Lock(), ThreadPoolExecutor(1)
+
+    async def in_thread(function, *words):
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *words)
+
+    async def write(out, options, *question):
+        """One request from its pictures to the last word. out gets (answer, prompt length) when they are good, then texts."""
+        prompt, pixels = await in_thread(prepare, model, tokenizer, args.template, *question)
+        answer = StreamedAnswer(model, tokenizer, prompt, pixels, **options)
+        out.put_nowait((answer, len(prompt)))
+        try:
+            async with turn:  # first come, first served
+                while (text := await in_thread(next, iter(answer), None)) is not None:
+                    out.put_nowait(text)
+        finally:
+            answer.interrupted = True  # when cancelled: the thread is still at a token
+
+    async def watch(request, job):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        job.cancel()
+
+    def failure(job):
+        """The refusal that tells why a job ended early; None when it did not."""
+        error = None if job.cancelled() else job.exception()
+        if not job.cancelled() and error is None or isinstance(error, HTTPException):
+            return error
+        if error is not None:
+            print(f"serve.py: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return refusal(503 if job.cancelled() else 500, "the server is stopping" if job.cancelled() else f"the model failed ({type(error).__name__}), the server's terminal says more")
+
+    @app.exception_handler(AnyHTTPException)
+    async def show_refusal(request, error):
+        shown = error if isinstance(error.detail, dict) else refusal(error.status_code, str(error.detail))
+        return JSONResponse(shown.detail, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)  # a fault of ours; uvicorn prints it
+    async def show_fault(request, error):
+        return JSONResponse(refusal(500, "the server failed, its terminal says more").detail, 500)
+
+    @app.get("/")
+    async def page():
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+
+    @app.get("/health")
+    async def health():
+        return {"status": "ok", "model": name, "jobs": len(jobs)}
+
+    @app.get("/v1/models", dependencies=[Depends(check_key)])
+    async def models():
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "qilin-min"}]}
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(check_key)])
+    async def chat(request: Request):
+        body = await read_body(request, args.max_body_mb * 2**20)
+        question, options = read_messages(body.get("messages")), read_options(body, args.max_new_tokens)
+        stream, usage_too = body.get("stream"), isinstance(body.get("stream_options"), dict) and body["stream_options"].get("include_usage")
+        if len(jobs) > args.queue:
+            raise refusal(503, f"{args.queue} questions wait already: try again later", "queue_full")
+        out = asyncio.Queue()
+        job = asyncio.create_task(write(out, options, *question))
+        job.add_done_callback(lambda job: (jobs.pop(job), out.put_nowait(None)))  # None: no more
+        jobs[job] = asyncio.create_task(watch(request, job))
+        if (began := await out.get()) is None:
+            raise failure(job)
+        answer, n_prompt = began
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk" if stream else "chat.completion", "created": int(time.time()), "model": name}
+
+        def usage():
+            return {"prompt_tokens": n_prompt, "completion_tokens": answer.n_new, "total_tokens": n_prompt + answer.n_new}
+
+        def event(delta, finish_reason=None):
+            return f"data: {json.dumps(head | {'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish_reason}]})}\n\n"
+
+        async def events():
+            yield event({"role": "assistant", "content": ""})
+            while True:
+                if job in jobs:
+                    yield f": queue {list(jobs).index(job)}\n\n"  # a comment to all but our page: how many are before this one
+                try:
+                    while (text := await asyncio.wait_for(out.get(), 1)) is not None:
+                        if text:
+                            yield event({"content": text})
+                    break
+                except TimeoutError:
+                    continue
+            if error := failure(job):
+                yield f"data: {json.dumps(error.detail)}\n\n"
+                return
+            yield event({}, answer.finish_reason)
+            if usage_too:
+                yield f"data: {json.dumps(head | {'choices': [], 'usage': usage()})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        if stream:
+            return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        texts = []
+        while (text := await out.get()) is not None:
+            texts.append(text)
+        if error := failure(job):
+            raise error
+        choice = {"index": 0, "message": {"role": "assistant", "content": "".join(texts)}, "finish_reason": answer.finish_reason, "logprobs": None}
+        return JSONResponse(head | {"choices": [choice], "usage": usage()})
+
+    return app, jobs
+
+
+# --- 3. the page ----------------------------------------------------------------------------------------------------
+# one file without any outside resource; whatever comes from a person or the model is set as text, never as HTML
+
+PAGE = r"""<!doctype html>
+<html lang="zh-CN">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Qilin-Med-VL</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --mine: #2f6fde; --bad: #c62828; }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0; height: 100dvh; display: flex; flex-direction: column; font: 16px/1.6 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif; }
+header, main, footer { width: 100%; max-width: 50rem; margin: 0 auto; padding: .6rem 1rem; }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.1rem; margin: 0; }
+small { opacity: .65; font-size: .8rem; }
+main { flex: 1; overflow-y: auto; }
+.hint { text-align: center; margin-top: 18vh; opacity: .7; }
+.turn { margin: 1rem 0; display: flex; flex-direction: column; gap: .4rem; }
+.question { align-self: end; max-width: 85%; padding: .5rem .9rem; border-radius: 1rem 1rem .2rem 1rem; background: var(--mine); color: white; }
+.answer { padding: .5rem .9rem; border-radius: 1rem 1rem 1rem .2rem; background: var(--soft); }
+.question, .answer { white-space: pre-wrap; overflow-wrap: anywhere; }
+.answer:empty { display: none; }
+.state { font-size: .85rem; opacity: .75; }
+.error { color: var(--bad); opacity: 1; }
+.pictures { display: flex; flex-wrap: wrap; gap: .5rem; align-self: end; justify-content: end; }
+.picture { position: relative; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; font-size: .8rem; max-width: 12rem; overflow-wrap: anywhere; display: flex; align-items: center; }
+.picture img { display: block; max-height: 8rem; max-width: 12rem; }
+.picture span { padding: .6rem 1.8rem .6rem .6rem; }
+.picture button { position: absolute; top: .2rem; right: .2rem; padding: 0; width: 1.5rem; height: 1.5rem; line-height: 1; border-radius: 50%; }
+footer { border-top: 1px solid var(--line); }
+footer .pictures { justify-content: start; margin-bottom: .5rem; }
+.picture:only-child, .pictures:not(:empty) { margin-bottom: .3rem; }
+textarea, input { font: inherit; width: 100%; padding: .5rem .7rem; border: 1px solid var(--line); border-radius: .6rem; background: transparent; color: inherit; }
+textarea { resize: none; height: 4.2rem; }
+.row { display: flex; gap: .5rem; margin-top: .4rem; }
+button { font: inherit; padding: .35rem .9rem; border: 1px solid var(--line); border-radius: .6rem; background: var(--soft); color: inherit; cursor: pointer; }
+button:disabled { opacity: .4; cursor: default; }
+#send { background: var(--mine); color: white; margin-left: auto; }
+body.drop main { outline: 3px dashed var(--mine); outline-offset: -8px; }
+</style>
+<header><h1>Qilin-Med-VL</h1><small id="model"></small><small>仅供研究，不构成医疗建议 · research only, no medical advice</small></header>
+<main id="log" aria-live="polite"></main>
+<footer>
+<div id="pending" class="pictures"></div>
+<input id="key" type="password" placeholder="访问密钥 API key" autocomplete="off" hidden>
+<textarea id="text" placeholder="输入问题，按 Enter 发送 (Shift+Enter 换行)" aria-label="问题 question" autofocus></textarea>
+<div class="row">
+<button id="choose">图片<small> picture</small></button><button id="clear">清空<small> new</small></button>
+<button id="send">发送<small> send</small></button><button id="stop" hidden>停止<small> stop</small></button>
+</div>
+<input id="files" type="file" multiple hidden>
+</footer>
+<script>
+const $ = id => document.getElementById(id);
+let messages = [], pictures = [], running = null, reading = Promise.resolve();
+
+function add(parent, tag, name, text = "") {
+  const element = document.createElement(tag);
+  element.className = name;
+  element.textContent = text;
+  parent.append(element);
+  return element;
+}
+
+function showPicture(parent, picture) {
+  const box = add(parent, "div", "picture"), image = add(box, "img", "");
+  image.alt = picture.name;
+  image.onerror = () => { image.remove(); box.prepend(add(box, "span", "", picture.name)); };  // DICOM, TIFF: the server can read what a browser cannot show
+  image.src = picture.url;
+  return box;
+}
+
+function showPending() {
+  $("pending").replaceChildren();
+  for (const picture of pictures) {
+    const remove = add(showPicture($("pending"), picture), "button", "", "×");
+    remove.title = "移除 remove";
+    remove.onclick = () => { pictures = pictures.filter(p => p !== picture); showPending(); };
+  }
+}
+
+function addFiles(files) {
+  for (const file of [...files]) {
+    reading = reading.then(() => new Promise(done => {
+      const reader = new FileReader();
+      reader.onload = () => { pictures.push({ name: file.name, url: reader.result }); showPending(); done(); };
+      reader.onerror = () => { add($("log"), "div", "state error", file.name + "：读取失败 cannot be read"); done(); };
+      reader.readAsDataURL(file);
+    }));
+  }
+}
+
+function showHint() {
+  $("log").replaceChildren();
+  add($("log"), "div", "hint", "把医学图片拖到这里，粘贴，或点“图片”，然后提问。\nDrop, paste or choose pictures, then ask.").style.whiteSpace = "pre-line";
+}
+
+function follow(change) {  // keep the end in view, unless the reader has scrolled up
+  const log = $("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  change();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+async function readAnswer(response, answer, state) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", whole = false; ;) {
+    const { value, done } = await reader.read();
+    if (done) {
+      if (!whole) throw new Error("连接中断 the connection broke");
+      return;
+    }
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const queue = line.match(/^: queue (\d+)/);
+      if (queue) state.textContent = queue[1] > 0 ? `排队中，前面还有 ${queue[1]} 个 (${queue[1]} before yours)` : "正在思考 working …";
+      if (line === "data: [DONE]") whole = true;
+      else if (line.startsWith("data: ")) {
+        const data = JSON.parse(line.slice(6));
+        if (data.error) throw new Error(data.error.message);
+        const choice = data.choices[0];
+        if (choice.delta.content) follow(() => { answer.textContent += choice.delta.content; });
+        if (choice.finish_reason) state.textContent = choice.finish_reason === "length" ? "已到长度上限 cut at the length limit" : "";
+      }
+    }
+  }
+}
+
+async function send() {
+  if (running) return;
+  const stop = running = new AbortController();
+  await reading;
+  const text = $("text").value, asked = pictures, dialog = messages;
+  if (!text.trim() && !asked.length) { running = null; return; }
+  const parts = asked.map(picture => ({ type: "image_url", image_url: { url: picture.url } }));
+  const content = parts.length ? [...parts, { type: "text", text }] : text;
+  if (!document.querySelector(".turn")) $("log").replaceChildren();
+  const turn = add($("log"), "section", "turn"), shown = add(turn, "div", "pictures");
+  for (const picture of asked) showPicture(shown, picture);
+  if (text.trim()) add(turn, "div", "question", text);
+  const answer = add(turn, "div", "answer"), state = add(turn, "div", "state", "正在发送 sending …");
+  $("text").value = "";
+  pictures = [];
+  showPending();
+  $("send").hidden = true;
+  $("stop").hidden = false;
+  $("log").scrollTop = $("log").scrollHeight;
+  try {
+    const headers = { "Content-Type": "application/json" };
+    if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
+    const body = JSON.stringify({ messages: [...dialog, { role: "user", content }], stream: true });
+    const response = await fetch("v1/chat/completions", { method: "POST", headers, body, signal: stop.signal });
+    if (response.status === 401) $("key").hidden = false;
+    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error?.message ?? `HTTP ${response.status}`);
+    await readAnswer(response, answer, state);
+    if (!answer.textContent.trim()) state.textContent = "(空 the answer is empty)";
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    follow(() => {
+      state.textContent = stopped ? "已停止 stopped" : error instanceof TypeError ? "连接不上服务器 cannot reach the server" : error.message;
+      if (!stopped) state.classList.add("error");
+    });
+    if (!answer.textContent.trim() && dialog === messages) {  // back to where it can be changed and sent again
+      $("text").value ||= text;
+      pictures = [...asked, ...pictures];
+      showPending();
+    }
+  }
+  if (answer.textContent.trim()) dialog.push({ role: "user", content }, { role: "assistant", content: answer.textContent });
+  running = null;
+  $("send").hidden = false;
+  $("stop").hidden = true;
+  $("text").focus();
+}
+
+$("send").onclick = send;
+$("stop").onclick = () => running?.abort();
+$("clear").onclick = () => { running?.abort(); messages = []; pictures = []; showPending(); showHint(); $("text").focus(); };
+$("choose").onclick = () => $("files").click();
+$("files").onchange = () => { addFiles($("files").files); $("files").value = ""; };
+$("text").onkeydown = event => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) { event.preventDefault(); send(); }  // 229: an input method is composing
+};
+document.onpaste = event => { if (event.clipboardData.files.length) { event.preventDefault(); addFiles(event.clipboardData.files); } };
+document.ondragover = event => { event.preventDefault(); document.body.classList.add("drop"); };
+document.ondragleave = event => { if (!event.relatedTarget) document.body.classList.remove("drop"); };
+document.ondrop = event => { event.preventDefault(); document.body.classList.remove("drop"); addFiles(event.dataTransfer.files); };
+fetch("health").then(response => response.json()).then(said => { $("model").textContent = said.model; }).catch(() => {});
+showHint();
+</script>
+</html>
+"""
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(re.search("<script>(.*)</script>", PAGE, re.DOTALL)[1].encode()).digest()).decode()
+PAGE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Content-Security-Policy":
+                f"default-src 'none'; script-src 'sha256-{SCRIPT_HASH}'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+
+
+# --- 4. command line ------------------------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every network this machine is in (default %(default)s)")
+    add("--port", type=int, default=8000, help="0: any that is free (default %(default)s)")
+    add("--api-key", default=os.environ.get("QILIN_API_KEY", ""), help="clients must send it as a bearer token; the page asks for it (default $QILIN_API_KEY, which other users of the machine cannot see)")
+    add("--queue", type=int, default=16, help="so many questions may wait (default %(default)s)")
+    add("--max-body-mb", type=float, default=32, help="largest request, pictures in base64 included (default %(default)s)")
+    add("--max-new-tokens", type=int, default=512, help="for requests that name no max_tokens (default %(default)s)")
+    add("--template", default="v1", choices=TEMPLATES, help="the one it was trained with (default %(default)s)")
+    add_model_flags(parser)
+    args = parser.parse_args()
+    check_ranges(args, port=(0, 65535), queue=(0, 10**4), max_body_mb=(0.001, 1024), max_new_tokens=(1, 10**6))
+    args.api_key = args.api_key.strip()
+    if not args.api_key.isascii() or not args.api_key.isprintable():
+        raise ValueError("the API key holds characters that no header can carry")
+    return args
+
+
+def open_socket(host, port):
+    """A listening socket. ValueError when the address cannot be had: before the model is loaded, not after."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"cannot listen at {host}, port {port} ({getattr(error, 'strerror', None) or 'no such name'}): give another --port or --host") from None
+
+
+async def serve(app, jobs, sock, greeting):
+    """Until Ctrl-C or SIGTERM, which end every answer at its next token."""
+    server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
+                                           limit_concurrency=1000, timeout_graceful_shutdown=3))
+
+    async def watch():
+        while not server.should_exit:
+            await asyncio.sleep(0.1)
+            if server.started and greeting:
+                print(greeting.pop(), file=sys.stderr, flush=True)
+        for job in list(jobs):
+            job.cancel()
+
+    watching = asyncio.create_task(watch())
+    await server.serve([sock])
+    await watching
+
+
+def main():
+    args = parse_args()
+    if FastAPI is None:
+        raise ValueError("the server needs two packages more: pip install fastapi uvicorn")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sock = open_socket(args.host, args.port)
+    address, port = sock.getsockname()[:2]
+    local = ipaddress.ip_address(address).is_loopback
+    if not local:
+        print(f"serve.py: warning: whoever reaches {address} can ask{'' if args.api_key else ', without a key (set $QILIN_API_KEY)'}; what is sent can be read on its way", file=sys.stderr)
+    model, tokenizer, device = model_from_flags(args)
+    app, jobs = build_app(model, tokenizer, args, local)
+    url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    asyncio.run(serve(app, jobs, sock, [f"{url} answers with a {model.config.text.num_hidden_layers}-layer model on {device}; Ctrl-C ends it. Research code: no medical advice."]))
+
+
+if __name__ == "__main__":
+    run_cli(main)
