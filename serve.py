@@ -34,6 +34,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def refusal(status, message, code=None, param=None):
     """An exception that becomes OpenAI's error object. No line breaks, nothing that UTF-8 cannot carry."""
     kind = {401: "authentication_error", 403: "permission_error", 500: "server_error", 503: "server_error"}.get(status, "invalid_request_error")
     message = " ".join(message.encode("utf-8", "replace").decode().split())
-    return HTTPException(status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, {"Retry-After": "5"} if status == 503 else None)
+    headers = {503: {"Retry-After": "5"}, 413: {"Connection": "close"}, 408: {"Connection": "close"}}.get(status)  # close: the rest of a body is not waited for
+    return HTTPException(status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers)
 
 
 async def read_body(request, limit):
@@ -176,7 +178,8 @@ def read_picture(url, name):
         raise ValueError(f"{name} is empty (0 bytes)")
     try:
         if not is_dicom(file):
-            Image.open(file, formats=PICTURE_FORMATS)  # reads the header only
+            with warnings.catch_warnings(action="ignore"):  # Pillow's own about size: open_image refuses
+                Image.open(file, formats=PICTURE_FORMATS)  # reads the header only
             file.seek(0)
         image = open_image(file)
     except Exception as error:  # the decoders raise many kinds for a damaged file
