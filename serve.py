@@ -207,7 +207,7 @@ def prepare(model, tokenizer, template, conversation, n_images, urls):
 
 
 # --- 2. the application ---------------------------------------------------------------------------------------------
-# in: HTTP requests; out: the page, JSON, or a stream of events. The event loop only waits: all work is done step by step by one thread
+# in: HTTP requests; out: the page, JSON, or a stream of events. The event loop only waits: one thread decodes pictures, one writes answers, token by token
 
 
 async def check_caller(request: "Request"):
@@ -228,24 +228,22 @@ async def check_key(request: "Request"):
         raise refusal(401, "the API key is missing or wrong", "invalid_api_key")
 
 
-def build_app(model, tokenizer, args, local):
-    """(FastAPI application, jobs: the requests that are answered or wait, in their order). local: only this machine can ask."""
+def build_app(model, tokenizer, args, hosts):
+    """(FastAPI application, jobs: the requests that are answered or wait, in their order). hosts: the names it may be called by; None: any."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(check_caller)])
-    app.state.api_key, app.state.hosts = args.api_key, {"localhost", "127.0.0.1", "[::1]", args.host} if local else None
+    app.state.api_key, app.state.hosts = args.api_key, hosts
     name = Path(args.model or args.llm).resolve().name
-    jobs, turn, pool = {}, asyncio.Lock(), ThreadPoolExecutor(1)
-
-    async def in_thread(function, *words):
-        return await asyncio.get_running_loop().run_in_executor(pool, function, *words)
+    jobs, turn, reader, writer = {}, asyncio.Lock(), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     async def write(out, options, *question):
         """One request from its pictures to the last word. out gets (answer, prompt length) when they are good, then texts."""
-        prompt, pixels = await in_thread(prepare, model, tokenizer, args.template, *question)
+        loop = asyncio.get_running_loop()
+        prompt, pixels = await loop.run_in_executor(reader, prepare, model, tokenizer, args.template, *question)
         answer = StreamedAnswer(model, tokenizer, prompt, pixels, **options)
         out.put_nowait((answer, len(prompt)))
         try:
             async with turn:  # first come, first served
-                while (text := await in_thread(next, iter(answer), None)) is not None:
+                while (text := await loop.run_in_executor(writer, next, iter(answer), None)) is not None:
                     out.put_nowait(text)
         finally:
             answer.interrupted = True  # when cancelled: the thread is still at a token
@@ -256,13 +254,14 @@ def build_app(model, tokenizer, args, local):
         job.cancel()
 
     def failure(job):
-        """The refusal that tells why a job ended early; None when it did not."""
-        error = None if job.cancelled() else job.exception()
-        if not job.cancelled() and error is None or isinstance(error, HTTPException):
+        """What to tell when a job ended early; None when it did not."""
+        if job.cancelled():
+            return refusal(503, "the server is stopping")
+        error = job.exception()
+        if error is None or isinstance(error, HTTPException):
             return error
-        if error is not None:
-            print(f"serve.py: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
-        return refusal(503 if job.cancelled() else 500, "the server is stopping" if job.cancelled() else f"the model failed ({type(error).__name__}), the server's terminal says more")
+        print(f"serve.py: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return refusal(500, f"the model failed ({type(error).__name__}), the server's terminal says more")
 
     @app.exception_handler(AnyHTTPException)
     async def show_refusal(request, error):
@@ -359,7 +358,7 @@ header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; bor
 h1 { font-size: 1.1rem; margin: 0; }
 small { opacity: .65; font-size: .8rem; }
 main { flex: 1; overflow-y: auto; }
-.hint { text-align: center; margin-top: 18vh; opacity: .7; }
+.hint { white-space: pre-line; text-wrap: balance; text-align: center; margin-top: 18vh; opacity: .7; }
 .turn { margin: 1rem 0; display: flex; flex-direction: column; gap: .4rem; }
 .question { align-self: end; max-width: 85%; padding: .5rem .9rem; border-radius: 1rem 1rem .2rem 1rem; background: var(--mine); color: white; }
 .answer { padding: .5rem .9rem; border-radius: 1rem 1rem 1rem .2rem; background: var(--soft); }
@@ -371,10 +370,11 @@ main { flex: 1; overflow-y: auto; }
 .picture { position: relative; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; font-size: .8rem; max-width: 12rem; overflow-wrap: anywhere; display: flex; align-items: center; }
 .picture img { display: block; max-height: 8rem; max-width: 12rem; }
 .picture span { padding: .6rem 1.8rem .6rem .6rem; }
-.picture button { position: absolute; top: .2rem; right: .2rem; padding: 0; width: 1.5rem; height: 1.5rem; line-height: 1; border-radius: 50%; }
+.picture button { position: absolute; top: .2rem; right: .2rem; padding: 0; width: 1.5rem; height: 1.5rem; line-height: 1; border-radius: 50%; background: Canvas; }
 footer { border-top: 1px solid var(--line); }
-footer .pictures { justify-content: start; margin-bottom: .5rem; }
-.picture:only-child, .pictures:not(:empty) { margin-bottom: .3rem; }
+footer .pictures { justify-content: start; }
+footer .picture { margin-bottom: .5rem; }
+footer .picture img { height: 5rem; }
 textarea, input { font: inherit; width: 100%; padding: .5rem .7rem; border: 1px solid var(--line); border-radius: .6rem; background: transparent; color: inherit; }
 textarea { resize: none; height: 4.2rem; }
 .row { display: flex; gap: .5rem; margin-top: .4rem; }
@@ -437,7 +437,7 @@ function addFiles(files) {
 
 function showHint() {
   $("log").replaceChildren();
-  add($("log"), "div", "hint", "把医学图片拖到这里，粘贴，或点“图片”，然后提问。\nDrop, paste or choose pictures, then ask.").style.whiteSpace = "pre-line";
+  add($("log"), "div", "hint", "把医学图片拖到这里，粘贴，或点“图片”，然后提问。\nDrop, paste or choose pictures, then ask.");
 }
 
 function follow(change) {  // keep the end in view, unless the reader has scrolled up
@@ -509,6 +509,7 @@ async function send() {
       $("text").value ||= text;
       pictures = [...asked, ...pictures];
       showPending();
+      state.scrollIntoView({ block: "nearest" });
     }
   }
   if (answer.textContent.trim()) dialog.push({ role: "user", content }, { role: "assistant", content: answer.textContent });
@@ -537,7 +538,8 @@ showHint();
 """
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(re.search("<script>(.*)</script>", PAGE, re.DOTALL)[1].encode()).digest()).decode()
 PAGE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Content-Security-Policy":
-                f"default-src 'none'; script-src 'sha256-{SCRIPT_HASH}'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+                f"default-src 'none'; script-src 'sha256-{SCRIPT_HASH}'; style-src 'unsafe-inline'; img-src data:; "
+                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 
 # --- 4. command line ------------------------------------------------------------------------------------------------
@@ -548,7 +550,8 @@ def parse_args():
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every network this machine is in (default %(default)s)")
     add("--port", type=int, default=8000, help="0: any that is free (default %(default)s)")
-    add("--api-key", default=os.environ.get("QILIN_API_KEY", ""), help="clients must send it as a bearer token; the page asks for it (default $QILIN_API_KEY, which other users of the machine cannot see)")
+    add("--api-key", default=os.environ.get("QILIN_API_KEY", ""), metavar="KEY",
+        help="clients must send it as a bearer token; the page asks for it (default $QILIN_API_KEY, which other users of the machine cannot see)")
     add("--queue", type=int, default=16, help="so many questions may wait (default %(default)s)")
     add("--max-body-mb", type=float, default=32, help="largest request, pictures in base64 included (default %(default)s)")
     add("--max-new-tokens", type=int, default=512, help="for requests that name no max_tokens (default %(default)s)")
@@ -598,11 +601,12 @@ def main():
     address, port = sock.getsockname()[:2]
     local = ipaddress.ip_address(address).is_loopback
     if not local:
-        print(f"serve.py: warning: whoever reaches {address} can ask{'' if args.api_key else ', without a key (set $QILIN_API_KEY)'}; what is sent can be read on its way", file=sys.stderr)
+        without = "" if args.api_key else ", without a key (set $QILIN_API_KEY)"
+        print(f"serve.py: warning: whoever reaches {address} can ask{without}; what is sent can be read on its way", file=sys.stderr)
     model, tokenizer, device = model_from_flags(args)
-    app, jobs = build_app(model, tokenizer, args, local)
-    url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-    asyncio.run(serve(app, jobs, sock, [f"{url} answers with a {model.config.text.num_hidden_layers}-layer model on {device}; Ctrl-C ends it. Research code: no medical advice."]))
+    name = f"[{address}]" if ":" in address else address  # in a URL
+    app, jobs = build_app(model, tokenizer, args, {"localhost", "127.0.0.1", "[::1]", name, args.host.lower()} if local else None)
+    asyncio.run(serve(app, jobs, sock, [f"http://{name}:{port} answers with a {model.config.text.num_hidden_layers}-layer model on {device}; Ctrl-C ends it. Research code: no medical advice."]))
 
 
 if __name__ == "__main__":
