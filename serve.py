@@ -222,6 +222,7 @@ async def check_caller(request: "Request"):
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise refusal(415, "the Content-Type must be application/json")
 
+
 async def check_key(request: "Request"):
     key, sent = request.app.state.api_key, request.headers.get("authorization", "")
     if key and not hmac.compare_digest(sent.encode("utf-8", "replace"), f"Bearer {key}".encode()):
@@ -397,6 +398,7 @@ body.drop main { outline: 3px dashed var(--mine); outline-offset: -8px; }
 </footer>
 <script>
 const $ = id => document.getElementById(id);
+const KNOWN = { queue_full: "排队已满，请稍后再试", context_length_exceeded: "图片或文字太多", request_too_large: "图片太大", invalid_api_key: "请填写访问密钥" };
 let messages = [], pictures = [], running = null, reading = Promise.resolve();
 
 function add(parent, tag, name, text = "") {
@@ -446,6 +448,10 @@ function follow(change) {  // keep the end in view, unless the reader has scroll
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
+function fault(error) {
+  return new Error((KNOWN[error.code] ?? "无法回答") + " — " + error.message);
+}
+
 async function readAnswer(response, answer, state) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = "", whole = false; ;) {
@@ -462,7 +468,7 @@ async function readAnswer(response, answer, state) {
       if (line === "data: [DONE]") whole = true;
       else if (line.startsWith("data: ")) {
         const data = JSON.parse(line.slice(6));
-        if (data.error) throw new Error(data.error.message);
+        if (data.error) throw fault(data.error);
         const choice = data.choices[0];
         if (choice.delta.content) follow(() => { answer.textContent += choice.delta.content; });
         if (choice.finish_reason) state.textContent = choice.finish_reason === "length" ? "已到长度上限 cut at the length limit" : "";
@@ -496,7 +502,7 @@ async function send() {
     const body = JSON.stringify({ messages: [...dialog, { role: "user", content }], stream: true });
     const response = await fetch("v1/chat/completions", { method: "POST", headers, body, signal: stop.signal });
     if (response.status === 401) $("key").hidden = false;
-    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error?.message ?? `HTTP ${response.status}`);
+    if (!response.ok) throw fault((await response.json().catch(() => ({}))).error ?? { message: `HTTP ${response.status}` });
     await readAnswer(response, answer, state);
     if (!answer.textContent.trim()) state.textContent = "(空 the answer is empty)";
   } catch (error) {
@@ -577,7 +583,7 @@ def open_socket(host, port):
 async def serve(app, jobs, sock, greeting):
     """Until Ctrl-C or SIGTERM, which end every answer at its next token."""
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
-                                           limit_concurrency=1000, timeout_graceful_shutdown=3))
+                                           limit_concurrency=500, timeout_graceful_shutdown=3))
 
     async def watch():
         while not server.should_exit:

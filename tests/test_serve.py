@@ -42,13 +42,10 @@ def world(tmp_path_factory, spm_path):
     return q.load_qilin(folder / "tiny"), q.Tokenizer(folder / "tiny"), folder
 
 
-def command(world, *options):
-    return list(map(str, [sys.executable, ROOT / "serve.py", "--model", world[2] / "tiny", *options]))
-
-
-def start(world, *options, **env):
+def start(world, *options, run=(ROOT / "serve.py",), **env):
     """(process, URL) of a server that is ready."""
-    process = subprocess.Popen(command(world, "--port", 0, *options), stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", **env))
+    command = list(map(str, [sys.executable, *run, "--model", world[2] / "tiny", "--port", 0, *options]))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", **env))
     for line in process.stderr:
         if found := re.search(r"(http://\S+) answers with .*no medical advice", line):
             return process, found[1]
@@ -459,12 +456,48 @@ def test_the_page_stops_and_waits(world, guarded, page):
     full = post(url, {"messages": [asks("a")]}, headers={"Authorization": "Bearer secret"})
     page.locator("#stop").click()
     said = ended(page, 2)
-    assert full.status_code == 503 and want(world, ["what?"], max_new_tokens=1900)[0].startswith(said) and len(said) > 0
+    text = want(world, ["what?"], max_new_tokens=200)[0]
+    assert full.status_code == 503 and len(said) > 0 and (text.startswith(said) or said.startswith(text))
     assert "stopped" in page.locator(".turn").nth(1).locator(".state").text_content()
     wait_until(lambda: jobs(url) == 0, 5)
 
 
-# --- 5. beginning and end -------------------------------------------------------------------------------------------
+# --- 5. what goes wrong within --------------------------------------------------------------------------------------
+
+ODD = """import sys; sys.path.insert(0, sys.argv.pop(1)); import serve
+
+class Failing(serve.StreamedAnswer):
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        self._text = self.fail(self._text)
+
+    def fail(self, texts):
+        yield next(texts)
+        raise RuntimeError("details for the terminal")
+
+serve.StreamedAnswer, serve.BODY_SECONDS = Failing, 1
+serve.run_cli(serve.main)
+"""
+
+
+def test_a_model_that_fails_and_a_body_that_does_not_come(world):
+    process, url = start(world, run=["-c", ODD, ROOT])
+    try:
+        answer = post(url, {"messages": [asks("a")]})
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error" and "details" not in answer.text
+        with pytest.raises(openai.APIError, match="the model failed"):
+            list(client(url).chat.completions.create(model="any", messages=[asks("a")], stream=True))
+        with socket.create_connection(url[7:].split(":")) as slow:
+            slow.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url[7:]}\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{".encode())
+            assert b" 408 " in slow.recv(1000)
+        assert jobs(url) == 0
+    finally:
+        process.kill()
+    said = process.communicate()[1]
+    assert said.count("details for the terminal") == 2 and "Traceback" not in said
+
+
+# --- 6. beginning and end -------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_ends_it_within_an_answer(guarded):
