@@ -157,7 +157,7 @@ def test_options_are_honoured(world, server):
     options = dict(temperature=1.0, top_p=0.9, seed=7)
     assert ask(**options).message.content == want(world, ["draw"], **options)[0] == ask(**options).message.content != ask(**options | {"seed": 8}).message.content
     assert ask(extra_body={"top_k": 3, "repetition_penalty": 1.3}, temperature=1.0, seed=1).message.content == want(world, ["draw"], temperature=1.0, top_k=3, repetition_penalty=1.3, seed=1)[0]
-    assert ask(temperature=1e-30, extra_body={"top_k": -1}).message.content == want(world, ["draw"])[0]
+    assert ask(temperature=1e-40, extra_body={"top_k": -1}).message.content == want(world, ["draw"])[0]
     assert ask(max_tokens=3).message.content == ask(max_completion_tokens=3).message.content == want(world, ["draw"], max_new_tokens=3)[0]
     text = want(world, ["draw"])[0]
     for stop in (text[5:9], [text[8:10], text[5:9]]):
@@ -191,15 +191,16 @@ def bomb(width, height):
 
 def test_bad_pictures_are_refused_and_harm_nobody(world, server):
     good = (world[2] / "a.png").read_bytes()
-    bad = {"empty": b"", "truncated": good[:200], "truncated in its head": good[:20], "no picture": b"hello " * 50, "100 megapixels": saved("L", (10000, 10000), "PNG"), "bomb": bomb(50000, 50000),
-           "line": saved("1", (60000, 1), "PNG"), "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "DICOM": b"\0" * 128 + b"DICM" + b"\xff" * 40,
-           "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
+    bad = {"empty": b"", "truncated": good[:200], "truncated in its head": good[:20], "no picture": b"hello " * 50, "100 megapixels": saved("L", (10000, 10000), "PNG"),
+           "bomb": bomb(50000, 50000), "line": saved("1", (60000, 1), "PNG"), "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+           "DICOM": b"\0" * 128 + b"DICM" + b"\xff" * 40, "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
     for name, picture in bad.items():
         for stream in (False, True):
             answer = post(server, {"messages": [asks("what?", good, picture)], "stream": stream})
             error = answer.json()["error"]
             assert answer.status_code == 400 and "picture 2" in error["message"] and error["type"] == "invalid_request_error", (name, answer.text)
             assert not re.search(r"BytesIO|0x[0-9a-f]{6}|Traceback|/tmp|\.py", error["message"]), (name, error)
+            assert name != "EPS" or "identify" in error["message"]  # Pillow would start Ghostscript for it
     urls = {"https://a.b/c.png": "data URL", "file:///etc/passwd": "data URL", "/etc/passwd": "data URL", "data:": "base64", "data:image/png,abc": "base64", "data:image/png;base64,@@@": "damaged",
             "data:image/png;base64,\u56fe": "damaged", "": "data URL"}
     for url, said in urls.items():
@@ -215,20 +216,25 @@ def test_pictures_of_many_kinds_are_read(world, server):
         assert post(server, {"messages": [asks("what?", saved(mode, (30, 20), kind))]}).status_code == 200, kind
 
 
-@pytest.mark.parametrize("body, said", [
-    (b"", "JSON"), (b"{", "JSON"), (b"[]", "object"), (b"[" * 100000, "JSON"), (b"\xff\xfe\xfd", "JSON"), ({}, "messages"), ({"messages": []}, "messages"), ({"messages": {}}, "messages"),
-    ({"messages": [1]}, "messages[0].role"), ({"messages": [{"role": "user"}]}, "messages[0].content"), ({"messages": [asks(" ")]}, "empty"), ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "role"), ({"messages": [asks("a"), asks("b")]}, "messages[1].role must be assistant"),
-    ({"messages": [asks("a"), {"role": "assistant", "content": "b"}]}, "ends with"), ({"messages": [{"role": "system", "content": "b"}]}, "ends with"),
-    ({"messages": [asks("a"), {"role": "assistant", "content": ""}, asks("c")]}, "messages[1] is empty"),
-    ({"messages": [asks("a"), {"role": "system", "content": "b"}, asks("c")]}, "system first"), ({"messages": [{"role": "system", "content": asks("a", b"b")["content"]}, asks("c")]}, "only the user"),
+BAD = [
+    (b"", "JSON"), (b"{", "JSON"), (b"[]", "object"), (b"[" * 100000, "JSON"), (b"\xff\xfe\xfd", "JSON"), (b'{"seed": 1' + b"0" * 5000 + b"}", "JSON"),
+    ({}, "messages"), ({"messages": []}, "messages"), ({"messages": {}}, "messages"), ({"messages": [1]}, "messages[0].role"), ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [asks(" ")]}, "empty"), ({"messages": [{"role": "tool", "content": "a"}]}, "role"), ({"messages": [{"role": "assistant", "content": "a"}]}, "role"),
+    ({"messages": [asks("a"), asks("b")]}, "messages[1].role must be assistant"), ({"messages": [asks("a"), {"role": "assistant", "content": "b"}]}, "ends with"),
+    ({"messages": [{"role": "system", "content": "b"}]}, "ends with"), ({"messages": [asks("a"), {"role": "assistant", "content": ""}, asks("c")]}, "messages[1] is empty"),
+    ({"messages": [asks("a"), {"role": "system", "content": "b"}, asks("c")]}, "system first"),
+    ({"messages": [{"role": "system", "content": asks("a", b"b")["content"]}, asks("c")]}, "only the user"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "content"), ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "content"),
-    ({"messages": [asks("a\ud800b")]}, "Unicode"), ({"messages": [{"role": "\ud800", "content": "a"}]}, "role"), ({"messages": [asks("word " * 2100)]}, "2048"), ({"messages": [asks("x" * 500000)]}, "2048"),
-    ({"messages": [asks("many", *[b"x"] * 128)]}, "2048")]
-    + [({"messages": [asks("a")], name: value}, name) for name, value in [
-        ("temperature", -1), ("temperature", float("nan")), ("temperature", "1"), ("temperature", True), ("temperature", 3), ("top_p", 0), ("top_p", 1.1), ("top_k", 1.5), ("top_k", -2), ("seed", 2**63),
-        ("max_tokens", 0), ("max_tokens", 1e400), ("max_tokens", 1.5), ("max_completion_tokens", "5"), ("repetition_penalty", 0), ("n", 2), ("tools", [{"type": "function"}]), ("logprobs", True),
-        ("response_format", {"type": "json_object"}), ("stop", [""]), ("stop", 3), ("stop", ["a"] * 17), ("stop", "a" * 201), ("stream", "yes"), ("presence_penalty", 1), ("logit_bias", {"5": 1})]])
+    ({"messages": [asks("a\ud800b")]}, "Unicode"), ({"messages": [{"role": "\ud800", "content": "a"}]}, "role"),
+    ({"messages": [asks("word " * 2100)]}, "2048"), ({"messages": [asks("x" * 500000)]}, "2048"), ({"messages": [asks("many", *[b"x"] * 128)]}, "2048")]
+BAD_VALUES = [
+    ("temperature", -1), ("temperature", float("nan")), ("temperature", "1"), ("temperature", True), ("temperature", 3), ("top_p", 0), ("top_p", 1.1), ("top_k", 1.5), ("top_k", -2),
+    ("seed", 2**63), ("max_tokens", 0), ("max_tokens", 1e400), ("max_tokens", 1.5), ("max_completion_tokens", "5"), ("repetition_penalty", 0), ("n", 2), ("tools", [{"type": "function"}]),
+    ("logprobs", True), ("response_format", {"type": "json_object"}), ("stop", [""]), ("stop", 3), ("stop", ["a"] * 17), ("stop", "a" * 201), ("stream", "yes"), ("presence_penalty", 1),
+    ("logit_bias", {"5": 1})]
+
+
+@pytest.mark.parametrize("body, said", BAD + [({"messages": [asks("a")], name: value}, name) for name, value in BAD_VALUES])
 def test_bad_requests_are_refused(server, body, said):
     answer = post(server, body)
     error = answer.json()["error"]
@@ -249,15 +255,21 @@ def test_other_addresses_and_methods(server):
 
 def test_a_body_is_counted_while_it_comes(world, server):
     """Too large with its length told, or in pieces that tell nothing; and a client that never ends is cut off."""
-    large = json.dumps({"messages": [asks("a" * 1200000)]}).encode()
-    told, untold = post(server, large), post(server, b"", headers={"X": "y"}) and httpx.post(
-        server + "/v1/chat/completions", content=(large[i:i + 65536] for i in range(0, len(large), 65536)), headers={"Content-Type": "application/json"})
-    for answer in (told, untold):
+    large, sent = json.dumps({"messages": [asks("a" * 1200000)]}).encode(), []
+
+    def endless():
+        for _ in range(10**5):
+            sent.append(65536)
+            yield b" " * 65536
+
+    for body in (large, (large[i:i + 65536] for i in range(0, len(large), 65536))):
+        answer = httpx.post(server + "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}, timeout=20)
         assert answer.status_code == 413 and "1 MB" in answer.json()["error"]["message"]
-    with pytest.raises((httpx.HTTPError, StopIteration)):
-        answer = httpx.post(server + "/v1/chat/completions", content=(b" " * 65536 for _ in range(10**5)), headers={"Content-Type": "application/json"}, timeout=20)
-        assert answer.status_code == 413
-        raise StopIteration  # the answer came before the break: as good
+    try:
+        assert httpx.post(server + "/v1/chat/completions", content=endless(), headers={"Content-Type": "application/json"}, timeout=20).status_code == 413
+    except httpx.HTTPError:
+        pass  # the connection was closed: as good
+    assert sum(sent) < 2**28
     assert is_well(world, server)
 
 
@@ -272,8 +284,8 @@ def test_other_web_sites_are_refused(world, server):
     """What a page elsewhere could make a browser send: a form, a script of its own origin, a name pointed at 127.0.0.1."""
     good = {"messages": [asks("a")], "max_tokens": 1}
     port = server.rpartition(":")[2]
-    for headers, status in (({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 415), ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
-                            ({"Origin": "http://127.0.0.1:1"}, 403), ({"Host": f"evil.example:{port}"}, 403), ({"Host": f"127.0.0.1.evil.example:{port}"}, 403), ({"Origin": server}, 200),
+    for headers, status in (({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+                            ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://127.0.0.1:1"}, 403), ({"Host": f"evil.example:{port}"}, 403), ({"Host": f"127.0.0.1.evil.example:{port}"}, 403), ({"Origin": server}, 200),
                             ({"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}, 200), ({"Host": "[::1]"}, 200), ({"Content-Type": "application/json; charset=utf-8"}, 200)):
         answer = post(server, good, headers=headers)
         assert answer.status_code == status and "access-control-allow-origin" not in answer.headers, (headers, answer.text)
@@ -320,14 +332,14 @@ def leave_after(url, text, stream):
 
 def test_requests_wait_in_order_and_the_queue_is_bounded(world, server):
     asked = []
-    for i, options in enumerate(({"max_tokens": 900}, {}, {})):
+    for i, options in enumerate(({"max_tokens": 900}, {"max_tokens": 300}, {"max_tokens": 300})):  # long enough that the threads here hear of them in their order
         asked.append(Ask(server, f"question {i}", **options))
         wait_until(lambda: jobs(server) == i + 1)
     full = post(server, {"messages": [asks("one more")]})
     assert full.status_code == 503 and full.json()["error"]["code"] == "queue_full" and full.headers["retry-after"]
     for i, one in enumerate(asked):
         one.join(60)
-        assert one.status == 200 and one.text == want(world, [f"question {i}"], max_new_tokens=900 if i == 0 else 12)[0]
+        assert one.status == 200 and one.text == want(world, [f"question {i}"], max_new_tokens=900 if i == 0 else 300)[0]
     assert asked[0].ended < asked[1].ended < asked[2].ended
     assert is_well(world, server)
 
@@ -512,8 +524,9 @@ def test_ctrl_c_ends_it_within_an_answer(guarded):
         httpx.get(url)
 
 
-@pytest.mark.parametrize("options, said", [(["--port", "{port}"], "port {port}"), (["--port", "70000"], "--port"), (["--host", "nowhere.invalid"], "nowhere.invalid"), (["--model", "gone"], "gone"),
-                                           (["--model", "gone", "--host", "0.0.0.0"], "gone"), (["--api-key", "\u00e9"], "API key"), (["--queue", "-1"], "--queue"), (["--max-body-mb", "nan"], "--max-body-mb"), ("no fastapi", "pip install fastapi uvicorn")])
+@pytest.mark.parametrize("options, said", [
+    (["--port", "{port}"], "port {port}"), (["--port", "70000"], "--port"), (["--host", "nowhere.invalid"], "nowhere.invalid"), (["--model", "gone"], "gone"), (["--model", "gone", "--host", "0.0.0.0"], "gone"), (["--api-key", "\u00e9"], "API key"),
+    (["--queue", "-1"], "--queue"), (["--max-body-mb", "nan"], "--max-body-mb"), ("no fastapi", "pip install fastapi uvicorn")])
 def test_what_keeps_it_from_starting_is_said_in_a_line(server, monkeypatch, capsys, options, said):
     if options == "no fastapi":
         monkeypatch.setitem(sys.modules, "fastapi", None)
