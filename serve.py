@@ -67,7 +67,7 @@ NEUTRAL = {"n": [1], "best_of": [1], "tools": [[]], "tool_choice": ["none", "aut
 
 def refusal(status, message, code=None, param=None):
     """An exception that becomes OpenAI's error object. No line breaks, nothing that UTF-8 cannot carry."""
-    kind = {401: "authentication_error", 403: "permission_error", 500: "server_error", 503: "server_error"}.get(status, "invalid_request_error")
+    kind = {401: "authentication_error", 403: "permission_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
     message = " ".join(message.encode("utf-8", "replace").decode().split())
     headers = {503: {"Retry-After": "5"}, 413: {"Connection": "close"}, 408: {"Connection": "close"}}.get(status)  # close: the rest of a body is not waited for
     return HTTPException(status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers)
@@ -183,8 +183,8 @@ def read_picture(url, name):
             file.seek(0)
         image = open_image(file)
     except Exception as error:  # the decoders raise many kinds for a damaged file
-        said = re.sub(r" ?<_io\.BytesIO[^>]*>", "", one_line(error)).removeprefix("the picture: ")
-        raise ValueError(f"{name}: {said}") from None
+        said = re.sub(r" ?<_io\.BytesIO[^>]*>|^the picture: the picture does not decode ", "", one_line(error)).strip("()")
+        raise ValueError(f"{name} does not decode ({said})") from None
     image.filename = name  # for the errors of preprocess_image
     return image
 
@@ -198,7 +198,8 @@ def prepare(model, tokenizer, template, conversation, n_images, urls):
         prompt = encode_prompt(conversation, tokenizer, n, template, n_images) if fits else []
         if not fits or len(prompt) >= limit:
             length = f"{len(prompt)} tokens" if fits else f"{len(urls)} pictures of {n} tokens each and {n_chars} characters"
-            raise refusal(400, f"the model's positions end at {limit}, the messages take {length}: fewer pictures, or shorter texts", "context_length_exceeded", "messages")
+            raise refusal(400, f"the model's positions end at {limit}, the messages take {length}: fewer pictures, or shorter texts",
+                          "context_length_exceeded", "messages")
         names = [f"picture {k + 1}" if len(urls) > 1 else "the picture" for k in range(len(urls))]
         pixels = [preprocess_image(read_picture(url, name), config.vision.image_size, config.image_mode) for url, name in zip(urls, names)]
         return prompt, torch.stack(pixels) if pixels else None  # (M, 3, size, size)
@@ -612,7 +613,8 @@ def main():
     model, tokenizer, device = model_from_flags(args)
     name = f"[{address}]" if ":" in address else address  # in a URL
     app, jobs = build_app(model, tokenizer, args, {"localhost", "127.0.0.1", "[::1]", name, args.host.lower()} if local else None)
-    asyncio.run(serve(app, jobs, sock, [f"http://{name}:{port} answers with a {model.config.text.num_hidden_layers}-layer model on {device}; Ctrl-C ends it. Research code: no medical advice."]))
+    asyncio.run(serve(app, jobs, sock, [f"http://{name}:{port} answers with a {model.config.text.num_hidden_layers}-layer model on {device}; "
+                                    "Ctrl-C ends it. Research code: no medical advice."]))
 
 
 if __name__ == "__main__":

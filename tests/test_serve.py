@@ -156,7 +156,8 @@ def test_options_are_honoured(world, server):
 
     options = dict(temperature=1.0, top_p=0.9, seed=7)
     assert ask(**options).message.content == want(world, ["draw"], **options)[0] == ask(**options).message.content != ask(**options | {"seed": 8}).message.content
-    assert ask(extra_body={"top_k": 3, "repetition_penalty": 1.3}, temperature=1.0, seed=1).message.content == want(world, ["draw"], temperature=1.0, top_k=3, repetition_penalty=1.3, seed=1)[0]
+    vllm = {"top_k": 3, "repetition_penalty": 1.3}
+    assert ask(extra_body=vllm, temperature=1.0, seed=1).message.content == want(world, ["draw"], temperature=1.0, seed=1, **vllm)[0]
     assert ask(temperature=1e-40, extra_body={"top_k": -1}).message.content == want(world, ["draw"])[0]
     assert ask(max_tokens=3).message.content == ask(max_completion_tokens=3).message.content == want(world, ["draw"], max_new_tokens=3)[0]
     text = want(world, ["draw"])[0]
@@ -201,8 +202,8 @@ def test_bad_pictures_are_refused_and_harm_nobody(world, server):
             assert answer.status_code == 400 and "picture 2" in error["message"] and error["type"] == "invalid_request_error", (name, answer.text)
             assert not re.search(r"BytesIO|0x[0-9a-f]{6}|Traceback|/tmp|\.py", error["message"]), (name, error)
             assert name != "EPS" or "identify" in error["message"]  # Pillow would start Ghostscript for it
-    urls = {"https://a.b/c.png": "data URL", "file:///etc/passwd": "data URL", "/etc/passwd": "data URL", "data:": "base64", "data:image/png,abc": "base64", "data:image/png;base64,@@@": "damaged",
-            "data:image/png;base64,\u56fe": "damaged", "": "data URL"}
+    urls = {"https://a.b/c.png": "data URL", "file:///etc/passwd": "data URL", "/etc/passwd": "data URL", "data:": "base64", "data:image/png,abc": "base64",
+            "data:image/png;base64,@@@": "damaged", "data:image/png;base64,\u56fe": "damaged", "": "data URL"}
     for url, said in urls.items():
         answer = post(server, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]})
         assert answer.status_code == 400 and said in answer.json()["error"]["message"], (url, answer.text)
@@ -285,8 +286,10 @@ def test_other_web_sites_are_refused(world, server):
     good = {"messages": [asks("a")], "max_tokens": 1}
     port = server.rpartition(":")[2]
     for headers, status in (({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
-                            ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://127.0.0.1:1"}, 403), ({"Host": f"evil.example:{port}"}, 403), ({"Host": f"127.0.0.1.evil.example:{port}"}, 403), ({"Origin": server}, 200),
-                            ({"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}, 200), ({"Host": "[::1]"}, 200), ({"Content-Type": "application/json; charset=utf-8"}, 200)):
+                            ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://127.0.0.1:1"}, 403),
+                            ({"Host": f"evil.example:{port}"}, 403), ({"Host": f"127.0.0.1.evil.example:{port}"}, 403), ({"Origin": server}, 200),
+                            ({"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}, 200), ({"Host": "[::1]"}, 200),
+                            ({"Content-Type": "application/json; charset=utf-8"}, 200)):
         answer = post(server, good, headers=headers)
         assert answer.status_code == status and "access-control-allow-origin" not in answer.headers, (headers, answer.text)
     assert httpx.get(server, headers={"Host": "evil.example"}).status_code == 403
@@ -323,32 +326,32 @@ class Ask(threading.Thread):
         self.text = answer.json()["choices"][0]["message"]["content"] if answer.status_code == 200 else answer.text
 
 
-def leave_after(url, text, stream):
+def long_answer(url, text, stream, **headers):
     """A connection with a long answer under way, to be closed by the caller."""
     connection = http.client.HTTPConnection(url[7:], timeout=30)
-    connection.request("POST", "/v1/chat/completions", json.dumps({"messages": [asks(text)], "stream": stream} | LONG), {"Content-Type": "application/json"})
+    connection.request("POST", "/v1/chat/completions", json.dumps({"messages": [asks(text)], "stream": stream} | LONG), {"Content-Type": "application/json"} | headers)
     return connection
 
 
 def test_requests_wait_in_order_and_the_queue_is_bounded(world, server):
     asked = []
-    for i, options in enumerate(({"max_tokens": 900}, {"max_tokens": 300}, {"max_tokens": 300})):  # long enough that the threads here hear of them in their order
+    for i, options in enumerate(({"max_tokens": 700}, {"max_tokens": 150}, {"max_tokens": 150})):  # long enough to be heard of in order
         asked.append(Ask(server, f"question {i}", **options))
         wait_until(lambda: jobs(server) == i + 1)
     full = post(server, {"messages": [asks("one more")]})
     assert full.status_code == 503 and full.json()["error"]["code"] == "queue_full" and full.headers["retry-after"]
     for i, one in enumerate(asked):
         one.join(60)
-        assert one.status == 200 and one.text == want(world, [f"question {i}"], max_new_tokens=900 if i == 0 else 300)[0]
+        assert one.status == 200 and one.text == want(world, [f"question {i}"], max_new_tokens=700 if i == 0 else 150)[0]
     assert asked[0].ended < asked[1].ended < asked[2].ended
     assert is_well(world, server)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_gives_up_the_place(world, server, stream):
-    first, second = leave_after(server, "first", stream), None
+    first, second = long_answer(server, "first", stream), None
     wait_until(lambda: jobs(server) == 1)
-    second = leave_after(server, "second", stream)
+    second = long_answer(server, "second", stream)
     wait_until(lambda: jobs(server) == 2)
     if stream:
         response = first.getresponse()
@@ -372,7 +375,7 @@ def test_an_answer_is_interrupted_between_texts(world):
 
 
 def test_a_waiting_stream_says_how_many_are_before_it(world, server):
-    first = leave_after(server, "first", True)
+    first = long_answer(server, "first", True)
     wait_until(lambda: jobs(server) == 1)
     with httpx.stream("POST", server + "/v1/chat/completions", json={"messages": [asks("well?")], "stream": True}, timeout=60) as response:
         lines = response.iter_lines()
@@ -514,8 +517,7 @@ def test_a_model_that_fails_and_a_body_that_does_not_come(world):
 
 def test_ctrl_c_ends_it_within_an_answer(guarded):
     process, url = guarded
-    connection = http.client.HTTPConnection(url[7:], timeout=30)
-    connection.request("POST", "/v1/chat/completions", json.dumps({"messages": [asks("a")], "stream": True} | LONG), {"Content-Type": "application/json", "Authorization": "Bearer secret"})
+    connection = long_answer(url, "a", True, Authorization="Bearer secret")
     connection.getresponse().readline()
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=10)[1]
@@ -525,7 +527,8 @@ def test_ctrl_c_ends_it_within_an_answer(guarded):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--port", "{port}"], "port {port}"), (["--port", "70000"], "--port"), (["--host", "nowhere.invalid"], "nowhere.invalid"), (["--model", "gone"], "gone"), (["--model", "gone", "--host", "0.0.0.0"], "gone"), (["--api-key", "\u00e9"], "API key"),
+    (["--port", "{port}"], "port {port}"), (["--port", "70000"], "--port"), (["--host", "nowhere.invalid"], "nowhere.invalid"), (["--model", "gone"], "gone"),
+    (["--model", "gone", "--host", "0.0.0.0"], "gone"), (["--api-key", "\u00e9"], "API key"),
     (["--queue", "-1"], "--queue"), (["--max-body-mb", "nan"], "--max-body-mb"), ("no fastapi", "pip install fastapi uvicorn")])
 def test_what_keeps_it_from_starting_is_said_in_a_line(server, monkeypatch, capsys, options, said):
     if options == "no fastapi":
