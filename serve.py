@@ -232,7 +232,8 @@ async def check_key(request: "Request"):
 
 def build_app(model, tokenizer, args, hosts):
     """(FastAPI application, jobs: the requests that are answered or wait, in their order). hosts: the names it may be called by; None: any."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(check_caller)])
+    silent = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)  # what is asked is reported to nobody, whatever the environment says
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, telemetry=silent, dependencies=[Depends(check_caller)])
     app.state.api_key, app.state.hosts = args.api_key, hosts
     name = Path(args.model or args.llm).resolve().name
     jobs, turn, reader, writer = {}, asyncio.Lock(), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -583,7 +584,7 @@ def open_socket(host, port):
 
 async def serve(app, jobs, sock, greeting):
     """Until Ctrl-C or SIGTERM, which end every answer at its next token."""
-    server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
+    server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False, proxy_headers=False,
                                            limit_concurrency=500, timeout_graceful_shutdown=3))
 
     async def watch():
@@ -593,6 +594,9 @@ async def serve(app, jobs, sock, greeting):
                 print(greeting.pop(), file=sys.stderr, flush=True)
         for job in list(jobs):
             job.cancel()
+        await asyncio.sleep(0.5)  # their clients are told
+        for connection in list(server.server_state.connections):  # who is still sending a request is not waited for
+            connection.transport.close()
 
     watching = asyncio.create_task(watch())
     await server.serve([sock])

@@ -516,11 +516,15 @@ def test_a_model_that_fails_and_a_body_that_does_not_come(world):
 
 
 def test_ctrl_c_ends_it_within_an_answer(guarded):
+    """Also while a client has not sent its request to the end."""
     process, url = guarded
+    slow = socket.create_connection(url[7:].split(":"))
+    slow.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url[7:]}\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode())
     connection = long_answer(url, "a", True, Authorization="Bearer secret")
     connection.getresponse().readline()
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=10)[1]
+    slow.close()
     assert process.returncode == 130 and said.strip() == "", said
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
