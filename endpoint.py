@@ -115,6 +115,8 @@ class Endpoint:
         """accept(the answer) of one request, retried while the endpoint fails or accept raises ValueError. RequestFailed, EndpointFailed."""
         nonsense = 0
         for attempt in range(self.args.retries + 1):
+            if asyncio.current_task().cancelling():  # the HTTP library can take a cancellation for its own when it falls into the making of a connection
+                raise asyncio.CancelledError
             while (wait := self.not_before - time.monotonic()) > 0:
                 await asyncio.sleep(wait * random.uniform(1.0, 1.3))
             wait, final = 0.0, False

@@ -21,7 +21,7 @@ OA = [  # English, Chinese; {0} a number
     ("Bilateral hydronephrosis on ultrasound after {0} days.", "{0}天后超声显示双侧肾积水。"),
 ]
 CONTEXT = ("A {0}-year-old woman presented with right knee pain for 3 months. There was no fever.", "一名{0}岁女性因右膝疼痛3个月就诊。无发热。")
-INLINE = ("MRI showed a tear of the medial meniscus of the right knee (Figure {0}).", "MRI显示右膝内侧半月板撕裂（图{0})。")
+INLINE = ("MRI showed a tear of the medial meniscus of the right knee (Figure {0}).", "MRI显示右膝内侧半月板撕裂（图{0}）。")
 CASE_QA = ("What does the MRI of the knee show in patient {0}?", "患者{0}的膝关节MRI显示什么？"), ("A tear of the medial meniscus.", "内侧半月板撕裂。")
 VQA_Q = ("What organ is shown in image {0}?", "图像{0}显示的是什么器官？")
 CHOICES = [("Kidney", "肾脏"), ("Liver", "肝脏"), ("Spleen", "脾脏"), ("Heart", "心脏")]
@@ -33,7 +33,7 @@ def chinese_of(text, table={}):
     if not table:
         pairs = [*OA, CONTEXT, INLINE, *CASE_QA, VQA_Q, *CHOICES, VQA_CAPTION]
         for english, chinese in pairs:
-            for n in range(0, 200) if "{0}" in english else (0,):
+            for n in range(0, 400) if "{0}" in english else (0,):
                 table[english.format(n)] = chinese.format(n)
     return table[text]
 
