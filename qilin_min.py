@@ -1046,8 +1046,9 @@ class QuantizedLinear(nn.Module):
         return weight.flatten(1)
 
     def forward(self, x):
-        if self.bits == 8 and x.shape[-2] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).bfloat16(), self.weight, self.scale.bfloat16())  # (B, out)
+        # torch's kernel reads 32 inputs at a time, past the end of a row that holds no multiple of them
+        if self.bits == 8 and x.shape[-2] == 1 and x.device.type == "cpu" and x.shape[-1] % 32 == 0 and not torch.is_grad_enabled():
+            y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).bfloat16(), self.weight, self.scale.flatten().bfloat16())  # (B, out)
             return y.to(x.dtype).reshape(*x.shape[:-1], -1)  # (B, 1, out)
         return QuantizedProduct.apply(x, self)
 

@@ -152,7 +152,7 @@ def toy(tmp_path_factory):
     subprocess.run([sys.executable, ROOT / "toy.py", out, "--language", "24", "--alignment", "24", "--instruction", "24", "--heldout", "4"], check=True)
     mixed = json.loads((out / "instruction.json").read_text())[:14] + json.loads((out / "language.json").read_text())[:9]
     two = dict(mixed[0], id="two", image=[mixed[0]["image"], mixed[1]["image"]])
-    two["conversations"] = [dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗?"), {"from": "gpt", "value": "不相同。"}]
+    two["conversations"] = [dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗？"), {"from": "gpt", "value": "不相同。"}]
     (out / "mixed.json").write_text(json.dumps(mixed + [two], ensure_ascii=False))
     (out / "text.json").write_text(json.dumps(mixed[14:], ensure_ascii=False))
     (out / "one.json").write_text(json.dumps(mixed[:1], ensure_ascii=False))
@@ -170,3 +170,11 @@ def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [r for r in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in r]
     return np.array([r["loss"] for r in rows]), np.array([r["grad_norm"] for r in rows])
+
+
+@pytest.fixture(scope="session")
+def toy_model(toy, tmp_path_factory):
+    """A whole untrained model of the toy world, as a folder that every script loads."""
+    out = tmp_path_factory.mktemp("whole") / "model"
+    q.save_qilin(q.load_qilin(llm=toy / "llama", vision=toy / "clip"), q.Tokenizer(toy / "llama"), out)
+    return out

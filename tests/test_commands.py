@@ -78,8 +78,8 @@ def test_evaluate_counts_by_hand(world, tmp_path):
     done = call("evaluate.py", world / "heldout.json", "--images", world / "images", "--model", world / "model", "--out", tmp_path, "--max-new-tokens", 4)
     assert done.returncode == 0, done.stderr
     report, rows = json.loads((tmp_path / "report.json").read_text()), [json.loads(line) for line in open(tmp_path / "predictions.jsonl")]
-    assert report["n"] == len(rows) == 20 and report["pictures"] == 4 and len(report["kinds"]) == 5
-    assert report["accuracy"] == sum(r["answer"].strip("。 ") == r["truth"].strip("。 ") for r in rows) / 20
+    assert report["n"] == len(rows) == 20 and report["pictures"] == 4 and len(report["by"]["kind"]) == 5
+    assert report["accuracy"] == sum(r["seen"]["answer"].strip("。 ") == r["truth"].strip("。 ") for r in rows) / 20
     best = 0  # answers right when the commonest truth of each kind is always said
     for kind in {r["kind"] for r in rows}:
         truths = [r["truth"] for r in rows if r["kind"] == kind]
@@ -90,7 +90,7 @@ def test_evaluate_counts_by_hand(world, tmp_path):
 GOOD = {"id": "a", "conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}
 
 
-@pytest.mark.parametrize("text, said", [("", "not a JSON file"), ("{}", "not a list"), ("[1]", "row 0"), ('[{"conversations": []}]', "row 0"), ("[]", "no questions"),
+@pytest.mark.parametrize("text, said", [("", "not a JSON file"), ("{}", "not a list"), ("[1]", "row 0"), ('[{"conversations": []}]', "row 0"), ("[]", "no rows"),
                                         (json.dumps([GOOD, dict(GOOD, kind=3)]), "row 1"), (json.dumps([dict(GOOD, id="\ud800")]), "row 0"),
                                         (json.dumps([dict(GOOD, image=3)]), "row 0"), (json.dumps([dict(GOOD, image=["x" * 5000])]), "row 0"), ("[" * 100000, "not a JSON"),
                                         (json.dumps([{"conversations": [{"from": "human", "value": "长" * 3000}, GOOD["conversations"][1]]}]), "row 0"),
@@ -108,7 +108,7 @@ def test_evaluate_reads_json_lines(world, tmp_path):
     assert call("evaluate.py", tmp_path / "rows.jsonl", *words).returncode == 0
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n\n{bad")
     done = call("evaluate.py", tmp_path / "rows.jsonl", *words)
-    assert done.returncode == 2 and "rows.jsonl: line 3" in done.stderr
+    assert done.returncode == 2 and "rows.jsonl: row 1" in done.stderr
 
 
 def test_only_its_own_folder_is_replaced(world, tmp_path):
