@@ -4,6 +4,7 @@
     python tests/bench.py loader [--runs 5]    pictures a second from 1000-pixel JPEGs to batches, 2 worker processes, beside transformers' processor
     python tests/bench.py padding              share of padding on lengths like the paper's: our order, random, and the released code's grouping
     python tests/bench.py saving [--runs 5]    what an asynchronous checkpoint adds to the step it falls into, beside one that is waited for
+    python tests/bench.py generate [--runs 5]  tokens a second of one answer, float32, int8 and int4, beside transformers; batched; memory of the quantised layers
 """
 
 import argparse
@@ -200,9 +201,66 @@ def bench_saving(runs):
         return statistics.median(ratios) >= 1
 
 
+def bench_generate(runs):
+    """A LLaVA of 0.5 billion parameters asked about one picture of 576 patches: 32 new tokens, all weights read once for each."""
+    import time
+
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    sys.path.insert(0, str(ROOT))
+    import qilin_min as q
+    n, B = 32, 8
+    with tempfile.TemporaryDirectory() as folder:
+        config = q.QilinConfig(q.TextConfig(32064, 2048, 5504, 8, 16, max_position_embeddings=1024), q.VisionConfig(256, 1024, 6, 4, 336, 14), n_token_ids=32000)
+        model = q.Qilin(config).eval()
+        q.save_qilin(model, None, Path(folder) / "model")
+        del model
+        models = {"float32": q.load_qilin(Path(folder) / "model"), **{bits: q.load_qilin(Path(folder) / "model", quantize=bits) for bits in ("int8", "int4")}}
+        hf = LlavaForConditionalGeneration.from_pretrained(Path(folder) / "model").eval()
+    prompt = [1, *range(100, 140), *[q.IMAGE_TOKEN_INDEX] * 576, *range(200, 220)]
+    pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([prompt])
+    inputs = dict(input_ids=ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, hf.config.image_token_id), pixel_values=pixels)
+
+    def ours(model, rows=1):
+        ticks = []
+        for _ in q.generate(model, [prompt] * rows, pixels.expand(rows, -1, -1, -1), max_new_tokens=n, stop=lambda ended: False):
+            ticks.append(time.perf_counter())
+        return rows * (len(ticks) - 1) / (ticks[-1] - ticks[0])  # after the first, which waits for picture and prompt
+
+    class Ticks(list):
+        def put(self, value):
+            self.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    def theirs():
+        ticks = Ticks()
+        hf.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, streamer=ticks)
+        return (len(ticks) - 2) / (ticks[-1] - ticks[1])  # the first put is the prompt
+
+    works = {"transformers float32": theirs, **{name: lambda m=m: ours(m) for name, m in models.items()}, f"float32, {B} at once": lambda: ours(models["float32"], B), f"int8, {B} at once": lambda: ours(models["int8"], B)}
+    speeds = {name: [] for name in works}
+    for run in range(runs + 1):
+        for name in list(works) if run % 2 else reversed(works):
+            speed = works[name]()
+            if run:
+                speeds[name].append(speed)
+    print("tokens a second, median: " + "; ".join(f"{name} {statistics.median(values):.1f}" for name, values in speeds.items()))
+    ratios = {f"{a} / {b}": statistics.median(x / y for x, y in zip(speeds[a], speeds[b])) for a, b in (
+        ("float32", "transformers float32"), ("int8", "float32"), ("int8", "transformers float32"), ("int4", "float32"), (f"int8, {B} at once", f"float32, {B} at once"))}
+    print("ratio run by run, median: " + "; ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()) + " (goals: float32 at least 0.9 of transformers, int8 above float32)")
+    sizes = {name: sum(t.nbytes for layer in (*model.model.layers,) for name_, m in layer.named_modules() if name_.endswith("_proj") for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
+             for name, model in models.items()}
+    print("memory of the quantised layers: " + "; ".join(f"{name} {size / 1e6:.0f} MB ({size / sizes['float32']:.3f})" for name, size in sizes.items()) + " (goal for int8: at most 0.27)")
+    return ratios["float32 / transformers float32"] < 0.9 or ratios["int8 / float32"] <= 1 or sizes["int8"] > 0.27 * sizes["float32"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "loader", "padding", "saving"))
+    parser.add_argument("what", choices=("load", "loader", "padding", "saving", "generate"))
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each (default %(default)s)")
     args = parser.parse_args()
     sys.exit(1 if globals()[f"bench_{args.what}"](args.runs) else 0)

@@ -64,3 +64,16 @@ def test_answers_are_those_of_generate_in_a_padded_batch(tmp_path):
     model, x = q.load_qilin(tmp_path / "out", quantize="int8"), pictures(3)
     together = q.answer_ids(model, ROWS, x, max_new_tokens=12)
     assert together == [q.answer_ids(model, [row], x[part] if i else None, max_new_tokens=12)[0] for i, (row, part) in enumerate(zip(ROWS, ROW_PICTURES))]
+
+
+@pytest.mark.parametrize("in_features", [64, 40, 344])
+@torch.no_grad()
+def test_one_token_a_row_is_multiplied_in_8_bits(in_features):
+    """On a CPU through torch's int8 kernel, activations in bfloat16: off by their rounding, 2^-9 each, and by no more; sizes that the kernel cannot read go the exact way."""
+    linear = q.QuantizedLinear(in_features, 24, 8)
+    linear.quantize_(torch.randn(24, in_features, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(3, 1, in_features, generator=torch.Generator().manual_seed(1))
+    got, exact = linear(x), linear(x.expand(3, 2, in_features))[:, :1]  # two tokens a row are widened and multiplied in float32
+    off = float((got - exact).norm() / exact.norm())
+    assert (1e-5 < off < 2**-8) if in_features == 64 else off < 1e-6
+    assert in_features != 64 or torch.equal(got[:1], linear(x[:1]))  # a row's product does not depend on the others
