@@ -111,8 +111,10 @@ class Endpoint:
         async with self.httpx.AsyncClient(limits=limits, headers=headers, timeout=self.args.timeout, trust_env=not self.local, follow_redirects=False) as self.client:
             yield self
 
-    async def ask(self, messages, accept=lambda text: text):
-        """accept(the answer) of one request, retried while the endpoint fails or accept raises ValueError. RequestFailed, EndpointFailed."""
+    async def ask(self, messages, accept=lambda text: text, allow_cut=False):
+        """accept(the answer) of one request, retried while the endpoint fails or accept raises ValueError. RequestFailed, EndpointFailed.
+
+        allow_cut: an answer that ends at the endpoint's limit counts, too; accept is then told by a second argument, a bool."""
         nonsense = 0
         for attempt in range(self.args.retries + 1):
             if asyncio.current_task().cancelling():  # the HTTP library can take a cancellation for its own when it falls into the making of a connection
@@ -122,7 +124,10 @@ class Endpoint:
             wait, final = 0.0, False
             try:
                 async with asyncio.timeout(self.args.timeout):  # in all: a server that drips a byte now and then is slow, too
-                    result = accept(await self._post(messages))
+                    text, cut = await self._post(messages)
+                if cut and not allow_cut:
+                    raise ValueError("answer cut off at the endpoint's limit")
+                result = accept(text, cut) if allow_cut else accept(text)
                 self.answered, self.failed_in_a_row = self.answered + 1, 0
                 return result
             except TimeoutError:
@@ -152,7 +157,7 @@ class Endpoint:
         raise RequestFailed(reason, final)
 
     async def _post(self, messages):
-        """The text of one answer. Raises what the fault means: _Later, RequestFailed, EndpointFailed, ValueError (worth another try)."""
+        """The text of one answer, and whether it was cut off. Raises what the fault means: _Later, RequestFailed, EndpointFailed, ValueError (worth another try)."""
         body = {"model": self.model, "messages": messages, "temperature": 0, **self.args.extra_body}
         async with self.client.stream("POST", self.url, json=body) as response:
             raw = b""
@@ -182,9 +187,7 @@ class Endpoint:
             self.tokens_in, self.tokens_out = self.tokens_in + counts[0], self.tokens_out + counts[1]
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty answer")
-        if choice.get("finish_reason") == "length":
-            raise ValueError("answer cut off at the endpoint's limit")
-        return text
+        return text, choice.get("finish_reason") == "length"
 
 
 class _Later(Exception):
