@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from endpoint import Endpoint, EndpointFailed, add_endpoint_flags
 from qilin_min import (IMAGE_TOKEN, USER_ERRORS, Tokenizer, answer_ids, check_ranges, encode_prompt, model_folder, model_from_flags, one_line, open_image, preprocess_image,
-                       read_checkpoint, read_json, run_cli, write_json, write_text)
+                       read_checkpoint, read_json, write_json, write_text)
 from review import wilson
 from sources import CJK, chinese_share
 from testsets import read_testset
@@ -702,6 +702,7 @@ def rank(args):
 
 
 def main():
+    """`evaluate.py compare …` and `evaluate.py rank …`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     asked = commands.add_parser("compare", help="the same questions to several systems, side by side")
@@ -718,7 +719,3 @@ def main():
     for reason, n in left_out.most_common(5):
         print(f"left out: {n} rows: {reason}", file=sys.stderr)
     sys.exit(compare(args, questions))
-
-
-if __name__ == "__main__":
-    run_cli(main)

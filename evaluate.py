@@ -448,5 +448,13 @@ def evaluate():
     write_report(args, kind, questions, left_out, done, quantised_change(args, questions, model, tokenizer) if args.quantize else None)
 
 
+def main():
+    if sys.argv[1:2] in (["compare"], ["rank"]):
+        import compare
+        compare.main()
+    else:
+        evaluate()
+
+
 if __name__ == "__main__":
-    run_cli(evaluate)
+    run_cli(main)

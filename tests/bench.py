@@ -202,7 +202,7 @@ def bench_saving(runs):
 
 
 def bench_generate(runs):
-    """A LLaVA of 0.5 billion parameters asked about one picture of 576 patches: 32 new tokens, all weights read once for each."""
+    """A LLaVA of 0.5 billion parameters asked about one picture of 144 patches: 32 new tokens, all weights read once for each."""
     import time
 
     import torch
@@ -210,16 +210,16 @@ def bench_generate(runs):
 
     sys.path.insert(0, str(ROOT))
     import qilin_min as q
-    n, B = 32, 8
+    n, B = 32, 4
     with tempfile.TemporaryDirectory() as folder:
-        config = q.QilinConfig(q.TextConfig(32064, 2048, 5504, 8, 16, max_position_embeddings=1024), q.VisionConfig(256, 1024, 6, 4, 336, 14), n_token_ids=32000)
+        config = q.QilinConfig(q.TextConfig(32064, 2048, 5504, 8, 16, max_position_embeddings=1024), q.VisionConfig(256, 1024, 6, 4, 168, 14), n_token_ids=32000)
         model = q.Qilin(config).eval()
         q.save_qilin(model, None, Path(folder) / "model")
         del model
         models = {"float32": q.load_qilin(Path(folder) / "model"), **{bits: q.load_qilin(Path(folder) / "model", quantize=bits) for bits in ("int8", "int4")}}
         hf = LlavaForConditionalGeneration.from_pretrained(Path(folder) / "model").eval()
-    prompt = [1, *range(100, 140), *[q.IMAGE_TOKEN_INDEX] * 576, *range(200, 220)]
-    pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0))
+    prompt = [1, *range(100, 140), *[q.IMAGE_TOKEN_INDEX] * 144, *range(200, 220)]
+    pixels = torch.randn(1, 3, 168, 168, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([prompt])
     inputs = dict(input_ids=ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, hf.config.image_token_id), pixel_values=pixels)
 

@@ -37,10 +37,10 @@ OPTIONS = "--yes", "--retry-delay", 0.01, "--timeout", 2, "--max-new-tokens", 6
 
 
 def run(*words, code=None, env=None):
-    """`python compare.py words`, in this process: its exit code, stdout and stderr."""
+    """`python evaluate.py words`, in this process: its exit code, stdout and stderr."""
     argv, environment, out, err, ended = sys.argv, dict(os.environ), io.StringIO(), io.StringIO(), 0
     try:
-        sys.argv = ["compare.py", *map(str, words)]
+        sys.argv = ["evaluate.py", *map(str, words)]
         for name in [name for name in os.environ if name.startswith("OPENAI_")]:
             del os.environ[name]
         os.environ.update(env or {})
@@ -311,7 +311,7 @@ def test_killed_at_any_moment_it_goes_on(world):
     write_questions(world / "questions.json", [(["note.png"], f"question {i}", "x") for i in range(20)])
     path, kept = world / "out/answers.jsonl", set()
     with Server(lambda n, question: "slow") as server:
-        words = [sys.executable, ROOT / "compare.py", "compare", world / "questions.json", "--images", world / "images", "--system", f"G={server.url}#m", "--out", world / "out",
+        words = [sys.executable, ROOT / "evaluate.py", "compare", world / "questions.json", "--images", world / "images", "--system", f"G={server.url}#m", "--out", world / "out",
                  *OPTIONS, "--concurrency", 2]
         for target in (4, 10):
             process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
