@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def test_a_person_at_a_terminal(toy, toy_model):
     """Through a pseudo-terminal: prompt, answer, Ctrl-C during an answer goes back to the prompt, Ctrl-C at the prompt ends with 130."""
     picture = next((toy / "images").glob("heldout*"))
     master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--chat", str(picture), "--model", str(toy_model), "--max-new-tokens", "60", "--temperature", "5", "--seed", "1"],
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--chat", str(picture), "--model", str(toy_model), "--max-new-tokens", "100000", "--temperature", "5", "--seed", "1"],
                                stdin=slave, stdout=slave, stderr=subprocess.STDOUT, env=dict(os.environ, TERM="dumb"), start_new_session=True, close_fds=True)
     os.close(slave)
     seen = b""
@@ -173,6 +174,11 @@ def test_a_person_at_a_terminal(toy, toy_model):
     try:
         until(b"> ")
         os.write(master, "病灶在哪里？\n".encode())
+        until("？\r\n".encode())  # the echo; what follows is the answer
+        if not seen:
+            seen += os.read(master, 4096)
+        process.send_signal(signal.SIGINT)  # hundreds of tokens are still to come
+        until(b"(stopped)")
         until(b"> ")
         os.write(master, b"/image /gone.png\n")
         until(b"no such picture: /gone.png")
@@ -180,8 +186,16 @@ def test_a_person_at_a_terminal(toy, toy_model):
         os.write(master, b"/nonsense\n")
         until(b"/reset and /quit")
         until(b"> ")
+        time.sleep(0.5)  # a signal between the prompt and readline's wait is noticed with the next key only
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     finally:
         process.kill()
         os.close(master)
+
+
+@pytest.mark.skipif(not os.environ.get("LONG") or not shutil.which("c++"), reason="a minute of compilation, and a C++ compiler (--long)")
+def test_compiled_it_says_the_same(toy, toy_model):
+    words = [sys.executable, ROOT / "sample.py", next((toy / "images").glob("heldout*")), "病灶在哪里？", "--model", toy_model, "--max-new-tokens", "8"]
+    plain, compiled = (subprocess.run([*map(str, words), *more], capture_output=True, text=True) for more in ([], ["--compile"]))
+    assert compiled.returncode == 0 and compiled.stdout == plain.stdout != "\n", compiled.stderr[-2000:]
