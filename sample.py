@@ -283,7 +283,7 @@ def main():
         return chat(model, tokenizer, pixels, options)
 
     prompt = encode_prompt([{"from": "human", "value": args.words[-1]}], tokenizer, model.config.n_image_tokens, args.template, n_images=len(paths))
-    check_length(prompt, limit, f"{len(paths)} pictures and the question" if paths else "the question", "fewer pictures, or a shorter question")
+    check_length(prompt, limit, f"the question with {len(paths)} picture{'s' * (len(paths) > 1)}" if paths else "the question", "fewer pictures, or a shorter question")
     tic, answer = time.perf_counter(), StreamedAnswer(model, tokenizer, prompt, pixels, **options)
     print_answer(answer)
     seconds = time.perf_counter() - tic
