@@ -117,8 +117,6 @@ class Endpoint:
         allow_cut: an answer that ends at the endpoint's limit counts, too; accept is then told by a second argument, a bool."""
         nonsense = 0
         for attempt in range(self.args.retries + 1):
-            if asyncio.current_task().cancelling():  # the HTTP library can take a cancellation for its own when it falls into the making of a connection
-                raise asyncio.CancelledError
             while (wait := self.not_before - time.monotonic()) > 0:
                 await asyncio.sleep(wait * random.uniform(1.0, 1.3))
             wait, final = 0.0, False

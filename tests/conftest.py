@@ -3,11 +3,13 @@
 import importlib.metadata
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background of a shell ignores Ctrl-C, and so would every program that the tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
