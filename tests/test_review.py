@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -110,3 +111,35 @@ def test_arithmetic():
     """Wilson's interval of 45 of 50 and of 0 of 10 (Wilson 1927; the textbook's figures), and shares by largest remainder."""
     assert [round(x, 4) for x in wilson(45, 50)] == [0.7864, 0.9565] and [round(x, 4) for x in wilson(0, 10)] == [0.0, 0.2775]
     assert shares([100, 300, 600], 10) == [1, 3, 6] and shares([1, 1000], 10) == [1, 9] and shares([5, 5], 100) == [5, 5] and sum(shares([333, 333, 334], 100)) == 100
+
+
+def test_a_doctor_reviews_in_a_browser(translated, tmp_path):
+    """What is accepted, fixed and rejected on the page is kept over a reload, saved as the table that --import reads, and applied."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    prep("review", *translated, "--images", tmp_path / "raw/images", "--n", 4, "--out", tmp_path / "review")
+    with playwright.sync_playwright() as browsers:
+        try:
+            browser = browsers.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"])
+        except Exception as error:
+            pytest.skip(f"no chromium: {str(error)[:80]}")
+        page, complaints = browser.new_page(), []
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto((tmp_path / "review/review.html").as_uri())
+        pairs = page.locator(".pair")
+        for k in range(pairs.count()):
+            pairs.nth(k).locator("input[value=accept]").check()
+        pairs.nth(0).locator("textarea").fill('他说"好"，已改。')  # turns accept into fix by itself
+        pairs.nth(1).locator("input[value=reject]").check()
+        pairs.nth(1).locator(".note").fill("=1+1, no")
+        page.reload()
+        assert pairs.nth(0).locator("input[value=fix]").is_checked() and page.locator("article.done").count() == 4
+        with page.expect_download() as download:
+            page.click("#save")
+        download.value.save_as(tmp_path / "filled.csv")
+        browser.close()
+    assert not complaints
+    rows = read_table(tmp_path / "filled.csv")
+    assert [row["verdict"] for row in rows[:3]] == ["fix", "reject", "accept"] and rows[0]["fixed"] == '他说"好"，已改。' and rows[1]["note"] == "=1+1, no"
+    assert [row["chinese"] for row in rows] == [row["chinese"] for row in read_table(tmp_path / "review/review.csv")]
+    done = prep("review", *translated, "--import", tmp_path / "filled.csv")
+    assert "| all | 4 |" in done.stdout
