@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import unicodedata
@@ -85,18 +86,26 @@ def text_metrics():
     return rouge_l, ngrams, corpus_bleu
 
 
+ALONE = r"(?![A-Za-z0-9])(?!\s*[、,/&和或及]\s*[A-D](?![A-Za-z\u4e00-\u9fff]))"  # a letter that begins no word and is not one of two
+NAMED = re.compile(r"(?:the |my |so |我|本题|正确|最佳|应该?|因此|所以|correct |right |best )*(?:answer|option|choice|答案|选项|选择|选)(?: is|应?[是为])?[\s:(\[*\"'“]*([A-D])" + ALONE, re.IGNORECASE)
+ALONE_IN_FRONT = re.compile(r"[\s(\[*\"'“]*([A-D])(?=\s*(?:$|[.:)\]、,。;*\"'”\n])|\s+(?:is|because|since)\b)" + ALONE, re.IGNORECASE)
+
+
 def read_choice(text, choices):
     """The letter that a generated answer means, or "" when it cannot be told: an option's text, a letter in front, or the one option that occurs in it."""
-    plain, options = normalise(text), {letter: normalise(option) for letter, option in choices.items()}
-    for letter, option in options.items():
-        if plain == option:
-            return letter
     text = unicodedata.normalize("NFKC", text).strip()
-    match = re.match(r"(?:the )?(?:correct |right |best )?(?:answer|option|choice)?(?: is)?(?:正确)?(?:答案|选项|选择|应选|选)?(?:是|为)?[\s:(\[*\"'“]*([A-D])(?=[.:)\]、，。*\"'”]|$|[^\x00-\x7f])", text, re.IGNORECASE)
+    for letter, option in choices.items():
+        if normalise(text) == normalise(option):
+            return letter
+    match = NAMED.match(text) or ALONE_IN_FRONT.match(text)
     if match and match[1].upper() in choices and (match[1].isupper() or len(text) <= 3):
         return match[1].upper()
-    inside = [letter for letter, option in options.items() if option and option in plain]
-    inside = [letter for letter in inside if not any(options[letter] != options[other] and options[letter] in options[other] for other in inside)]
+    plain, inside = " ".join(text.casefold().split()), []
+    for letter, option in choices.items():
+        option = " ".join(unicodedata.normalize("NFKC", option).casefold().split()).rstrip(".。")
+        if re.search(rf"(?<![a-z0-9]){re.escape(option)}(?![a-z0-9])" if option.isascii() else re.escape(option), plain):  # no is not in abnormal, nor CT in fracture
+            inside.append((letter, option))
+    inside = [letter for letter, option in inside if not any(option != other and option in other for _, other in inside)]
     return inside[0] if len(inside) == 1 else ""
 
 
@@ -106,7 +115,7 @@ def bootstrap(sums, counts, combine, seed=0):
     for _ in range(N_BOOTSTRAP if n > 1 else 0):
         weights = np.bincount(rng.integers(n, size=n), minlength=n)
         values.append(combine(weights @ sums, weights @ counts))
-    return tuple(np.quantile(values, (0.025, 0.975)).tolist()) if values else (math.nan, math.nan)
+    return tuple(np.quantile(values, (0.025, 0.975)).tolist()) if values else (None, None)  # of one picture nothing is known
 
 
 # --- 2. asking ------------------------------------------------------------------------------------------------------
@@ -217,6 +226,7 @@ def answer_file(args, questions, model, tokenizer, path):
                     done[i] = {"row": i, "id": questions[i].id, "left_out": one_line(error)}
                     file.write(json.dumps(done[i], ensure_ascii=False) + "\n")
             batch = [questions[i] for i in numbers]
+            bar.update(len(todo[start : start + args.batch_size]))
             if not batch:
                 continue
             pixels = torch.stack(pixels) if pixels else None  # (M, 3, H, W)
@@ -229,7 +239,6 @@ def answer_file(args, questions, model, tokenizer, path):
                 done[i] = row
                 right.append(judge(question, s))
             file.flush()
-            bar.update(len(batch))
             bar.set_postfix_str(headline())
     return done
 
@@ -237,11 +246,10 @@ def answer_file(args, questions, model, tokenizer, path):
 # --- 3. the report --------------------------------------------------------------------------------------------------
 
 
-def table_of(questions, rows, metrics):
-    """{score: {n, value, low, high, withheld, withheld_low, withheld_high, constant}} of some questions, `rows` their answers."""
+def table_of(questions, rows, metrics, constants):
+    """{score: {n, value, low, high, withheld, withheld_low, withheld_high, constant}} of some questions, `rows` their answers, `constants` what constant_answers gives them."""
     pictures = {name: k for k, name in enumerate(dict.fromkeys(str(q.pictures[0]) if q.pictures else f"row {i}" for i, q in enumerate(questions)))}
     cluster = np.array([pictures[str(q.pictures[0]) if q.pictures else f"row {i}"] for i, q in enumerate(questions)])
-    constants = constant_answers(questions)
     judged = {"value": [judge(q, row["seen"]) for q, row in zip(questions, rows)], "withheld": [judge(q, row["blind"]) for q, row in zip(questions, rows)],
               "constant": [{"exact match": float(normalise(c) == normalise(q.truth)), "token F1": token_f1(c, q.truth)} for q, c in zip(questions, constants)]}
     answers = {"value": [row["seen"]["answer"] for row in rows], "withheld": [row["blind"]["answer"] for row in rows], "constant": constants}
@@ -283,15 +291,13 @@ def table_of(questions, rows, metrics):
     return table
 
 
-def constant_answers(questions):
-    """For each question the commonest truth of its kind, as it is most often written."""
-    groups = defaultdict(Counter)
+def constant_answers(questions, label):
+    """For each question the commonest truth among those of its language and of its value of `label` (None: of its language), as it is most often written."""
+    groups, spelt = defaultdict(Counter), defaultdict(Counter)
     for q in questions:
-        groups[tuple(q.kinds.values())][normalise(q.truth)] += 1
-    spelt = defaultdict(Counter)
-    for q in questions:
+        groups[q.language, q.kinds.get(label)][normalise(q.truth)] += 1
         spelt[normalise(q.truth)][q.truth] += 1
-    return [spelt[groups[tuple(q.kinds.values())].most_common(1)[0][0]].most_common(1)[0][0] for q in questions]
+    return [spelt[groups[q.language, q.kinds.get(label)].most_common(1)[0][0]].most_common(1)[0][0] for q in questions]
 
 
 def percent(cell, column):
@@ -301,7 +307,7 @@ def percent(cell, column):
     prefix = "" if column == "value" else "withheld_"
     is_share = cell[column] is not None and "perplexity" not in cell
     text = f"{100 * cell[column]:.1f} %" if is_share else f"{cell[column]:.3g}"
-    if column == "constant" or math.isnan(cell[f"{prefix}low"]):
+    if column == "constant" or cell[f"{prefix}low"] is None:
         return text
     low, high = cell[f"{prefix}low"], cell[f"{prefix}high"]
     return text + (f" ({100 * low:.1f} to {100 * high:.1f})" if is_share else f" ({low:.3g} to {high:.3g})")
@@ -316,6 +322,7 @@ def report_lines(report):
     for name, cell in report["scores"].items():
         cell = dict(cell, perplexity=True) if name.startswith("perplexity") else cell
         lines.append(f"| {name} | {cell['n']} | {percent(cell, 'value')} | {percent(cell, 'withheld')} | {percent(cell, 'constant')} |")
+    lines += ["", f"The constant answer is the commonest truth of each {report['constant_of']}" + (" and language" if len(report["languages"]) > 1 and report["constant_of"] != "language" else "") + "; of choices the commonest letter."]
     if "unread" in report:
         lines += ["", f"Of the answers to shown options, {report['unread']} of {report['scores']['choice by answer']['n']} name none and count as wrong."]
     for label, groups in report["by"].items():
@@ -335,20 +342,23 @@ def write_report(args, kind, questions, left_out, done, quantised):
     questions, rows = [questions[i] for i in kept], [done[i] for i in kept]
     if not questions:
         raise ValueError(f"{args.file}: no question was left")
-    scores = table_of(questions, rows, metrics)
-    headline = "choice by likelihood" if scores.get("choice by likelihood", {}).get("n") == len(questions) else "exact match"
-    by, best = {}, scores[headline]
     labels = list(dict.fromkeys(label for q in questions for label in q.kinds))
+    first = labels[0] if labels else None
+    scores = table_of(questions, rows, metrics, constant_answers(questions, first))
+    headline = "choice by likelihood" if 2 * scores.get("choice by likelihood", {"n": 0})["n"] > len(questions) else "exact match"
+    by, best = {}, scores[headline]
     if len({q.language for q in questions}) > 1:
         labels.append("language")
     for label in labels:
+        constants = constant_answers(questions, label)
         groups = defaultdict(list)
         for i, q in enumerate(questions):
             groups[q.language if label == "language" else q.kinds.get(label, "(none)")].append(i)
-        by[label] = {value: table_of([questions[i] for i in group], [rows[i] for i in group], None)[headline] for value, group in sorted(groups.items())}
+        tables = {value: table_of([questions[i] for i in group], [rows[i] for i in group], None, [constants[i] for i in group]) for value, group in sorted(groups.items())}
+        by[label] = {value: table[headline] for value, table in tables.items() if headline in table}
     report = {"name": Path(args.file).name, "file": str(args.file), "set": kind, "model": args.model or args.llm, "quantize": args.quantize, "max_new_tokens": args.max_new_tokens, "n": len(questions),
               "pictures": len({p for q in questions for p in q.pictures}), "languages": Counter(q.language for q in questions), "left_out": left_out,
-              "headline": headline, "accuracy": best["value"], "blind": best["withheld"], "constant": best["constant"], "scores": scores, "by": by}
+              "constant_of": first or "language", "headline": headline, "accuracy": best["value"], "blind": best["withheld"], "constant": best["constant"], "scores": scores, "by": by}
     if any(q.choices for q in questions):
         report["unread"] = sum(not read_choice(row["seen"]["choice_answer"], q.choices) for q, row in zip(questions, rows) if q.choices)
     if quantised:
@@ -361,51 +371,53 @@ def write_report(args, kind, questions, left_out, done, quantised):
 # --- 4. what quantising changes -------------------------------------------------------------------------------------
 
 
+def true_logits(model, prompts, answers, pixels):
+    """Logits float32 (n, V), on the CPU, that follow a batch's prompts and true answers, one token at a time as generate() decodes, which is where int8 computes otherwise; and the ids (n,)."""
+    cache, logits, _ = prefill(model, prompts, pixels, max(map(len, answers)))
+    steps = [logits]
+    for t in range(min(max(map(len, answers)), cache.max_length - max(map(len, prompts))) - 1):
+        ids = torch.tensor([[a[min(t, len(a) - 1)]] for a in answers], device=logits.device)
+        steps.append(model(ids, cache=cache, lengths=torch.ones(len(answers), dtype=torch.int64, device=logits.device)))
+    steps = torch.stack(steps, 1).float().cpu()  # (B, T, V)
+    return torch.cat([row[: len(a)] for row, a in zip(steps, answers)]), torch.tensor([i for a in answers for i in a[: len(steps[0])]])
+
+
 @torch.no_grad()
-def true_logits(model, tokenizer, questions, batch_size):
-    """[(logits float32 (n, V), ids (n,))] of each true answer, one token at a time as generate() decodes, which is where int8 computes otherwise."""
-    found = []
-    for start in tqdm(range(0, len(questions), batch_size), desc="true answers", unit="batch", disable=None):
-        batch = questions[start : start + batch_size]
+def quantised_change(args, questions, model, tokenizer, n=64):
+    """What --quantize does to the logits of the first n true answers, against the same weights as they are; both are in memory for it."""
+    plain = model_from_flags(argparse.Namespace(**{**vars(args), "quantize": None, "compile": False}))[0]
+    questions, total = questions[:n], defaultdict(float)
+    for start in tqdm(range(0, len(questions), args.batch_size), desc=f"{args.quantize} against plain", unit="batch", disable=None):
+        batch = questions[start : start + args.batch_size]
         pixels = [preprocess_image(p, model.config.vision.image_size, model.config.image_mode) for q in batch for p in q.pictures]
         prompts, answers = [encode_question(q, tokenizer, model.config) for q in batch], [tokenizer.encode(q.truth) + [tokenizer.eos_id] for q in batch]
-        cache, logits, _ = prefill(model, prompts, torch.stack(pixels) if pixels else None, max(map(len, answers)))
-        device, steps = logits.device, [logits]
-        for t in range(min(max(map(len, answers)), cache.max_length - max(map(len, prompts))) - 1):
-            ids = torch.tensor([[a[min(t, len(a) - 1)]] for a in answers], device=device)
-            steps.append(model(ids, cache=cache, lengths=torch.ones(len(batch), dtype=torch.int64, device=device)))
-        steps = torch.stack(steps, 1).float().cpu()  # (B, T, V)
-        found += [(row[: len(a)].log_softmax(-1), torch.tensor(a[: len(row)])) for row, a in zip(steps, answers)]
-    return found
-
-
-def quantised_change(args, questions, model, tokenizer, n=64):
-    """What --quantize does to the logits of the first n true answers, against the same weights as they are."""
-    plain_args = argparse.Namespace(**{**vars(args), "quantize": None, "compile": False})
-    after = true_logits(model, tokenizer, questions[:n], args.batch_size)
-    plain = model_from_flags(plain_args)[0]
-    before = true_logits(plain, tokenizer, questions[:n], args.batch_size)
-    dtype = str(next(plain.parameters()).dtype).removeprefix("torch.")
-    del plain
-    loss = {}
-    for name, rows in (("before", before), ("after", after)):
-        loss[name] = math.exp(-sum(float(lp.gather(1, ids[:, None]).sum()) for lp, ids in rows) / sum(len(ids) for _, ids in rows))
-    b, a = (torch.cat([lp for lp, _ in rows]) for rows in (before, after))  # (n, V)
-    centred = [x - x.mean(-1, keepdim=True) for x in (b, a)]
-    return {"bits": args.quantize, "dtype": dtype, "n": len(before), "n_tokens": len(b), "perplexity_before": loss["before"], "perplexity_after": loss["after"],
-            "logits_off": float((centred[1] - centred[0]).norm() / centred[0].norm()), "same_first": float((a.argmax(-1) == b.argmax(-1)).float().mean()), "kl": float((b.exp() * (b - a)).sum(-1).mean())}
+        (before, ids), (after, _) = (true_logits(m, prompts, answers, torch.stack(pixels) if pixels else None) for m in (plain, model))
+        off, centred = (x - x.mean(-1, keepdim=True) for x in (after - before, before))  # a constant added to all changes nothing
+        total["off"] += float(off.square().sum())
+        total["size"] += float(centred.square().sum())
+        before, after = before.log_softmax(-1), after.log_softmax(-1)
+        total["n"] += len(ids)
+        total["before"] -= float(before.gather(1, ids[:, None]).sum())
+        total["after"] -= float(after.gather(1, ids[:, None]).sum())
+        total["same"] += int((before.argmax(-1) == after.argmax(-1)).sum())
+        total["kl"] += float((before.exp() * (before - after)).sum())
+    n = total["n"]
+    return {"bits": args.quantize, "dtype": str(next(plain.parameters()).dtype).removeprefix("torch."), "n": len(questions), "n_tokens": int(n), "perplexity_before": math.exp(total["before"] / n),
+            "perplexity_after": math.exp(total["after"] / n), "logits_off": math.sqrt(total["off"] / total["size"]), "same_first": total["same"] / n, "kl": total["kl"] / n}
 
 
 # --- 5. main --------------------------------------------------------------------------------------------------------
 
 
-def settings_of(args):
+def settings_of(args, questions):
     """What predictions depend on, kept beside them: a run that differs must not go on from them."""
+    asked = [(q.id, q.conversation, q.truth, [str(p) for p in q.pictures], q.choices, q.letter) for q in questions]
     paths = [p for p in (args.model, args.llm, args.vision, args.projector) if p and p != "fresh"]
-    files = [f for p in map(model_folder, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
+    own = {"run.json", "report.json"}  # of an --out that is the model's folder
+    files = [f for p in map(model_folder, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.suffix in (".safetensors", ".bin", ".json", ".model") and f.name not in own]
     weights = hashlib.sha256(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()[:16]
-    return {"file": hashlib.sha256(Path(args.file).read_bytes()).hexdigest()[:16], "weights": weights, "dtype": args.dtype, "quantize": args.quantize,
-            "max_new_tokens": args.max_new_tokens, "n": args.n, "seed": args.seed, "skip_bad": args.skip_bad}
+    return {"questions": hashlib.sha256(repr(asked).encode("utf-8", "backslashreplace")).hexdigest()[:16], "images": os.path.realpath(args.images), "weights": weights, "dtype": args.dtype,
+            "quantize": args.quantize, "max_new_tokens": args.max_new_tokens}
 
 
 def parse_args():
@@ -432,20 +444,26 @@ def evaluate():
     if args.n and args.n < len(questions):
         questions = [questions[i] for i in sorted(np.random.default_rng(args.seed).choice(len(questions), args.n, replace=False))]
     model, tokenizer, _ = model_from_flags(args)
+    limit, fitting = model.config.text.max_position_embeddings, []
     for question in questions:
         n = len(encode_question(question, tokenizer, model.config, options=bool(question.choices)))
-        if n >= model.config.text.max_position_embeddings:
-            raise ValueError(f"{args.file}: row {question.id}: the question takes {n} tokens, the model's positions end at {model.config.text.max_position_embeddings}")
-    settings, path = settings_of(args), args.out / "predictions.jsonl"
+        if n < limit:
+            fitting.append(question)
+        elif args.skip_bad:
+            left_out["question beyond the model's positions"] += 1
+        else:
+            raise ValueError(f"{args.file}: row {question.id}: the question takes {n} tokens, the model's positions end at {limit} (--skip-bad leaves such rows out)")
+    questions = fitting
+    settings, path = settings_of(args, questions), args.out / "predictions.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     run = args.out / "run.json"
     if args.restart:
         path.unlink(missing_ok=True)
     elif path.is_file() and (not run.is_file() or json.loads(run.read_text()) != settings):
-        raise ValueError(f"{args.out} holds answers of another run (other file, weights or options): give another --out, or --restart to throw them away")
+        raise ValueError(f"{args.out} holds answers of another run (other questions, pictures, weights or options): give another --out, or --restart to throw them away")
     write_json(run, settings)
     done = answer_file(args, questions, model, tokenizer, path)
-    write_report(args, kind, questions, left_out, done, quantised_change(args, questions, model, tokenizer) if args.quantize else None)
+    write_report(args, kind, questions, left_out, done, quantised_change(args, [questions[i] for i in sorted(done) if "seen" in done[i]], model, tokenizer) if args.quantize else None)
 
 
 def main():

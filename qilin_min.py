@@ -483,6 +483,7 @@ class Qilin(nn.Module):
 # what every script shares: how a run ends, how a file is read, and that it is written beside and renamed when whole
 
 USER_ERRORS = (ValueError, OSError)  # what a user can cause
+OUT_OF_MEMORY = "the GPU's memory is full: fewer samples, questions or pictures at a time (--micro-batch-size, --batch-size), or --quantize int8"
 
 
 def run_cli(main):
@@ -495,6 +496,9 @@ def run_cli(main):
     except USER_ERRORS as error:
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG) else 2)
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: {OUT_OF_MEMORY}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -1517,7 +1521,7 @@ def sample_next_token(logits, seen, temperature=0.0, top_p=1.0, top_k=0, repetit
     (divides positive logits, multiplies negative ones: CTRL, arXiv 1909.05858). top_k, then top_p, cut the tail before drawing."""
     if repetition_penalty != 1.0:
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
-    if temperature <= 0:
+    if temperature < 1e-4:  # logits divided by less leave the range of float32
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -1595,6 +1599,7 @@ class StreamedAnswer:
     def __init__(self, model, tokenizer, prompt, pixel_values=None, stop=(), **options):
         self.ids, self.n_new, self.finish_reason = [], 0, "length"
         self.interrupted = False  # set it, from any thread, to end the answer at the next token
+        self._decode = tokenizer.decode
         self._text = self._until_stop(tokenizer.decode_stream(self._new_ids(model, prompt, pixel_values, options)), stop)
 
     def __iter__(self):
@@ -1612,16 +1617,19 @@ class StreamedAnswer:
             yield i
 
     def _until_stop(self, texts, stop):
-        text = ""  # not shown yet
+        text, n_shown = "", 0  # text: not shown yet
         for piece in texts:
             text += piece
             found = min((at for s in stop if (at := text.find(s)) >= 0), default=-1)
             if found >= 0:
                 self.finish_reason = "stop"
+                while self.ids and len(self._decode(self.ids)) > n_shown + found:  # a dialog must not go on from what nobody saw
+                    self.ids.pop()
                 yield text[:found]
                 return
             n_held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)  # may become a stop text
             yield text[: len(text) - n_held]
+            n_shown += len(text) - n_held
             text = text[len(text) - n_held:]
         yield text
 

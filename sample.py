@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qilin_min import (IMAGE_TOKEN_INDEX, TEMPLATES, USER_ERRORS, KVCache, StreamedAnswer, add_model_flags, apply_rotary_pos_emb, build_prompt, check_ranges, encode_prompt,
+from qilin_min import (IMAGE_TOKEN_INDEX, OUT_OF_MEMORY, TEMPLATES, USER_ERRORS, KVCache, StreamedAnswer, add_model_flags, apply_rotary_pos_emb, build_prompt, check_ranges, encode_prompt,
                        model_from_flags, one_line, open_image, preprocess_image, run_cli)
 
 # --- 1. options -----------------------------------------------------------------------------------------------------
@@ -55,8 +55,8 @@ def parse_args():
         check_question(args.words)
     if args.heatmap and len(args.words) < 2:
         raise ValueError("--heatmap needs a picture")
-    if args.heatmap and args.heatmap.suffix.lower() != ".png":
-        raise ValueError(f"--heatmap {args.heatmap}: must end in .png")
+    if args.heatmap and (args.heatmap.suffix.lower() != ".png" or not args.heatmap.parent.is_dir()):
+        raise ValueError(f"--heatmap {args.heatmap}: must end in .png, in a folder that is there")
     check_pictures(args.words if args.chat else args.words[:-1])
     return args
 
@@ -150,7 +150,7 @@ def chat(model, tokenizer, pixels, options):
         except EOFError:
             return
         try:
-            command, _, rest = line.partition(" ")
+            command, rest = (*line.split(None, 1), "", "")[:2]
             if command in ("/quit", "/exit"):
                 return
             elif command == "/reset":
@@ -164,12 +164,23 @@ def chat(model, tokenizer, pixels, options):
                 raise ValueError(f"{command}: there are /image FILE…, /reset and /quit")
             elif line:
                 print_answer(talk.ask(line, **options))
+                if end := unfinished(talk.answer, len(talk.said), talk.limit):
+                    print(end, file=sys.stderr)
         except KeyboardInterrupt:
             if not is_person:
                 raise
             print(" (stopped)", file=sys.stderr)
         except USER_ERRORS as error:
             print(one_line(error), file=sys.stderr)
+        except torch.OutOfMemoryError:
+            print(OUT_OF_MEMORY, file=sys.stderr)
+
+
+def unfinished(answer, n_tokens, limit):
+    """Why an answer may have no end, or ""."""
+    if answer.finish_reason != "length":
+        return ""
+    return f" ({'the last position of the model' if n_tokens >= limit else '--max-new-tokens'}: the answer may be unfinished)"
 
 
 def print_answer(texts):
@@ -228,8 +239,8 @@ def layers_of(text, n_layers):
 
 def draw_heat(image, heat, mode):
     """A PIL image: the picture, and beside it the same under `heat` (h, w) of its patches, mapped back through preprocess_image's `mode` of squaring."""
-    scale = max(1, 512 / max(image.size))
-    image = image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC) if scale > 1 else image
+    scale = min(max(512, *image.size), 1024) / max(image.size)
+    image = image.resize([max(1, round(n * scale)) for n in image.size], Image.Resampling.BICUBIC) if scale != 1 else image
     (width, height), side = image.size, (max if mode == "pad" else min)(image.size)
     square = Image.fromarray(np.float32(heat / max(heat.max(), 1e-12))).resize((side, side), Image.Resampling.BILINEAR)
     whole = Image.new("F", image.size)
@@ -279,6 +290,8 @@ def main():
     limit, layers = model.config.text.max_position_embeddings, layers_of(args.heatmap_layers, model.config.text.num_hidden_layers)
     pixels = read_pictures(paths, model.config)  # (M, 3, H, W)
     print(f"{model.config.text.num_hidden_layers}-layer model loaded on {device} in {time.perf_counter() - tic:.1f} s. Research code: no medical advice.", file=sys.stderr)
+    if args.template == "plain":
+        print("template plain has no place for a question: it is not read", file=sys.stderr)
     if args.chat:
         return chat(model, tokenizer, pixels, options)
 
@@ -287,9 +300,7 @@ def main():
     tic, answer = time.perf_counter(), StreamedAnswer(model, tokenizer, prompt, pixels, **options)
     print_answer(answer)
     seconds = time.perf_counter() - tic
-    ended = " (the model's last position: the answer may be unfinished)" if len(prompt) + answer.n_new >= limit else \
-        " (--max-new-tokens: the answer may be unfinished)" if answer.finish_reason == "length" else ""
-    print(f"{len(prompt)} tokens read, {answer.n_new} written, {answer.n_new / seconds:.1f} a second{ended}", file=sys.stderr)
+    print(f"{len(prompt)} tokens read, {answer.n_new} written, {answer.n_new / seconds:.1f} a second{unfinished(answer, len(prompt) + answer.n_new, limit)}", file=sys.stderr)
     if args.heatmap:
         heatmap(model, prompt, answer.ids, paths, pixels, layers, args.heatmap)
 

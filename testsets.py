@@ -79,7 +79,9 @@ def read_question(kind, i, record, images):
     if kind == "PMC-VQA":
         row = read_row("pmc-vqa", record)
         question, truth, names, letter = row.texts["question"], row.texts["answer"], row.images, row.letter
-        choices = {name[-1].upper(): text for name, text in row.texts.items() if name.startswith("choice_")} if letter else {}
+        choices = {name[-1].upper(): text for name, text in row.texts.items() if name.startswith("choice_")}
+        if choices and not letter:
+            raise ValueError(f"the answer {truth!r} is none of the options")
         id = clean_text(record.get("index")) or i
     else:
         name, id_name = {"SLAKE": ("img_name", "qid"), "VQA-RAD": ("image_name", "qid"), "own": ("image" if "image" in record else "images", "id")}[kind]

@@ -107,8 +107,21 @@ def test_a_kept_cache_changes_no_answer(model):
 def test_stop_texts_are_never_shown(stop, shown, reason):
     """Whole texts are found across tokens; what only begins like one is shown in the end."""
     answer = q.StreamedAnswer.__new__(q.StreamedAnswer)
-    answer.finish_reason = "length"
+    answer.finish_reason, answer.ids = "length", []
     assert "".join(answer._until_stop(iter("abcd"), stop)) == shown and answer.finish_reason == reason
+
+
+def test_a_stop_text_is_no_part_of_the_dialog(model, tokenizer):
+    """What the model goes on from is what was shown: the tokens of the stop text and after it are forgotten."""
+    chat = sample.Chat(model, tokenizer, pictures(1))
+    whole_text = "".join(chat.ask("图中有什么？", max_new_tokens=9))
+    stop = whole_text[len(whole_text) // 2 :][:2]
+    chat.reset()
+    shown = "".join(chat.ask("图中有什么？", max_new_tokens=9, stop=[stop]))
+    assert shown == whole_text.partition(stop)[0] and chat.answer.finish_reason == "stop"
+    assert len(tokenizer.decode(chat.answer.ids)) <= len(shown) and chat.said[-len(chat.answer.ids) :] == chat.answer.ids
+    list(chat.ask("多大？", max_new_tokens=4))
+    assert chat.answer.ids == whole(model, tokenizer, chat.said[: -len(chat.answer.ids)], pictures(1), 4)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,9 @@ def test_a_bad_row_stops_by_name_or_is_counted(sets, tmp_path):
         read_testset(tmp_path / "own.json", sets / "images")
     _, found, left_out = read_testset(tmp_path / "own.json", sets / "images", skip_bad=True)
     assert len(found) == 1 and left_out.total() == 3
+    table(tmp_path / "odd.csv", ["Figure_path", "Question", "Answer", "Choice A", "Choice B"], [["a.jpg", "问题", "E", "A:肾脏", "B:肝脏"]])
+    with pytest.raises(ValueError, match="none of the options"):
+        read_testset(tmp_path / "odd.csv", sets / "images")
     (tmp_path / "x.json").write_text('[{"foo": 1}]')
     with pytest.raises(ValueError, match="of no known test set"):
         read_testset(tmp_path / "x.json", sets / "images")
@@ -107,10 +111,19 @@ def test_open_scores_are_those_of_the_libraries():
 
 
 @pytest.mark.parametrize("text, letter", [
-    ("B", "B"), ("b.", "B"), (" (C) 左肾", "C"), ("答案是B。", "B"), ("答案：D", "D"), ("The answer is B.", "B"), ("正确答案为A", "A"), ("B、肝脏", "B"), ("选C", "C"), ("肝脏。", "B"), ("heart", "D"),
-    ("图中是肝脏", "B"), ("是左肾", "C"), ("A large heart", "D"), ("肾脏或肝脏", ""), ("不知道", ""), ("", ""), ("E", ""), ("Both", "")])
+    ("B", "B"), ("b.", "B"), (" (C) 左肾", "C"), ("答案是B。", "B"), ("答案:D", "D"), ("The answer is B.", "B"), ("正确答案为A", "A"), ("B、肝脏", "B"), ("选C", "C"), ("肝脏。", "B"), ("heart", "D"),
+    ("图中是肝脏", "B"), ("是左肾", "C"), ("A large heart", "D"), ("肾脏或肝脏", ""), ("不知道", ""), ("", ""), ("E", ""), ("Both", ""), ("A和B", ""), ("A、B", ""), ("选A或B", ""), ("A, B", ""),
+    ("B，因为位置在右侧", "B"), ("答案：B，因为", "B"), ("B\n解释", "B"), ("B is correct", "B"), ("The answer is B, because", "B"), ("我选B", "B")])
 def test_a_generated_choice_is_read(text, letter):
     assert e.read_choice(text, CHOICES) == letter
+
+
+@pytest.mark.parametrize("options, text, letter", [
+    (["CT", "MRI", "X线", "B超"], "B超检查", "D"), (["CT", "MRI", "X线", "B超"], "B超", "D"), (["血糖升高", "C反应蛋白升高", "正常", "贫血"], "C反应蛋白升高明显", "B"),
+    (["MRI", "CT", "X-ray", "Ultrasound"], "It shows a fracture.", ""), (["MRI", "CT", "X-ray", "Ultrasound"], "This is a CT.", "B"), (["Yes", "No"], "abnormal", ""), (["Yes", "No"], "Not sure", ""),
+    (["Yes", "No"], "No, it is not.", "B"), (["1", "2", "3", "4"], "15", ""), (["1", "2", "3", "4"], "2个", "B"), (["Left lung", "Left lung base"], "the left lung base", "B")])
+def test_an_option_inside_an_answer_is_a_word_of_it(options, text, letter):
+    assert e.read_choice(text, dict(zip("ABCD", options))) == letter
 
 
 def test_intervals_are_those_of_arithmetic():
@@ -232,3 +245,51 @@ def test_what_quantising_changes(sets, toy_model, tmp_path):
     assert changed["perplexity_before"] == pytest.approx(plain["scores"]["perplexity of the truth"]["value"], rel=1e-3)
     assert 1e-5 < changed["logits_off"] < 0.05 and 0 <= changed["kl"] < 0.01 and changed["same_first"] > 0.7 and changed["n"] == 2
     assert "int8 against float32" in (tmp_path / "8/report.md").read_text() and "quantised" not in plain
+
+
+def test_withheld_and_intervals_of_a_table():
+    """A column follows from its own side of the rows; four questions about a picture that stand and fall together make the interval twice as wide; the constant is the commonest truth of a kind."""
+    rng = np.random.default_rng(0)
+    right = rng.random(100) < 0.5
+    make = lambda i, k, picture: Question(f"{i}-{k}", [{"from": "human", "value": "问"}], "对" if i % 4 else "错", [Path(str(picture))], 1, {"kind": "a" if i % 2 else "b"})
+    said = lambda text: {"answer": text, "likelihood": [[-1.0, 2]]}
+    rows = [{"seen": said("对" if i % 4 else "错") if ok else said("无"), "blind": said("无")} for i, ok in enumerate(right)]
+    once = e.table_of([make(i, 0, i) for i in range(100)], rows, None, ["对"] * 100)["exact match"]
+    often = e.table_of([make(i, k, i) for i in range(100) for k in range(4)], [row for row in rows for _ in range(4)], None, ["对"] * 400)["exact match"]
+    apart = e.table_of([make(i, k, f"{i}-{k}") for i in range(100) for k in range(4)], [row for row in rows for _ in range(4)], None, ["对"] * 400)["exact match"]
+    assert once["value"] == often["value"] == right.mean() and once["withheld"] == 0 and once["constant"] == 0.75 and often["n"] == 400
+    assert (often["low"], often["high"]) == (once["low"], once["high"]) and abs((often["high"] - often["low"]) / (apart["high"] - apart["low"]) - 2) < 0.3
+    questions = [make(i, 0, i) for i in range(100)]
+    assert e.constant_answers(questions, None) == ["对"] * 100  # 75 of 100
+    assert e.constant_answers(questions, "kind")[:4] == ["对" if i % 2 else e.constant_answers(questions, "kind")[0] for i in range(4)]
+
+
+def test_a_withheld_picture_changes_what_is_likely(sets, toy_model, tmp_path):
+    """Where a question has pictures the grey ones give other likelihoods; where it has none both sides are the same."""
+    call(sets / "own.jsonl", "--images", sets / "images", "--model", toy_model, "--out", tmp_path, "--max-new-tokens", 3)
+    two, none = [json.loads(line) for line in open(tmp_path / "predictions.jsonl")]
+    assert two["seen"]["likelihood"] != two["blind"]["likelihood"] and none["seen"]["likelihood"] == none["blind"]["likelihood"]
+    assert "NaN" not in (tmp_path / "report.json").read_text()
+
+
+def test_answers_are_kept_for_their_own_questions_only(sets, toy_model, tmp_path):
+    """A picture that turns up later, another image folder: the kept answers are of other questions, and refused. --out inside the model's folder goes on. Too long a question is left out, and counted."""
+    images, model = tmp_path / "images", tmp_path / "model"
+    shutil.copytree(sets / "images", images)
+    shutil.copytree(toy_model, model)
+    (images / "b.jpg").unlink()
+    words = [sets / "test_2.csv", "--model", model, "--max-new-tokens", 2, "--skip-bad"]
+    for _ in range(2):
+        call(*words, "--images", images, "--out", model / "eval")
+    shutil.copy(sets / "images/b.jpg", images / "b.jpg")
+    assert "other questions" in call(*words, "--images", images, "--out", model / "eval", code=2).stderr
+    call(*words, "--images", images, "--out", tmp_path / "all")
+    assert "other questions, pictures" in call(*words, "--images", sets / "images", "--out", tmp_path / "all", code=2).stderr
+    (tmp_path / "long.jsonl").write_text(json.dumps(dict(image="a.jpg", question="问题", answer="答案")) + "\n" + json.dumps(dict(image="a.jpg", question="长" * 9000, answer="答案")))
+    words = [tmp_path / "long.jsonl", "--images", images, "--model", model, "--max-new-tokens", 2]
+    assert "--skip-bad" in call(*words, "--out", tmp_path / "long", code=2).stderr
+    call(*words, "--out", tmp_path / "long", "--skip-bad")
+    assert json.loads((tmp_path / "long/report.json").read_text())["left_out"] == {"question beyond the model's positions": 1}
+    (images / "b.jpg").write_bytes(b"")  # int8 beside plain, with a picture that does not decode
+    call(sets / "test_2.csv", "--images", images, "--model", model, "--max-new-tokens", 2, "--out", tmp_path / "int8", "--skip-bad", "--quantize", "int8")
+    assert json.loads((tmp_path / "int8/report.json").read_text())["quantised"]["n"] == 4
