@@ -29,7 +29,7 @@ def test_smoke(tmp_path):
 @pytest.mark.parametrize("file, old, new, failing, words", [
     ("train.py", "load_sharded(state, storage_reader=FileSystemReader(path), planner=PlainLoadPlanner(), process_group=self.group)", "pass", ["resume"], "weights differ"),
     ("train.py", "run.checkpoints.save(run.progress, wait=True)\n        together(check_batches", "together(check_batches", ["SIGTERM"], "no whole checkpoint"),
-    ("sample.py", "    tokenizer = Tokenizer(", "    raise ValueError('no answer')\n    tokenizer = Tokenizer(", ["export"], "sample.py: no answer")])
+    ("sample.py", "    model, tokenizer, device = model_from", "    raise ValueError('no answer')\n    model, tokenizer, device = model_from", ["export"], "sample.py: no answer")])
 @pytest.mark.skipif(not os.environ.get("LONG"), reason="minutes; LONG=1")
 def test_smoke_finds_what_is_broken(tmp_path, file, old, new, failing, words):
     """A checkpoint that is not taken up, one that is not written on SIGTERM, an export that cannot be asked: that row fails, the others are still made."""
