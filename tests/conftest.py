@@ -1,6 +1,8 @@
 """What the tests share: tiny random models of transformers in the published layouts, the real tokenizer, and the parity lines."""
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background of a shell ignores Ctrl-C, and so would every program that the tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
@@ -136,6 +139,21 @@ ROW_PICTURES = [slice(0, 0), slice(0, 1), slice(1, 3)]  # of pictures(3)
 def hf_ids(ids, model):
     """Our input_ids in transformers' spelling: the picture token's id at picture positions."""
     return ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, model.config.image_token_id)
+
+
+def in_process(main, *words):
+    """A script's main() as `python SCRIPT words`, in this process, since importing torch takes longer than most of these runs: its exit code, stdout and stderr."""
+    argv, out, err, ended = sys.argv, io.StringIO(), io.StringIO(), 0
+    try:
+        sys.argv = [f"{main.__module__}.py", *map(str, words)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                q.run_cli(main)
+            except SystemExit as error:
+                ended = error.code or 0
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(returncode=ended, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 # --- train.py, run as a user would ----------------------------------------------------------------------------------

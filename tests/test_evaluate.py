@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_qilin, words
+from conftest import ROOT, in_process, make_qilin
 from PIL import Image
 from sacrebleu.metrics import BLEU
 from transformers import LlavaForConditionalGeneration
@@ -27,7 +27,7 @@ CHOICES = {"A": "肾脏", "B": "肝脏", "C": "左肾", "D": "Heart"}
 
 
 def call(*options, code=0):
-    done = subprocess.run(list(map(str, [sys.executable, ROOT / "evaluate.py", *options])), capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    done = in_process(e.main, *options)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done
 
