@@ -140,7 +140,7 @@ def chat(model, tokenizer, pixels, options):
     talk, is_person = Chat(model, tokenizer, pixels), sys.stdin.isatty()
     if is_person:
         try:
-            import readline  # noqa: F401  line editing and history, of this session only: questions about patients belong in no file
+            import readline  # noqa: F401  line editing and history, of this run only: questions about patients belong in no file
         except ImportError:
             pass  # Windows' terminal edits by itself
         print("/image FILE… other pictures   /reset forget what was said   /quit or Ctrl-D end   Ctrl-C stops an answer", file=sys.stderr)

@@ -141,11 +141,16 @@ def hf_ids(ids, model):
     return ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, model.config.image_token_id)
 
 
-def in_process(main, *words):
-    """A script's main() as `python SCRIPT words`, in this process, since importing torch takes longer than most of these runs: its exit code, stdout and stderr."""
-    argv, out, err, ended = sys.argv, io.StringIO(), io.StringIO(), 0
+def in_process(main, *words, code=None, env=None):
+    """A script's main() as `python SCRIPT words`, in this process, since importing torch takes longer than most of these runs: its exit code, stdout and stderr.
+
+    code: the exit code it must have. No endpoint of the environment is seen, unless env names one."""
+    argv, environment, out, err, ended = sys.argv, dict(os.environ), io.StringIO(), io.StringIO(), 0
     try:
         sys.argv = [f"{main.__module__}.py", *map(str, words)]
+        for name in [name for name in os.environ if name.startswith("OPENAI_")]:
+            del os.environ[name]
+        os.environ.update(env or {})
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 q.run_cli(main)
@@ -153,6 +158,9 @@ def in_process(main, *words):
                 ended = error.code or 0
     finally:
         sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environment)
+    assert code is None or ended == code, f"exit code {ended}: {out.getvalue()}{err.getvalue()}"
     return SimpleNamespace(returncode=ended, stdout=out.getvalue(), stderr=err.getvalue())
 
 

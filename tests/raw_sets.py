@@ -1,19 +1,14 @@
 """Small raw files in the exact upstream schemas, written by us, with the Chinese a good translator would give for each text. Used by the data tests."""
 
-import contextlib
 import csv
-import io
 import json
-import os
 import random
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from PIL import Image
 
 import data_prep
-from qilin_min import run_cli
+from conftest import in_process
 
 OA = [  # English, Chinese; {0} a number
     ("Axial CT image shows a {0} mm nodule in the left lower lobe.", "轴位CT图像显示左肺下叶一{0}毫米结节。"),
@@ -84,21 +79,5 @@ def make_raw(folder, n=6):
 
 
 def prep(*options, code=None, env=None):
-    """`python data_prep.py options`, in this process (importing torch takes longer than most of these runs): its exit code, stdout and stderr."""
-    argv, environment, out, err, ended = sys.argv, dict(os.environ), io.StringIO(), io.StringIO(), 0
-    try:
-        sys.argv = ["data_prep.py", *map(str, options)]
-        for name in [name for name in os.environ if name.startswith("OPENAI_")]:
-            del os.environ[name]
-        os.environ.update(env or {})
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                run_cli(data_prep.main)
-            except SystemExit as error:
-                ended = error.code or 0
-    finally:
-        sys.argv = argv
-        os.environ.clear()
-        os.environ.update(environment)
-    assert code is None or ended == code, f"exit code {ended}: {out.getvalue()}{err.getvalue()}"
-    return SimpleNamespace(returncode=ended, stdout=out.getvalue(), stderr=err.getvalue())
+    """`python data_prep.py options`: its exit code, stdout and stderr."""
+    return in_process(data_prep.main, *options, code=code, env=env)

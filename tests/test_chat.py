@@ -151,7 +151,7 @@ def test_heat_lies_where_the_patch_was(size, mode):
     width = (width - 8) // 2
     assert abs(width / height - size[0] / size[1]) < 0.02 and max(width, height) >= 512
     changed = np.abs(pair[:, width + 8 :] - pair[:, :width]).sum(-1) > 90
-    side, (top, left) = (max if mode == "pad" else min)(width, height), (height, width)
+    side = (max if mode == "pad" else min)(width, height)
     centre = (height - side) / 2 + 1.5 * side / 4, (width - side) / 2 + 0.5 * side / 4
     ys, xs = np.nonzero(changed)
     if len(ys):  # in a padded wide picture row 1 of 4 is partly picture

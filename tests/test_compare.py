@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,18 +16,18 @@ import time
 from collections import Counter
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_qilin
+from conftest import ROOT, in_process, make_qilin
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_dicom import SECRETS, dicom
 from transformers import LlavaForConditionalGeneration
 
 import compare
+import evaluate
 import qilin_min as q
 from review import wilson
 from testsets import Question, read_testset
@@ -37,24 +36,8 @@ OPTIONS = "--yes", "--retry-delay", 0.01, "--timeout", 2, "--max-new-tokens", 6
 
 
 def run(*words, code=None, env=None):
-    """`python evaluate.py words`, in this process: its exit code, stdout and stderr."""
-    argv, environment, out, err, ended = sys.argv, dict(os.environ), io.StringIO(), io.StringIO(), 0
-    try:
-        sys.argv = ["evaluate.py", *map(str, words)]
-        for name in [name for name in os.environ if name.startswith("OPENAI_")]:
-            del os.environ[name]
-        os.environ.update(env or {})
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                q.run_cli(compare.main)
-            except SystemExit as error:
-                ended = error.code or 0
-    finally:
-        sys.argv = argv
-        os.environ.clear()
-        os.environ.update(environment)
-    assert code is None or ended == code, f"exit code {ended}: {out.getvalue()}{err.getvalue()}"
-    return SimpleNamespace(returncode=ended, stdout=out.getvalue(), stderr=err.getvalue())
+    """`python evaluate.py words`: its exit code, stdout and stderr."""
+    return in_process(evaluate.main, *words, code=code, env=env)
 
 
 def asked(body):
