@@ -21,7 +21,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from qilin_min import IGNORE_INDEX, USER_ERRORS, Rows, encode_conversation, find_rows, one_line, pad_rows, picture_names, preprocess_image, row_pictures
+from common.files import USER_ERRORS, digest, one_line
+from common.rows import Rows, find_rows
+from qilin_min import (
+    IGNORE_INDEX,
+    encode_conversation,
+    pad_rows,
+    picture_names,
+    preprocess_image,
+    row_pictures,
+)
 
 # --- 1. ranks -------------------------------------------------------------------------------------------------------
 
@@ -78,12 +87,6 @@ def sum_over_ranks(values, device):
 
 
 # --- 2. samples -----------------------------------------------------------------------------------------------------
-
-
-def digest(path):
-    """sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 INDEX = ("start", "stop", "length", "n_pictures", "n_labels", "is_cut")  # of each row: its bytes in the file, its tokens as trained on

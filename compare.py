@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import base64
 import csv
-import fcntl
 import gc
 import hashlib
 import html
@@ -35,11 +34,29 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from endpoint import Endpoint, EndpointFailed, add_endpoint_flags
-from qilin_min import (IMAGE_TOKEN, USER_ERRORS, Tokenizer, answer_ids, check_ranges, encode_prompt, model_folder, model_from_flags, one_line, open_image, preprocess_image,
-                       read_checkpoint, read_json, write_json, write_text)
-from review import wilson
-from sources import CJK, chinese_share
+from common.endpoint import Endpoint, EndpointFailed, add_endpoint_flags, ask_many
+from common.files import (
+    USER_ERRORS,
+    check_ranges,
+    model_folder,
+    one_line,
+    read_json,
+    write_json,
+    write_text,
+)
+from common.intervals import wilson
+from common.journal import Finished
+from common.text import CJK, chinese_share
+from qilin_min import (
+    IMAGE_TOKEN,
+    Tokenizer,
+    answer_ids,
+    encode_prompt,
+    model_from_flags,
+    open_image,
+    preprocess_image,
+    read_checkpoint,
+)
 from testsets import read_testset
 
 SENT, SHOWN = 2048, 640  # pixels, the longer side, of a picture as it is sent, and on a page
@@ -156,34 +173,6 @@ def clean(text):
     return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd").strip()
 
 
-class Finished:
-    """Texts that need not be asked for again, by key: a .jsonl file that grows line by line; a line cut by a kill is forgotten."""
-
-    def __init__(self, path):
-        self.file, self.lines, position = open(path, "a+b"), {}, 0
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{path} is in use by another run") from None
-        self.file.seek(0)
-        for raw in self.file:
-            if not raw.endswith(b"\n"):
-                self.file.truncate(position)
-                break
-            position += len(raw)
-            try:
-                line = json.loads(raw)
-                if isinstance(line["text"], str):
-                    self.lines[line["key"]] = line
-            except (ValueError, LookupError, TypeError, RecursionError):
-                print(f"{path}: a damaged line: its text is asked for again", file=sys.stderr)
-
-    def add(self, key, text, **more):
-        self.lines[key] = {"key": key, "text": text, **more}
-        self.file.write(json.dumps(self.lines[key], ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        self.file.flush()  # a kill after this loses nothing
-
-
 def picture_bytes(path, longest, form, **options):
     """A picture file from the pixels of another and nothing else: no EXIF, no DICOM tags, no comments, no colour profile."""
     image = open_image(path)
@@ -208,31 +197,6 @@ def vision_messages(question):
         content += [{"type": "text", "text": text}] * bool(text)
         messages.append({"role": "user" if who == "human" else "assistant", "content": content if pictures else text})
     return messages
-
-
-async def ask_many(endpoint, todo, messages_of, keep, bar, **options):
-    """Asks for every item of todo ({key: item}), several at once, keep(key, item, answer) as each comes. -> {key: why there is none}."""
-    failed, items = {}, iter(todo.items())
-
-    async def worker():
-        for key, item in items:  # one iterator, shared: the next goes to whoever is free
-            try:
-                keep(key, item, await endpoint.ask(await asyncio.to_thread(messages_of, item), **options))
-            except EndpointFailed:
-                raise
-            except ValueError as error:  # this one only: it is asked again in the next run
-                failed[key] = one_line(error)
-            bar.update()
-            bar.set_postfix_str(endpoint.status())
-
-    async with endpoint.connect():
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(endpoint.args.concurrency):
-                    group.create_task(worker())
-        except ExceptionGroup as errors:  # all have stopped; the first says why
-            raise errors.exceptions[0] from None
-    return failed
 
 
 def ask_folder(system, todo, args, keep, bar):

@@ -15,8 +15,23 @@ from pathlib import Path
 
 import torch
 
-from qilin_min import (DTYPES, PARTS, Qilin, Tokenizer, WeightFiles, account, check_finite, check_replaceable, folder_config, load_qilin, model_folder, part_of, read_checkpoint,
-                       run_cli, save_qilin, text_config, vision_config)
+from common.files import check_replaceable, model_folder, run_cli
+from qilin_min import (
+    DTYPES,
+    PARTS,
+    Qilin,
+    Tokenizer,
+    WeightFiles,
+    account,
+    check_finite,
+    folder_config,
+    load_qilin,
+    part_of,
+    read_checkpoint,
+    save_qilin,
+    text_config,
+    vision_config,
+)
 
 LAYOUTS = (  # the beginning of a tensor's name in the file -> layout; the first that any name has
     ("base_model.model.", "saved through peft"),

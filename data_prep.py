@@ -28,12 +28,33 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from endpoint import add_endpoint_flags
+from common.endpoint import add_endpoint_flags
+from common.files import check_ranges, hold, run_cli, write_json
+from common.rows import BadRow, Rows
+from common.text import impractical, is_untranslated, text_key, text_length
 from prompts import CAPTION, CHOICES, CONTEXT, VQA
-from qilin_min import (IMAGE_TOKEN, Rows, Tokenizer, check_conversation, check_ranges, encode_conversation, is_dicom, open_image, picture_names, run_cli,
-                       write_json)
-from sources import (SOURCES, BadRow, Row, add_source_flags, article_of, candidates, find_picture, hold, impractical, in_order, is_untranslated, named_columns,
-                     open_sources, own_question, read_row, text_key, text_length)
+from qilin_min import (
+    IMAGE_TOKEN,
+    Tokenizer,
+    check_conversation,
+    encode_conversation,
+    is_dicom,
+    open_image,
+    picture_names,
+)
+from sources import (
+    Row,
+    SOURCES,
+    add_source_flags,
+    article_of,
+    candidates,
+    find_picture,
+    in_order,
+    named_columns,
+    open_sources,
+    own_question,
+    read_row,
+)
 
 # --- 1. pictures: read whole, joined, put beside the dialogs --------------------------------------------------------
 

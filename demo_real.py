@@ -18,9 +18,20 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from common.files import check_replaceable, replace_folder, run_cli, write_json
+from common.rows import Rows
 from dicom import dicom_image
-from qilin_min import (IMAGE_TOKEN, Rows, TextConfig, Tokenizer, VisionConfig, answer_ids, check_replaceable, encode_prompt, load_qilin, open_image,
-                       preprocess_image, replace_folder, run_cli, write_json)
+from qilin_min import (
+    IMAGE_TOKEN,
+    TextConfig,
+    Tokenizer,
+    VisionConfig,
+    answer_ids,
+    encode_prompt,
+    load_qilin,
+    open_image,
+    preprocess_image,
+)
 from toy import save_random_weights, turns
 
 # --- 1. the pictures, and what we say of them -----------------------------------------------------------------------

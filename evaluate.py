@@ -26,15 +26,32 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from common.files import (
+    USER_ERRORS,
+    check_ranges,
+    model_folder,
+    one_line,
+    run_cli,
+    write_json,
+    write_text,
+)
+from common.intervals import bootstrap
+from common.text import CJK
 from prompts import CHOICES
-from qilin_min import (PAD_COLOR, USER_ERRORS, KVCache, add_model_flags, answer_ids, check_ranges, encode_prompt, model_folder, model_from_flags, one_line, pad_rows,
-                       preprocess_image, run_cli, write_json, write_text)
-from sources import CJK
+from qilin_min import (
+    KVCache,
+    PAD_COLOR,
+    add_model_flags,
+    answer_ids,
+    encode_prompt,
+    model_from_flags,
+    pad_rows,
+    preprocess_image,
+)
 from testsets import read_testset
 
 GREY = Image.new("RGB", (8, 8), PAD_COLOR)  # almost 0 once normalised
 CHOOSE = {"Chinese": CHOICES[0], "English": "Choose the right answer from the following options."}  # what precedes the options: the form of data_prep.py build --choices
-N_BOOTSTRAP = 1000
 
 # --- 1. what an answer is worth -------------------------------------------------------------------------------------
 
@@ -107,15 +124,6 @@ def read_choice(text, choices):
             inside.append((letter, option))
     inside = [letter for letter, option in inside if not any(option != other and option in other for _, other in inside)]
     return inside[0] if len(inside) == 1 else ""
-
-
-def bootstrap(sums, counts, combine, seed=0):
-    """(low, high): 95 % interval of combine(totals, count) when the clusters are drawn anew. sums (clusters, K), counts (clusters,)."""
-    rng, n, values = np.random.default_rng(seed), len(counts), []
-    for _ in range(N_BOOTSTRAP if n > 1 else 0):
-        weights = np.bincount(rng.integers(n, size=n), minlength=n)
-        values.append(combine(weights @ sums, weights @ counts))
-    return tuple(np.quantile(values, (0.025, 0.975)).tolist()) if values else (None, None)  # of one picture nothing is known
 
 
 # --- 2. asking ------------------------------------------------------------------------------------------------------

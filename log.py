@@ -17,9 +17,19 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from batches import agree, check_batches, count, cut_batch, load_ahead, print0, sum_over_ranks, to_device
+from batches import (
+    agree,
+    check_batches,
+    count,
+    cut_batch,
+    load_ahead,
+    print0,
+    sum_over_ranks,
+    to_device,
+)
+from common.files import one_line, write_json, write_text
 from plan import GIB
-from qilin_min import answer_ids, count_images, encode_prompt, one_line, write_json, write_text
+from qilin_min import answer_ids, count_images, encode_prompt
 
 
 def draw_curves(path, title, train, held_out):

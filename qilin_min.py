@@ -20,16 +20,12 @@ Module attributes are the names in published checkpoints, so that loading is nea
 """
 
 import errno
-import json
 import math
-import mmap
 import os
 import re
 import shutil
-import sys
 import warnings
 import zipfile
-from array import array
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -43,6 +39,16 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
+
+from common.files import (
+    check_replaceable,
+    model_folder,
+    one_line,
+    read_json,
+    replace_folder,
+    write_json,
+    write_text,
+)
 
 # --- 1. constants and configuration ---------------------------------------------------------------------------------
 # in: config.json in the spelling of any release; out: QilinConfig, whose field names are those of config.json
@@ -479,126 +485,7 @@ class Qilin(nn.Module):
         return total if reduction == "sum" else total / max(len(targets), 1)
 
 
-# --- 5. files and errors --------------------------------------------------------------------------------------------
-# what every script shares: how a run ends, how a file is read, and that it is written beside and renamed when whole
-
-USER_ERRORS = (ValueError, OSError)  # what a user can cause
-OUT_OF_MEMORY = "the GPU's memory is full: fewer samples, questions or pictures at a time (--micro-batch-size, --batch-size), or --quantize int8"
-
-
-def run_cli(main):
-    """Run a script's main(): what a user can cause ends in one line on stderr and exit code 2 (1 when the disk is full), Ctrl-C in 130."""
-    try:
-        main()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except USER_ERRORS as error:
-        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG) else 2)
-    except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: {OUT_OF_MEMORY}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-
-
-def one_line(error):
-    """The message of an exception on a single line."""
-    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-    return " ".join(text.split()) or type(error).__name__
-
-
-def check_ranges(options, **ranges):
-    """ValueError unless each named option lies in its (low, high); what was not given (None) passes."""
-    for name, (low, high) in ranges.items():
-        if getattr(options, name) is not None and not low <= getattr(options, name) <= high:  # also catches nan
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be from {low} to {high}")
-
-
-def read_json(path):
-    """The content of a JSON file; ValueError names the file when it is empty or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: some releases carry a byte-order mark
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-
-
-ROW_STEP = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}])', re.DOTALL)  # to the next bracket that stands in no string
-
-
-def find_rows(path):
-    """int64 (n, 2): the first byte of each row of a .json list or .jsonl file, and the one after its last. ValueError names file and row.
-
-    Brackets are counted, nothing is parsed, and what has been passed leaves memory: a file of 400 MB takes seconds and no memory.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such data file: {path}")
-    rows = array("q")
-    with open(path, "rb") as file:
-        position = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # some releases carry a byte-order mark
-        if path.suffix == ".jsonl":
-            file.seek(position)
-            for line in file:
-                if line.strip():
-                    rows.extend((position, position + len(line)))
-                position += len(line)
-            return np.array(rows, dtype=np.int64).reshape(-1, 2)
-        if path.stat().st_size <= position:
-            raise ValueError(f"{path}: not a JSON file (it is empty)")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            depth, end, released = 0, position, 0  # end: of what has been accounted for; released: what need not stay in memory
-            while match := ROW_STEP.match(data, position):
-                bracket, position = match.start(1), match.end()
-                depth += 1 if data[bracket] in b"[{" else -1
-                if depth == 1 and data[bracket] in b"[{":
-                    if data[bracket] != ord("[") or data[end:bracket].strip():
-                        raise ValueError(f"{path}: not a list of rows (one object a line is .jsonl)")
-                    end = position
-                elif depth == 2 and data[bracket] in b"[{":
-                    if data[end:bracket].strip() != (b"," if rows else b""):
-                        raise ValueError(f"{path}: what stands before row {len(rows) // 2} is no object, or no comma: {bytes(data[end:bracket][:40])!r}")
-                    rows.extend((bracket, 0))
-                elif depth == 1:
-                    rows[-1] = end = position
-                    if position - released > 2**24 and hasattr(data, "madvise"):
-                        data.madvise(mmap.MADV_DONTNEED)
-                        released = position
-                elif depth == 0:
-                    break
-            if depth or end == 0 or not match:
-                raise ValueError(f"{path}: not a JSON file ({f'it breaks off, or is damaged, in row {(len(rows) - 1) // 2}' if rows else 'no list begins in it'})")
-            if data[end:match.start(1)].strip() or data[position:].strip():
-                raise ValueError(f"{path}: " + (f"after row {len(rows) // 2 - 1}" if rows else "where row 0 should be") + " stands something that is no row, so this is no list of objects")
-    return np.array(rows, dtype=np.int64).reshape(-1, 2)
-
-
-class Rows:
-    """The rows of a data file, each read when it is asked for: rows[i] is one parsed row. ranges: of find_rows, or None to find them."""
-
-    def __init__(self, path, ranges=None):
-        self.path, self.ranges = Path(path), find_rows(path) if ranges is None else ranges
-        self.stamp = self.path.stat().st_size, self.path.stat().st_mtime_ns
-
-    def __len__(self):
-        return len(self.ranges)
-
-    def __getitem__(self, i):
-        start, stop = (int(n) for n in self.ranges[i])  # IndexError past the last, which ends a for loop
-        with open(self.path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != self.stamp:
-                raise ValueError(f"{self.path}: the file changed while it was in use: its rows are no longer where they were")
-            file.seek(start)
-            raw = file.read(stop - start)
-        try:
-            return json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            with open(self.path, "rb") as file:
-                line = file.read(start).count(b"\n") + 1
-            raise ValueError(f"{self.path}: line {line}, row {i}, is no JSON ({error})") from None
+# --- 5. a row's pictures --------------------------------------------------------------------------------------------
 
 
 def picture_names(row):
@@ -623,17 +510,6 @@ def row_pictures(row, folder):
     return [Path(folder) / name for name in names]
 
 
-def write_text(path, text):
-    """A text file, whole or not at all; half a surrogate pair, which UTF-8 has no bytes for, becomes an escape."""
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    partial.replace(path)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
 def save_tensors(tensors, path):
     """A .safetensors file that others may read as they may its folder: the library alone makes it private to its owner."""
     try:
@@ -642,29 +518,6 @@ def save_tensors(tensors, path):
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, f"could not be written ({one_line(error)})", str(path)) from None
     path.chmod(path.parent.stat().st_mode & 0o666)
-
-
-def replace_folder(partial, path):
-    """Give a finished folder its final name; what stood there goes only when the new one is complete."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def check_replaceable(path, mark):
-    """ValueError when `path` is there and is no folder of the kind that holds a file `mark`, which alone may be replaced."""
-    path = Path(path)
-    if not path.name or path.is_symlink() or (path.exists() and not (path.is_dir() and ((path / mark).is_file() or not any(path.iterdir())))):
-        raise ValueError(f"{path or repr('')} is there and holds something else: give another name, or remove it")
-
-
-def model_folder(path):
-    """The folder that holds a model: a train.py --out folder keeps it in final/."""
-    path = Path(path)
-    return path / "final" if (path / "final").is_dir() and not (path / "config.json").exists() else path
 
 
 # --- 6. tokens ------------------------------------------------------------------------------------------------------

@@ -12,10 +12,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from common.files import check_ranges, write_json, write_text
+from common.intervals import wilson
+from common.journal import Journal
+from common.rows import BadRow, Records
+from common.text import clean_text
 from prompts import FIELDS
-from qilin_min import check_ranges, open_image, write_json, write_text
-from sources import Records, clean_text, find_picture, BadRow
-from translate import Journal, Task, quality
+from qilin_min import open_image
+from sources import find_picture
+from translate import Task, quality
 
 VERDICTS = {"accept": "accept", "fix": "fix", "reject": "reject", "接受": "accept", "修改": "fix", "拒绝": "reject"}
 COLUMNS = ["sample", "file", "key", "field", "english", "chinese", "verdict", "fixed", "note"]
@@ -147,14 +152,6 @@ def take_sample(args):
 
 
 # --- 3. import ------------------------------------------------------------------------------------------------------
-
-
-def wilson(k, n, z=1.959964):
-    """95 % interval of a share k / n (Wilson 1927)."""
-    if not n:
-        return 0.0, 1.0
-    centre, spread = k + z * z / 2, z * (k * (n - k) / n + z * z / 4) ** 0.5
-    return max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))
 
 
 def read_filled(path, files):

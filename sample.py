@@ -23,8 +23,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qilin_min import (IMAGE_TOKEN_INDEX, OUT_OF_MEMORY, TEMPLATES, USER_ERRORS, KVCache, StreamedAnswer, add_model_flags, apply_rotary_pos_emb, build_prompt, check_ranges, encode_prompt,
-                       model_from_flags, one_line, open_image, preprocess_image, run_cli)
+from common.files import OUT_OF_MEMORY, USER_ERRORS, check_ranges, one_line, run_cli
+from qilin_min import (
+    IMAGE_TOKEN_INDEX,
+    KVCache,
+    StreamedAnswer,
+    TEMPLATES,
+    add_model_flags,
+    apply_rotary_pos_emb,
+    build_prompt,
+    encode_prompt,
+    model_from_flags,
+    open_image,
+    preprocess_image,
+)
 
 # --- 1. options -----------------------------------------------------------------------------------------------------
 

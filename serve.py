@@ -41,7 +41,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from qilin_min import TEMPLATES, StreamedAnswer, add_model_flags, check_ranges, encode_prompt, is_dicom, model_from_flags, one_line, open_image, preprocess_image, run_cli
+from common.files import check_ranges, one_line, run_cli
+from qilin_min import (
+    StreamedAnswer,
+    TEMPLATES,
+    add_model_flags,
+    encode_prompt,
+    is_dicom,
+    model_from_flags,
+    open_image,
+    preprocess_image,
+)
 
 try:
     import uvicorn

@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from batches import all_batches
-from plan import GIB, PAPER_TOWER, Machine, Sizes, memory, micro_batch_slots
-from qilin_min import LOSS_CHUNK, TextConfig, Tokenizer, check_replaceable, encode_conversation, one_line, read_checkpoint, read_json, run_cli
+from common.files import check_replaceable, one_line, read_json, run_cli
+from plan import GIB, Machine, PAPER_TOWER, Sizes, memory, micro_batch_slots
+from qilin_min import LOSS_CHUNK, TextConfig, Tokenizer, encode_conversation, read_checkpoint
 
 # --- 1. what is run -------------------------------------------------------------------------------------------------
 

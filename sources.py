@@ -8,219 +8,22 @@
 """
 
 import ast
-import csv
-import fcntl
-import hashlib
-import html
-import json
 import multiprocessing
 import os
 import re
 import threading
 import time
-import unicodedata
-from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from common.files import one_line
+from common.rows import BadRow, Records
+from common.text import clean_text
 from prompts import CAPTION, CONTEXT, VQA
-from qilin_min import IMAGE_TOKEN, find_rows, one_line
-
-# --- 1. records: where each begins and ends -------------------------------------------------------------------------
-
-csv.field_size_limit(2**24)  # a context of 16 MB is none: a quote that never closes ends here instead of in memory
-JSON_SUFFIXES, TABLE_SUFFIXES = (".json", ".jsonl"), {".csv": ",", ".tsv": "\t"}
-
-
-class BadRow(ValueError):
-    """A row that is left out and counted under this reason; str() is the reason."""
-
-
-class NotEncoded(ValueError):
-    """A table that is not in the encoding tried."""
-
-
-class Records:
-    """The records of one file, each a dict, read when asked for: 16 bytes of memory a record. ValueError names a file that is none."""
-
-    def __init__(self, path, encoding="utf-8"):
-        self.path, self.encoding, self.columns = Path(path), encoding, None
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no such data file: {path}")
-        if self.path.suffix in JSON_SUFFIXES:
-            self.ranges = find_rows(path)
-        elif self.path.suffix in TABLE_SUFFIXES:
-            try:  # UTF-8 where it is, as translate writes it; JSON always is
-                self.encoding, self.ranges = "utf-8", None
-                self.ranges = self._find_lines()
-            except NotEncoded:
-                if encoding == "utf-8":
-                    raise
-                self.encoding, self.columns = encoding, None
-                self.ranges = self._find_lines()
-        else:
-            raise ValueError(f"{path}: a data file ends in {', '.join((*TABLE_SUFFIXES, *JSON_SUFFIXES))}")
-        if not len(self.ranges):
-            raise ValueError(f"{path}: it has no rows")
-        self.stamp = self._status()
-
-    def __len__(self):
-        return len(self.ranges)
-
-    def _status(self):
-        status = os.stat(self.path)
-        return status.st_size, status.st_mtime_ns
-
-    def _find_lines(self):
-        """Where each record of a table lies: a quoted text may run over several lines, so the csv module decides."""
-        ranges, position, line = array("q"), 0, 0
-        with open(self.path, "rb") as file:
-            def lines():
-                nonlocal position, line
-                for raw in file:
-                    position, line = position + len(raw), line + 1
-                    yield self._decode(raw, line).removeprefix("\ufeff" if line == 1 else "")
-            start = 0
-            try:
-                for values in csv.reader(lines(), delimiter=TABLE_SUFFIXES[self.path.suffix], strict=True):
-                    if self.columns is None and values:
-                        self.columns = [name.strip() for name in values]
-                    elif values:
-                        ranges.extend((start, position))
-                    start = position
-            except csv.Error as error:
-                raise ValueError(f"{self.path}: no table near line {line} ({error})") from None
-        if self.columns is None:
-            raise ValueError(f"{self.path}: it is empty")
-        if len(set(self.columns)) < len(self.columns):
-            raise ValueError(f"{self.path}: two columns have one name ({', '.join(self.columns)})")
-        return np.array(ranges, dtype=np.int64).reshape(-1, 2)
-
-    def _decode(self, raw, line):
-        try:
-            return raw.decode(self.encoding)
-        except UnicodeDecodeError:
-            raise NotEncoded(f"{self.path}: line {line} is not {self.encoding} (a table saved by Excel in Chinese is often `--encoding gb18030`)") from None
-
-    def parse(self, raw):
-        """The dict of a record's bytes. BadRow."""
-        if self.columns is None:
-            try:
-                record = json.loads(raw.decode())
-            except (ValueError, RecursionError):
-                raise BadRow("not JSON") from None
-            if not isinstance(record, dict):
-                raise BadRow("not an object")
-            return record
-        values = next(csv.reader(re.split(r"(?<=\n)", self._decode(raw, "?").removeprefix("\ufeff")), delimiter=TABLE_SUFFIXES[self.path.suffix]))
-        if len(values) != len(self.columns):
-            raise BadRow("wrong number of columns")
-        return dict(zip(self.columns, values))
-
-    def read(self, start, stop):
-        """(number, bytes) of records start to stop, in one go through the file."""
-        if self._status() != self.stamp:
-            raise ValueError(f"{self.path}: the file changed while it was in use: its rows are no longer where they were")
-        with open(self.path, "rb") as file:
-            for i in range(start, min(stop, len(self))):
-                first, last = (int(n) for n in self.ranges[i])
-                file.seek(first)
-                yield i, file.read(last - first)
-
-    def __getitem__(self, i):
-        return self.parse(next(self.read(i, i + 1))[1])
-
-    def require(self, needed, what):
-        """ValueError unless the columns a set needs are there: in a table its header, else one of the first 100 rows."""
-        seen = set(self.columns or ())
-        for _, raw in self.read(0, 0 if self.columns else 100):
-            try:
-                seen |= {name for name, value in self.parse(raw).items()}
-            except BadRow:
-                pass
-        for names in needed:
-            if not seen & set(names):
-                raise ValueError(f"{self.path}: no {' or '.join(map(repr, names))} in it, which {what} has (found: {', '.join(sorted(seen)) or 'nothing readable'})")
-
-    def write(self, out, records):
-        """Records (dicts) to `out` in the form of this file: same columns, list or lines. The caller renames."""
-        if self.columns is not None:
-            writer = csv.writer(out, delimiter=TABLE_SUFFIXES[self.path.suffix], lineterminator="\r\n")  # so that a \r inside a text is quoted, too
-            writer.writerow(self.columns)
-            writer.writerows([record[name] for name in self.columns] for record in records)
-            return
-        lines = self.path.suffix == ".jsonl"
-        out.write("" if lines else "[\n")
-        for i, record in enumerate(records):
-            out.write((",\n" if i and not lines else "") + json.dumps(record, ensure_ascii=False) + ("\n" if lines else ""))
-        out.write("" if lines else "\n]\n")
-
-
-# --- 2. text --------------------------------------------------------------------------------------------------------
-
-CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-LATIN = re.compile(r"[A-Za-z]")
-WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])")  # an ordinary word: CT, HER2 and pH are none
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
-
-
-def clean_text(value):
-    """A text without markup entities, control characters, half surrogates, runs of blanks or <image>. BadRow when it is no text."""
-    if value is None or value != value:  # nan, as pandas writes a gap
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise BadRow("a field is not text")
-    text = CONTROL.sub(" ", html.unescape(str(value)).encode("utf-8", "ignore").decode("utf-8"))
-    while IMAGE_TOKEN in text:  # in a text it would stand for a picture that is not there
-        text = text.replace(IMAGE_TOKEN, "")
-    return unicodedata.normalize("NFC", " ".join(text.split()))
-
-
-def chinese_share(text):
-    """Chinese characters among Chinese and Latin letters, 0 to 1; 1 for a text with neither."""
-    n_cjk, n_latin = len(CJK.findall(text)), len(LATIN.findall(text))
-    return n_cjk / (n_cjk + n_latin) if n_cjk + n_latin else 1.0
-
-
-def is_untranslated(text):
-    """True for a text of ordinary Latin words with little Chinese; names like MRI or HER2 alone need no translation."""
-    return (bool(WORD.search(text)) or len(re.findall("[A-Za-z]{4,}", text)) > 3) and chinese_share(text) < 0.3  # four long words, though in capitals
-
-
-def text_length(text):
-    """Length in Chinese characters, a Latin word or a number counting two."""
-    return len(CJK.findall(text)) + 2 * len(re.findall(r"[A-Za-z0-9][A-Za-z0-9.\-]*", text))
-
-
-LINK = re.compile(r"(?:https?://|www\.|doi:)\S+|(?<![A-Za-z0-9._+-])[A-Za-z0-9._+-]++@[A-Za-z0-9.-]+")
-SEQUENCE = re.compile(r"[A-Z*-]{40,}")
-MAX_CHARACTERS = 40_000  # of one text; the longest context of the paper has 2,576 tokens
-
-
-def impractical(text):
-    """Why a text cannot sensibly be translated or learnt, or None: the paper drops such rows (section 3.3) without giving rules; these are ours."""
-    if len(text) > MAX_CHARACTERS:
-        return "impractical: longer than 40000 characters"
-    letters = len(CJK.findall(text)) + len(LATIN.findall(text))
-    if not letters:
-        return "impractical: no letters"
-    if sum(map(len, LINK.findall(text))) * 2 > len(text):
-        return "impractical: mostly links"
-    if sum(map(len, SEQUENCE.findall(text))) * 2 > len(text):
-        return "impractical: a sequence"
-    if letters * 2 < len(text.replace(" ", "")) and len(text) > 20:
-        return "impractical: mostly symbols"
-    return None
-
-
-def text_key(*parts):
-    """A 64-bit key of some texts, never 0: equal texts, equal key."""
-    return int.from_bytes(hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") or 1
+from qilin_min import IMAGE_TOKEN
 
 
 # --- 3. rows: what the sets have in common --------------------------------------------------------------------------
@@ -468,16 +271,6 @@ def end_with(parent):
             time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def hold(folder):
-    """A lock on a folder that is being written; keep what is returned. ValueError when another run has it."""
-    file = open(Path(folder) / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{folder} is being written by another run") from None
-    return file
 
 
 def in_order(work, tasks, workers):

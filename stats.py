@@ -13,9 +13,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from common.files import check_ranges, write_json, write_text
+from common.rows import BadRow, Rows, find_rows
+from common.text import text_key
 from prompts import CONTEXT, MODALITIES
-from qilin_min import IMAGE_TOKEN, Rows, Tokenizer, check_conversation, check_ranges, find_rows, open_image, write_json, write_text
-from sources import SOURCES, BadRow, find_picture, in_order, own_question, text_key
+from qilin_min import IMAGE_TOKEN, Tokenizer, check_conversation, open_image
+from sources import SOURCES, find_picture, in_order, own_question
 
 # --- 1. one pass ----------------------------------------------------------------------------------------------------
 

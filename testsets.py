@@ -13,8 +13,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qilin_min import USER_ERRORS, check_conversation, one_line, row_pictures
-from sources import BadRow, Records, chinese_share, clean_text, find_picture, names_in, read_row
+from common.files import USER_ERRORS, one_line
+from common.rows import BadRow, Records
+from common.text import chinese_share, clean_text
+from qilin_min import check_conversation, row_pictures
+from sources import find_picture, names_in, read_row
 
 KINDS = {  # what a set says of its questions: name in the report -> column
     "dialogs": {"kind": "kind"},

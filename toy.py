@@ -19,8 +19,19 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from qilin_min import (IMAGE_TOKEN, SYSTEM, Qilin, QilinConfig, Rows, TextConfig, VisionConfig, check_ranges, check_replaceable, hf_configs, part_of, replace_folder,
-                       run_cli, save_tensors, write_json)
+from common.files import check_ranges, check_replaceable, replace_folder, run_cli, write_json
+from common.rows import Rows
+from qilin_min import (
+    IMAGE_TOKEN,
+    Qilin,
+    QilinConfig,
+    SYSTEM,
+    TextConfig,
+    VisionConfig,
+    hf_configs,
+    part_of,
+    save_tensors,
+)
 
 # --- 1. what can be seen, and how it is said ------------------------------------------------------------------------
 

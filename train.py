@@ -34,26 +34,81 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports and the loading ends at once and says nothing; the loop answers it with a checkpoint
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # every batch has another length, which fragments fixed segments; read when torch is imported
-
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, async_save
-from torch.distributed.checkpoint import load as load_sharded
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    async_save,
+    load as load_sharded,
+)
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from batches import Dialogs, all_batches, check_batches, count, cut_batch, digest, gather, leave, load_ahead, on_rank0, print0, sum_over_ranks, to_device, together
+from batches import (
+    Dialogs,
+    all_batches,
+    check_batches,
+    count,
+    cut_batch,
+    gather,
+    leave,
+    load_ahead,
+    on_rank0,
+    print0,
+    sum_over_ranks,
+    to_device,
+    together,
+)
+from common.files import (
+    USER_ERRORS,
+    check_ranges,
+    check_replaceable,
+    digest,
+    one_line,
+    read_json,
+    replace_folder,
+    run_cli,
+    write_json,
+)
 from log import Log, answer_held_out, evaluate
-from plan import GIB, LLAMA_SIZES, Fit, Machine, Sizes, blocks_to_checkpoint, choose, describe_fit, flops, run_plan
-from qilin_min import (LOSS_CHUNK, TEMPLATES, USER_ERRORS, Qilin, QuantizedLinear, Tokenizer, add_lora, check_ranges, check_replaceable, full_tensors, load_weights, one_line,
-                       part_of, quantize_linears, read_checkpoint, read_json, replace_folder, run_cli, save_qilin, save_tensors, write_json)
+from plan import (
+    Fit,
+    GIB,
+    LLAMA_SIZES,
+    Machine,
+    Sizes,
+    blocks_to_checkpoint,
+    choose,
+    describe_fit,
+    flops,
+    run_plan,
+)
+from qilin_min import (
+    LOSS_CHUNK,
+    Qilin,
+    QuantizedLinear,
+    TEMPLATES,
+    Tokenizer,
+    add_lora,
+    full_tensors,
+    load_weights,
+    part_of,
+    quantize_linears,
+    read_checkpoint,
+    save_qilin,
+    save_tensors,
+)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports and the loading ends at once and says nothing; the loop answers it with a checkpoint
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # every batch has another length, which fragments fixed segments; read when torch is imported
+
 
 # --- 1. the two stages ----------------------------------------------------------------------------------------------
 # paper, section 5.2, and the released scripts; every row can be overridden by the option of the same name

@@ -1,7 +1,6 @@
 """English to Chinese for data_prep.py: rows asked for together, a journal that survives any kill, and a check of every translation with a named reason."""
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -15,11 +14,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from endpoint import Endpoint, EndpointFailed, RequestFailed
+from common.endpoint import Endpoint, EndpointFailed, RequestFailed
+from common.files import check_ranges, one_line
+from common.journal import Journal
+from common.rows import BadRow, Records
+from common.text import CJK, WORD, chinese_share, clean_text, impractical, is_untranslated, text_key
 from prompts import AGAIN, FIELDS, GLOSSARY, REASONS, TRANSLATE
-from qilin_min import check_ranges, one_line
-from sources import (CJK, WORD, BadRow, Records, candidates, chinese_share, clean_text, impractical, is_untranslated, named_columns, open_sources, put_texts, read_row,
-                     text_key, to_translate)
+from sources import candidates, named_columns, open_sources, put_texts, read_row, to_translate
 
 RAW = ("pmc-oa", "pmc-casereport", "pmc-vqa", "own")  # ChiMed-VL is Chinese already
 
@@ -258,73 +259,6 @@ def read_glossary(path, encoding="utf-8"):
             raise ValueError(f"{path}: row {i + 1}: {chinese!r} holds no Chinese: are the columns swapped?")
         glossary.append((english, accepted, re.compile(rf"(?<![A-Za-z]){re.escape(english)}(?:e?s)?(?![A-Za-z])", re.IGNORECASE)))
     return sorted(glossary, key=lambda term: -len(term[0]))
-
-
-# --- 2. journal: one line a finished row, appended as it comes ------------------------------------------------------
-
-
-class Journal:
-    """Finished rows by the key of their English texts; the last line of a key counts. 16 bytes of memory a row; a line cut by a kill is forgotten."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.file = open(self.path, "a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{self.path} is in use by another run") from None
-        self.keys, self.offsets = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
-        self.header, self.damaged, self.unsynced = None, 0, 0
-
-    def load(self, is_good=lambda line: True):
-        """Reads what is there; lines for which is_good is false, or that are damaged, do not count."""
-        found, offsets, position, self.damaged = array("Q"), array("q"), 0, 0
-        self.file.seek(0)
-        for raw in self.file:
-            if not raw.endswith(b"\n"):  # killed in the middle of it
-                self.file.truncate(position)
-                break
-            try:
-                line = json.loads(raw)
-                if "raw" in line:  # where its rows come from
-                    self.header, position = line, position + len(raw)
-                    continue
-                texts = [text for name in ("english", "chinese") for text in line[name].values()] + line["reasons"]
-                complete = line["reasons"] or line["chinese"].keys() == line["english"].keys()
-                pictures = [name for names in line["images"] for name in names] + [line["source"]]
-                if len(line["key"]) != 16 or not complete or not all(isinstance(text, str) for text in texts + pictures):
-                    raise ValueError
-                offsets.append(position if is_good(line) else -1)
-                found.append(int(line["key"], 16))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                self.damaged += 1
-            position += len(raw)
-        self.keys, last = np.unique(np.array(found, dtype=np.uint64)[::-1], return_index=True)  # of the lines of a key the last
-        self.offsets = np.array(offsets, dtype=np.int64)[::-1][last]
-
-    def find(self, key):
-        """The line of a key, or None."""
-        i = int(np.searchsorted(self.keys, np.uint64(key)))
-        if i == len(self.keys) or int(self.keys[i]) != key or self.offsets[i] < 0:
-            return None
-        self.file.seek(int(self.offsets[i]))
-        return json.loads(self.file.readline())
-
-    def has(self, keys):
-        """bool per key (uint64 array)."""
-        i = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys) - 1, 0))
-        return (self.keys[i] == keys) & (self.offsets[i] >= 0) if len(self.keys) else np.zeros(len(keys), dtype=bool)
-
-    def add(self, line):
-        self.file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        self.file.flush()  # safe from a kill at once, from a power cut after at most 100 rows
-        self.unsynced += 1
-        if self.unsynced >= 100:
-            self.sync()
-
-    def sync(self):
-        os.fsync(self.file.fileno())
-        self.unsynced = 0
 
 
 # --- 3. one row -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from transformers.processing_utils import transformers_module
 
 import qilin_min as q
+from common.files import run_cli
 
 transformers_module.MistralCommonBackend = type("MistralCommonBackend", (), {})  # mistral-common is installed for one file, without what its import needs
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +154,7 @@ def in_process(main, *words, code=None, env=None):
         os.environ.update(env or {})
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                q.run_cli(main)
+                run_cli(main)
             except SystemExit as error:
                 ended = error.code or 0
     finally:

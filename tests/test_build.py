@@ -16,9 +16,11 @@ from PIL import Image
 from conftest import ROOT
 from data_prep import COMPOSITE_SIDE, Teams, connected, held_out, join_pictures
 from prompts import CAPTION, CONTEXT, VQA
-from qilin_min import IMAGE_TOKEN, Rows, row_pictures
+from common.rows import Rows
+from qilin_min import IMAGE_TOKEN, row_pictures
 from raw_sets import make_raw, picture, prep, write_table
-from sources import Records, read_row
+from common.rows import Records
+from sources import read_row
 
 
 def build(*options, check=0):

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from qilin_min import Rows
+from common.rows import Rows
 from raw_sets import picture, prep
 
 

@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration
 import compare
 import evaluate
 import qilin_min as q
-from review import wilson
+from common.intervals import wilson
 from testsets import Question, read_testset
 
 OPTIONS = "--yes", "--retry-delay", 0.01, "--timeout", 2, "--max-new-tokens", 6

@@ -11,9 +11,9 @@ import numpy as np
 
 import synthetic
 from conftest import ROOT
-from qilin_min import Rows
+from common.rows import Rows
 from raw_sets import make_raw, prep
-from sources import CJK
+from common.text import CJK
 from test_translate import Server
 
 LONG = os.environ.get("LONG")

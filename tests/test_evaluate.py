@@ -22,6 +22,7 @@ from transformers import LlavaForConditionalGeneration
 import evaluate as e
 import qilin_min as q
 from testsets import Question, read_testset
+from common.intervals import bootstrap
 
 CHOICES = {"A": "肾脏", "B": "肝脏", "C": "左肾", "D": "Heart"}
 
@@ -131,12 +132,12 @@ def test_intervals_are_those_of_arithmetic():
     rng = np.random.default_rng(1)
     values = (rng.random(400) < 0.3).astype(float)
     mean = lambda totals, n: totals[0] / n
-    low, high = e.bootstrap(values[:, None], np.ones(400), mean)
+    low, high = bootstrap(values[:, None], np.ones(400), mean)
     p = values.mean()
     half = 1.96 * math.sqrt(p * (1 - p) / 400)
     assert low < p < high and abs((high - low) / (2 * half) - 1) < 0.1
     grouped = values[:100]
-    low4, high4 = e.bootstrap(4 * grouped[:, None], np.full(100, 4), mean)
+    low4, high4 = bootstrap(4 * grouped[:, None], np.full(100, 4), mean)
     assert abs((high4 - low4) / (high - low) - 2) < 0.35
 
 

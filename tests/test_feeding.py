@@ -14,7 +14,8 @@ import batches
 import plan
 import train
 from conftest import ROOT, run
-from qilin_min import CLIP_MEAN, CLIP_STD, Rows, Tokenizer, encode_conversation, preprocess_image
+from common.rows import Rows
+from qilin_min import CLIP_MEAN, CLIP_STD, Tokenizer, encode_conversation, preprocess_image
 
 
 def some_rows(n, seed=0):

@@ -12,6 +12,7 @@ from conftest import free_port, hf_clip, hf_llama
 from safetensors.torch import save_file
 
 import qilin_min as q
+from common.files import write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,8 +30,8 @@ def folder(tmp_path_factory):
     files = {name: f"model-{i * 4 // len(shapes)}.safetensors" for i, name in enumerate(shapes)}
     for file in set(files.values()):
         save_file({name: torch.full(shapes[name], 0.01) for name in shapes if files[name] == file}, out / "llama" / file)
-    q.write_json(out / "llama/model.safetensors.index.json", {"weight_map": files})
-    q.write_json(out / "llama/config.json", q.hf_configs(q.QilinConfig(text), 0, 32000, "float32")["config.json"]["text_config"])
+    write_json(out / "llama/model.safetensors.index.json", {"weight_map": files})
+    write_json(out / "llama/config.json", q.hf_configs(q.QilinConfig(text), 0, 32000, "float32")["config.json"]["text_config"])
     assert sum(f.stat().st_size for f in (out / "llama").iterdir()) > 1.0e9
     return out
 

@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 import pytest
 
 from raw_sets import chinese_of, make_raw, prep
-from review import shares, wilson
-from sources import Records
+from common.intervals import wilson
+from review import shares
+from common.rows import Records
 
 
 @pytest.fixture

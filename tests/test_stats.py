@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from prompts import MODALITIES, VQA
-from qilin_min import Rows, Tokenizer
+from common.rows import Rows
+from qilin_min import Tokenizer
 from raw_sets import OA, make_raw, prep
 from stats import find_font, has_chinese, modality_of, own_question, quantile
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from prompts import REASONS
 from raw_sets import chinese_of, make_raw, prep
-from sources import Records
+from common.rows import Records
 
 OPTIONS = "--model", "test", "--yes", "--retry-delay", "0.01", "--timeout", "2"
 

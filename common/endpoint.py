@@ -11,7 +11,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit, urlunsplit
 
-from qilin_min import check_ranges, one_line
+from common.files import check_ranges, one_line
 
 MAX_ANSWER_BYTES = 2**23  # of one response: an endpoint that never stops talking must not fill memory
 MAX_NONSENSE = 4  # answers to one request that make no sense: the same words asked again at temperature 0 seldom get better
@@ -199,3 +199,28 @@ def _retry_after(response):
         return min(600.0, max(0.0, float(response.headers.get("retry-after", 0))))
     except ValueError:
         return 0.0  # a date: the backoff serves
+
+
+async def ask_many(endpoint, todo, messages_of, keep, bar, **options):
+    """Asks for every item of todo ({key: item}), several at once, keep(key, item, answer) as each comes. -> {key: why there is none}."""
+    failed, items = {}, iter(todo.items())
+
+    async def worker():
+        for key, item in items:  # one iterator, shared: the next goes to whoever is free
+            try:
+                keep(key, item, await endpoint.ask(await asyncio.to_thread(messages_of, item), **options))
+            except EndpointFailed:
+                raise
+            except ValueError as error:  # this one only: it is asked again in the next run
+                failed[key] = one_line(error)
+            bar.update()
+            bar.set_postfix_str(endpoint.status())
+
+    async with endpoint.connect():
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(endpoint.args.concurrency):
+                    group.create_task(worker())
+        except ExceptionGroup as errors:  # all have stopped; the first says why
+            raise errors.exceptions[0] from None
+    return failed
