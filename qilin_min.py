@@ -975,7 +975,7 @@ def account(model, sources, fresh=False):
     where = ", ".join(str(files.path) for files, _ in sources)
     is_linear, is_tied = model.config.projector_type == "linear", model.config.text.tie_word_embeddings
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if part_of(name) != "lora" and not (fresh and part_of(name) == "mm_projector")}
-    quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    quantized = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "quantize_")}
     found, skipped = {}, 0
     for files, parts in sources:
         if files.unknown:
@@ -1027,7 +1027,7 @@ def load_weights(model, sources, device, fresh=False, seed=0):
     fresh: the projector is in no file and comes from init_fresh with `seed`, as LoRA adapters do.
     """
     found, line = account(model, sources, fresh)
-    quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    quantized = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "quantize_")}
     # what to_empty does; a plain tensor without its empty_like, which makes torch import for half a second
     model._apply(lambda t: torch.empty_like(t, device=device) if hasattr(t, "to_local") else torch.empty(t.shape, dtype=t.dtype, device=device))
     for name, (files, key) in found.items():
