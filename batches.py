@@ -23,14 +23,9 @@ from tqdm import tqdm
 
 from common.files import USER_ERRORS, digest, one_line
 from common.rows import Rows, find_rows
-from qilin_min import (
-    IGNORE_INDEX,
-    encode_conversation,
-    pad_rows,
-    picture_names,
-    preprocess_image,
-    row_pictures,
-)
+from model_io.pixels import picture_names, preprocess_image, row_pictures
+from model_io.tokens import encode_conversation
+from qilin_min import IGNORE_INDEX, pad_rows
 
 # --- 1. ranks -------------------------------------------------------------------------------------------------------
 

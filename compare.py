@@ -47,16 +47,11 @@ from common.files import (
 from common.intervals import wilson
 from common.journal import Finished
 from common.text import CJK, chinese_share
-from qilin_min import (
-    IMAGE_TOKEN,
-    Tokenizer,
-    answer_ids,
-    encode_prompt,
-    model_from_flags,
-    open_image,
-    preprocess_image,
-    read_checkpoint,
-)
+from model_io.load import read_checkpoint
+from model_io.options import model_from_flags
+from model_io.pixels import open_image, preprocess_image
+from model_io.tokens import Tokenizer, encode_prompt
+from qilin_min import IMAGE_TOKEN, answer_ids
 from testsets import read_testset
 
 SENT, SHOWN = 2048, 640  # pixels, the longer side, of a picture as it is sent, and on a page

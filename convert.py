@@ -16,19 +16,17 @@ from pathlib import Path
 import torch
 
 from common.files import check_replaceable, model_folder, run_cli
+from model_io.export import save_qilin
+from model_io.load import folder_config, load_qilin, read_checkpoint
+from model_io.tokens import Tokenizer
 from qilin_min import (
     DTYPES,
     PARTS,
     Qilin,
-    Tokenizer,
     WeightFiles,
     account,
     check_finite,
-    folder_config,
-    load_qilin,
     part_of,
-    read_checkpoint,
-    save_qilin,
     text_config,
     vision_config,
 )

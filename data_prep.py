@@ -32,23 +32,16 @@ from common.endpoint import add_endpoint_flags
 from common.files import check_ranges, hold, run_cli, write_json
 from common.rows import BadRow, Rows
 from common.text import impractical, is_untranslated, text_key, text_length
+from model_io.pixels import find_picture, is_dicom, open_image, picture_names
+from model_io.tokens import Tokenizer, check_conversation, encode_conversation
 from prompts import CAPTION, CHOICES, CONTEXT, VQA
-from qilin_min import (
-    IMAGE_TOKEN,
-    Tokenizer,
-    check_conversation,
-    encode_conversation,
-    is_dicom,
-    open_image,
-    picture_names,
-)
+from qilin_min import IMAGE_TOKEN
 from sources import (
     Row,
     SOURCES,
     add_source_flags,
     article_of,
     candidates,
-    find_picture,
     in_order,
     named_columns,
     open_sources,

@@ -20,18 +20,11 @@ from tqdm import tqdm
 
 from common.files import check_replaceable, replace_folder, run_cli, write_json
 from common.rows import Rows
-from dicom import dicom_image
-from qilin_min import (
-    IMAGE_TOKEN,
-    TextConfig,
-    Tokenizer,
-    VisionConfig,
-    answer_ids,
-    encode_prompt,
-    load_qilin,
-    open_image,
-    preprocess_image,
-)
+from model_io.dicom import dicom_image
+from model_io.load import load_qilin
+from model_io.pixels import open_image, preprocess_image
+from model_io.tokens import Tokenizer, encode_prompt
+from qilin_min import IMAGE_TOKEN, TextConfig, VisionConfig, answer_ids
 from toy import save_random_weights, turns
 
 # --- 1. the pictures, and what we say of them -----------------------------------------------------------------------

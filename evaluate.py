@@ -37,17 +37,11 @@ from common.files import (
 )
 from common.intervals import bootstrap
 from common.text import CJK
+from model_io.options import add_model_flags, model_from_flags
+from model_io.pixels import PAD_COLOR, preprocess_image
+from model_io.tokens import encode_prompt
 from prompts import CHOICES
-from qilin_min import (
-    KVCache,
-    PAD_COLOR,
-    add_model_flags,
-    answer_ids,
-    encode_prompt,
-    model_from_flags,
-    pad_rows,
-    preprocess_image,
-)
+from qilin_min import KVCache, answer_ids, pad_rows
 from testsets import read_testset
 
 GREY = Image.new("RGB", (8, 8), PAD_COLOR)  # almost 0 once normalised

@@ -28,8 +28,9 @@ from batches import (
     to_device,
 )
 from common.files import one_line, write_json, write_text
+from model_io.tokens import count_images, encode_prompt
 from plan import GIB
-from qilin_min import answer_ids, count_images, encode_prompt
+from qilin_min import answer_ids
 
 
 def draw_curves(path, title, train, held_out):

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from batches import Dialogs, all_batches, together
-from qilin_min import LOSS_CHUNK, QilinConfig, TextConfig, Tokenizer, VisionConfig, folder_config, read_checkpoint, text_config, vision_config
+from model_io.load import folder_config, read_checkpoint
+from model_io.tokens import Tokenizer
+from qilin_min import LOSS_CHUNK, QilinConfig, TextConfig, VisionConfig, text_config, vision_config
 
 GIB = 2**30
 RESERVE_GIB = 3.0    # of a GPU's memory: CUDA context, NCCL's buffers, fragmentation; an estimate, not measured

@@ -17,9 +17,8 @@ from common.intervals import wilson
 from common.journal import Journal
 from common.rows import BadRow, Records
 from common.text import clean_text
+from model_io.pixels import find_picture, open_image
 from prompts import FIELDS
-from qilin_min import open_image
-from sources import find_picture
 from translate import Task, quality
 
 VERDICTS = {"accept": "accept", "fix": "fix", "reject": "reject", "接受": "accept", "修改": "fix", "拒绝": "reject"}

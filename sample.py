@@ -24,19 +24,10 @@ import torch
 from PIL import Image
 
 from common.files import OUT_OF_MEMORY, USER_ERRORS, check_ranges, one_line, run_cli
-from qilin_min import (
-    IMAGE_TOKEN_INDEX,
-    KVCache,
-    StreamedAnswer,
-    TEMPLATES,
-    add_model_flags,
-    apply_rotary_pos_emb,
-    build_prompt,
-    encode_prompt,
-    model_from_flags,
-    open_image,
-    preprocess_image,
-)
+from model_io.options import add_model_flags, model_from_flags
+from model_io.pixels import open_image, preprocess_image
+from model_io.tokens import StreamedAnswer, TEMPLATES, build_prompt, encode_prompt
+from qilin_min import IMAGE_TOKEN_INDEX, KVCache, apply_rotary_pos_emb
 
 # --- 1. options -----------------------------------------------------------------------------------------------------
 

@@ -42,16 +42,9 @@ import torch
 from PIL import Image
 
 from common.files import check_ranges, one_line, run_cli
-from qilin_min import (
-    StreamedAnswer,
-    TEMPLATES,
-    add_model_flags,
-    encode_prompt,
-    is_dicom,
-    model_from_flags,
-    open_image,
-    preprocess_image,
-)
+from model_io.options import add_model_flags, model_from_flags
+from model_io.pixels import is_dicom, open_image, preprocess_image
+from model_io.tokens import StreamedAnswer, TEMPLATES, encode_prompt
 
 try:
     import uvicorn

@@ -25,8 +25,10 @@ import torch.distributed as dist
 
 from batches import all_batches
 from common.files import check_replaceable, one_line, read_json, run_cli
+from model_io.load import read_checkpoint
+from model_io.tokens import Tokenizer, encode_conversation
 from plan import GIB, Machine, PAPER_TOWER, Sizes, memory, micro_batch_slots
-from qilin_min import LOSS_CHUNK, TextConfig, Tokenizer, encode_conversation, read_checkpoint
+from qilin_min import LOSS_CHUNK, TextConfig
 
 # --- 1. what is run -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from common.files import one_line
 from common.rows import BadRow, Records
@@ -25,8 +24,7 @@ from common.text import clean_text
 from prompts import CAPTION, CONTEXT, VQA
 from qilin_min import IMAGE_TOKEN
 
-
-# --- 3. rows: what the sets have in common --------------------------------------------------------------------------
+# --- 1. rows: what the sets have in common --------------------------------------------------------------------------
 
 LETTERS = "ABCD"
 SOURCES = {  # set: what its records must hold, one of each tuple
@@ -246,22 +244,7 @@ def own_question(text):
     return text.split("\n")[0]
 
 
-# --- 4. what every step needs ----------------------------------------------------------------------------------------
-
-
-def find_picture(names, roots):
-    """(path, name relative to its root) of the first of `names` that is a file inside one of the folders `roots`. BadRow."""
-    outside = False
-    for root in roots:
-        for name in names:
-            path = os.path.join(root, name)
-            if "\0" in name or not os.path.isfile(path):
-                continue
-            if os.path.isabs(name) or ".." in name.split("/") or os.path.commonpath((root, os.path.realpath(path))) != root:  # by .., an absolute path or a link
-                outside = True
-                continue
-            return Path(path), os.path.normpath(name)
-    raise BadRow("picture outside the image folder" if outside else "picture missing")
+# --- 2. what every step needs ----------------------------------------------------------------------------------------
 
 
 def end_with(parent):

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from common.files import check_ranges, write_json, write_text
 from common.rows import BadRow, Rows, find_rows
 from common.text import text_key
+from model_io.pixels import find_picture, open_image
+from model_io.tokens import Tokenizer, check_conversation
 from prompts import CONTEXT, MODALITIES
-from qilin_min import IMAGE_TOKEN, Tokenizer, check_conversation, open_image
-from sources import SOURCES, find_picture, in_order, own_question
+from qilin_min import IMAGE_TOKEN
+from sources import SOURCES, in_order, own_question
 
 # --- 1. one pass ----------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from common.files import USER_ERRORS, one_line
 from common.rows import BadRow, Records
 from common.text import chinese_share, clean_text
-from qilin_min import check_conversation, row_pictures
-from sources import find_picture, names_in, read_row
+from model_io.pixels import find_picture, row_pictures
+from model_io.tokens import check_conversation
+from sources import names_in, read_row
 
 KINDS = {  # what a set says of its questions: name in the report -> column
     "dialogs": {"kind": "kind"},

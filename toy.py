@@ -21,17 +21,9 @@ from tqdm import tqdm
 
 from common.files import check_ranges, check_replaceable, replace_folder, run_cli, write_json
 from common.rows import Rows
-from qilin_min import (
-    IMAGE_TOKEN,
-    Qilin,
-    QilinConfig,
-    SYSTEM,
-    TextConfig,
-    VisionConfig,
-    hf_configs,
-    part_of,
-    save_tensors,
-)
+from model_io.export import hf_configs, save_tensors
+from model_io.tokens import SYSTEM
+from qilin_min import IMAGE_TOKEN, Qilin, QilinConfig, TextConfig, VisionConfig, part_of
 
 # --- 1. what can be seen, and how it is said ------------------------------------------------------------------------
 

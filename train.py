@@ -77,6 +77,10 @@ from common.files import (
     write_json,
 )
 from log import Log, answer_held_out, evaluate
+from model_io.export import full_tensors, save_qilin, save_tensors
+from model_io.load import read_checkpoint
+from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
+from model_io.tokens import TEMPLATES, Tokenizer
 from plan import (
     Fit,
     GIB,
@@ -89,21 +93,7 @@ from plan import (
     flops,
     run_plan,
 )
-from qilin_min import (
-    LOSS_CHUNK,
-    Qilin,
-    QuantizedLinear,
-    TEMPLATES,
-    Tokenizer,
-    add_lora,
-    full_tensors,
-    load_weights,
-    part_of,
-    quantize_linears,
-    read_checkpoint,
-    save_qilin,
-    save_tensors,
-)
+from qilin_min import LOSS_CHUNK, Qilin, load_weights, part_of
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports and the loading ends at once and says nothing; the loop answers it with a checkpoint

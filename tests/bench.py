@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from model_io.export import save_qilin
+from model_io.load import load_qilin
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +26,7 @@ import sys, time, torch
 sys.path.insert(0, sys.argv[1])
 import qilin_min as q
 tic = time.perf_counter()
-model = q.load_qilin(llm=sys.argv[2], vision=sys.argv[3], dtype=getattr(torch, sys.argv[4]))""",
+model = load_qilin(llm=sys.argv[2], vision=sys.argv[3], dtype=getattr(torch, sys.argv[4]))""",
     "transformers": """
 import sys, time, torch
 from transformers import LlamaForCausalLM
@@ -76,7 +78,8 @@ def bench_loader(runs):
     sys.path.insert(0, str(ROOT))
     import batches
     import train
-    from qilin_min import PAD_COLOR, Tokenizer
+    from model_io.pixels import PAD_COLOR
+    from model_io.tokens import Tokenizer
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder, rng, n = Path(folder), np.random.default_rng(0), 192
@@ -214,9 +217,9 @@ def bench_generate(runs):
     with tempfile.TemporaryDirectory() as folder:
         config = q.QilinConfig(q.TextConfig(32064, 2048, 5504, 8, 16, max_position_embeddings=1024), q.VisionConfig(256, 1024, 6, 4, 168, 14), n_token_ids=32000)
         model = q.Qilin(config).eval()
-        q.save_qilin(model, None, Path(folder) / "model")
+        save_qilin(model, None, Path(folder) / "model")
         del model
-        models = {"float32": q.load_qilin(Path(folder) / "model"), **{bits: q.load_qilin(Path(folder) / "model", quantize=bits) for bits in ("int8", "int4")}}
+        models = {"float32": load_qilin(Path(folder) / "model"), **{bits: load_qilin(Path(folder) / "model", quantize=bits) for bits in ("int8", "int4")}}
         hf = LlavaForConditionalGeneration.from_pretrained(Path(folder) / "model").eval()
     prompt = [1, *range(100, 140), *[q.IMAGE_TOKEN_INDEX] * 144, *range(200, 220)]
     pixels = torch.randn(1, 3, 168, 168, generator=torch.Generator().manual_seed(0))

@@ -24,6 +24,9 @@ from transformers.processing_utils import transformers_module
 
 import qilin_min as q
 from common.files import run_cli
+from model_io.export import save_qilin
+from model_io.load import load_qilin
+from model_io.tokens import Tokenizer
 
 transformers_module.MistralCommonBackend = type("MistralCommonBackend", (), {})  # mistral-common is installed for one file, without what its import needs
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +114,7 @@ def spm_path():
 
 @pytest.fixture(scope="session")
 def tokenizer(spm_path):
-    return q.Tokenizer(spm_path)
+    return Tokenizer(spm_path)
 
 
 def make_qilin(projector_type="mlp2x_gelu", text=None, vision=None, n_token_ids=300, seed=3):
@@ -205,5 +208,5 @@ def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
 def toy_model(toy, tmp_path_factory):
     """A whole untrained model of the toy world, as a folder that every script loads."""
     out = tmp_path_factory.mktemp("whole") / "model"
-    q.save_qilin(q.load_qilin(llm=toy / "llama", vision=toy / "clip"), q.Tokenizer(toy / "llama"), out)
+    save_qilin(load_qilin(llm=toy / "llama", vision=toy / "clip"), Tokenizer(toy / "llama"), out)
     return out

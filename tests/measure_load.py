@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import qilin_min as q
 import train
+from model_io.load import load_qilin, read_checkpoint
 
 
 def anonymous():
@@ -31,13 +31,13 @@ torch.ones(64, 64) @ torch.ones(64, 64)  # what the first operation of a process
 if is_sharded := "RANK" in os.environ:
     rank, world_size, device = train.setup_distributed()
     args = train.parse_args(["--stage", "2", "--llm", llm, "--vision", vision, "--projector", "fresh"])
-    checkpoint = q.read_checkpoint(llm=llm, vision=vision, projector="fresh")
-    train.build_model(args, q.read_checkpoint(llm=vision + "/../small", vision=vision, projector="fresh"), device)  # FSDP's own set-up
+    checkpoint = read_checkpoint(llm=llm, vision=vision, projector="fresh")
+    train.build_model(args, read_checkpoint(llm=vision + "/../small", vision=vision, projector="fresh"), device)  # FSDP's own set-up
 before, done = anonymous(), threading.Event()
 peak = [before]
 thread = threading.Thread(target=watch, args=(peak, done))
 thread.start()
-model = train.build_model(args, checkpoint, device)[0] if is_sharded else q.load_qilin(llm=llm, vision=vision, dtype=dtype)
+model = train.build_model(args, checkpoint, device)[0] if is_sharded else load_qilin(llm=llm, vision=vision, dtype=dtype)
 for param in model.parameters():
     local = param.detach().to_local() if hasattr(param, "to_local") else param.detach()
     float(local.sum()) if local.numel() else None  # touched to the last page

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 import train
-from qilin_min import Qilin, Tokenizer, load_weights, read_checkpoint
+from model_io.load import read_checkpoint
+from model_io.tokens import Tokenizer
+from qilin_min import Qilin, load_weights
 
 toy = Path(sys.argv[1])
 rank, world_size, device = train.setup_distributed()

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 import train
-from qilin_min import Tokenizer, load_qilin, read_checkpoint
+from model_io.load import load_qilin, read_checkpoint
+from model_io.tokens import Tokenizer
 
 toy = Path(sys.argv[1])
 args = train.parse_args(["--stage", "2", "--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"])

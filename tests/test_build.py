@@ -17,7 +17,8 @@ from conftest import ROOT
 from data_prep import COMPOSITE_SIDE, Teams, connected, held_out, join_pictures
 from prompts import CAPTION, CONTEXT, VQA
 from common.rows import Rows
-from qilin_min import IMAGE_TOKEN, row_pictures
+from model_io.pixels import row_pictures
+from qilin_min import IMAGE_TOKEN
 from raw_sets import make_raw, picture, prep, write_table
 from common.rows import Records
 from sources import read_row

@@ -18,6 +18,8 @@ from transformers import LlavaForConditionalGeneration
 
 import qilin_min as q
 import sample
+from model_io.export import save_qilin
+from model_io.tokens import StreamedAnswer, encode_conversation, encode_prompt
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_each_turn_is_answered_as_if_all_were_read_anew(model, tokenizer, monkey
     chat, ids = sample.Chat(model, tokenizer, x), []
     for turn, question in enumerate(("图中有什么？", "<image>在哪里？</s>", "多大？")):
         text = "".join(chat.ask(question, max_new_tokens=6))
-        ids = ids + [2] + tokenizer.encode(f"USER: {question} ASSISTANT:") if turn else q.encode_prompt([{"from": "human", "value": question}], tokenizer, 16, n_images=2)
+        ids = ids + [2] + tokenizer.encode(f"USER: {question} ASSISTANT:") if turn else encode_prompt([{"from": "human", "value": question}], tokenizer, 16, n_images=2)
         assert text == tokenizer.decode(chat.answer.ids) and n_towers == 2 and (not turn or max(computed) < 40)
         monkeypatch.setattr(model, "encode_images", encode)
         want = whole(model, tokenizer, ids, x, 6)
@@ -55,16 +57,16 @@ def test_each_turn_is_answered_as_if_all_were_read_anew(model, tokenizer, monkey
     chat.reset()  # what was said goes, the pictures' keys and values stay
     assert "".join(chat.ask("图中有什么？", max_new_tokens=6)) == tokenizer.decode(whole_first := chat.answer.ids) and n_towers == 2
     monkeypatch.setattr(model, "encode_images", encode)
-    assert whole_first == whole(model, tokenizer, q.encode_prompt([{"from": "human", "value": "图中有什么？"}], tokenizer, 16, n_images=2), x, 6)
+    assert whole_first == whole(model, tokenizer, encode_prompt([{"from": "human", "value": "图中有什么？"}], tokenizer, 16, n_images=2), x, 6)
 
 
 def test_prompts_of_a_dialog_are_those_of_training(model, tokenizer):
     """Turns put together in the chat give, id by id, what encode_conversation trains on."""
     dialog = [{"from": "human", "value": "<image>\n图中有什么？"}, {"from": "gpt", "value": "左肺结节。"}, {"from": "human", "value": "多大？"}, {"from": "gpt", "value": "3毫米。"}]
-    trained, _ = q.encode_conversation(dialog, tokenizer, 16)
+    trained, _ = encode_conversation(dialog, tokenizer, 16)
     chat = sample.Chat(model, tokenizer, pictures(1))
     list(chat.ask("图中有什么？", max_new_tokens=1))
-    first = q.encode_prompt(dialog[:1], tokenizer, 16)
+    first = encode_prompt(dialog[:1], tokenizer, 16)
     chat.said = first + tokenizer.encode("左肺结节。")
     list(chat.ask("多大？", max_new_tokens=1))
     n = len(trained) - len(tokenizer.encode("3毫米。")) - 1
@@ -106,7 +108,7 @@ def test_a_kept_cache_changes_no_answer(model):
 @pytest.mark.parametrize("stop, shown, reason", [(["c"], "ab", "stop"), (["bc"], "a", "stop"), (["x", "cd"], "ab", "stop"), (["de"], "abcd", "length"), ([], "abcd", "length"), (["abcde"], "abcd", "length"), (["d", "b"], "a", "stop")])
 def test_stop_texts_are_never_shown(stop, shown, reason):
     """Whole texts are found across tokens; what only begins like one is shown in the end."""
-    answer = q.StreamedAnswer.__new__(q.StreamedAnswer)
+    answer = StreamedAnswer.__new__(StreamedAnswer)
     answer.finish_reason, answer.ids = "length", []
     assert "".join(answer._until_stop(iter("abcd"), stop)) == shown and answer.finish_reason == reason
 
@@ -128,7 +130,7 @@ def test_a_stop_text_is_no_part_of_the_dialog(model, tokenizer):
 def test_attention_equals_transformers(tmp_path, report):
     """Rows of the heatmap's attention are those of transformers' eager softmax, averaged over heads and layers, and each sums to 1."""
     model = make_qilin()
-    q.save_qilin(model, None, tmp_path / "out")
+    save_qilin(model, None, tmp_path / "out")
     hf = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     prompt, answer, x = ROWS[2], [17, 23, 99, 5], pictures(2)
     ids = torch.tensor([prompt + answer])

@@ -6,7 +6,7 @@ from conftest import hf_clip, hf_clip_config, pictures, randomise
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
-import qilin_min as q
+from model_io.load import load_qilin
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def test_features_equal_clip(act, prefix, llama_folder, tmp_path, report):
     file = tmp_path / "model.safetensors"
     tensors = {prefix + name.removeprefix("vision_model."): t for name, t in load_file(file).items()}  # older releases hold the level, transformers 5 not
     save_file(tensors, file, metadata={"format": "pt"})
-    report(f"clip features ({act}, names {prefix or 'bare'})", difference(tower, q.load_qilin(llm=llama_folder, vision=tmp_path)), 1e-4)
+    report(f"clip features ({act}, names {prefix or 'bare'})", difference(tower, load_qilin(llm=llama_folder, vision=tmp_path)), 1e-4)
 
 
 def test_features_of_whole_clip_in_shards(llama_folder, tmp_path, report):
@@ -35,12 +35,12 @@ def test_features_of_whole_clip_in_shards(llama_folder, tmp_path, report):
     clip = randomise(CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=hf_clip_config().to_dict(), projection_dim=24)))
     clip.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    report("clip features (CLIPModel with text tower, shards)", difference(clip.vision_model, q.load_qilin(llm=llama_folder, vision=tmp_path)), 1e-4)
+    report("clip features (CLIPModel with text tower, shards)", difference(clip.vision_model, load_qilin(llm=llama_folder, vision=tmp_path)), 1e-4)
 
 
 @torch.no_grad()
 def test_last_block_is_not_computed(llama_folder, clip_folder):
-    model = q.load_qilin(llm=llama_folder, vision=clip_folder)
+    model = load_qilin(llm=llama_folder, vision=clip_folder)
     x = pictures(2)
     before = model.vision_tower(x)
     for param in [*model.vision_tower.encoder.layers[-1].parameters(), *model.vision_tower.post_layernorm.parameters()]:

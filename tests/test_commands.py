@@ -13,7 +13,9 @@ from PIL import Image
 import evaluate
 import sample
 from conftest import in_process
-from qilin_min import Tokenizer, load_qilin, save_qilin
+from model_io.export import save_qilin
+from model_io.load import load_qilin
+from model_io.tokens import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +47,9 @@ def test_toy_world_is_the_same_for_the_same_seed(world, tmp_path):
 
 def test_sample_streams_what_generate_says(world):
     """stdout holds the answer alone: greedy, it equals decoding all ids of generate at once, whole characters included."""
-    from qilin_min import answer_ids, encode_prompt, preprocess_image
+    from model_io.pixels import preprocess_image
+    from model_io.tokens import encode_prompt
+    from qilin_min import answer_ids
     picture, model, tokenizer = world / "images/heldout-00000.png", load_qilin(world / "model"), Tokenizer(world / "model")
     prompt = encode_prompt([{"from": "human", "value": "图中有<image>吗?</s>"}], tokenizer, model.config.n_image_tokens, n_images=1)
     want = tokenizer.decode(answer_ids(model, [prompt], preprocess_image(picture, 64)[None], max_new_tokens=12)[0])

@@ -31,6 +31,10 @@ import evaluate
 import qilin_min as q
 from common.intervals import wilson
 from testsets import Question, read_testset
+from model_io.export import save_qilin
+from model_io.load import load_qilin
+from model_io.pixels import open_image, preprocess_image
+from model_io.tokens import encode_prompt
 
 OPTIONS = "--yes", "--retry-delay", 0.01, "--timeout", 2, "--max-new-tokens", 6
 
@@ -110,7 +114,7 @@ def models(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("models")
     for name, seed in (("ours", 3), ("first", 4)):
         model = make_qilin(text=dict(vocab_size=32000, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_key_value_heads=4), n_token_ids=32000, seed=seed)
-        q.save_qilin(model, tokenizer, folder / name)
+        save_qilin(model, tokenizer, folder / name)
     LlavaForConditionalGeneration.from_pretrained(folder / "first").save_pretrained(folder / "llava")
     shutil.copy(folder / "first/tokenizer.model", folder / "llava")
     return folder
@@ -182,10 +186,10 @@ def test_both_pages_show_what_each_system_answers(world, models, tokenizer):
     answers = {(line["system"], line["question"]): line["text"] for line in lines_of(world)}
     assert len(answers) == 18 and "6 questions" in done.stdout
     for name, folder in (("Ours", "ours"), ("LLaVA-1.5", "llava")):
-        model = q.load_qilin(models / folder)
+        model = load_qilin(models / folder)
         for question in questions:
-            pixels = [q.preprocess_image(path, 56) for path in question.pictures]
-            prompt = q.encode_prompt([{"from": "human", "value": compare.wording(question)}], tokenizer, model.config.n_image_tokens, n_images=len(pixels))
+            pixels = [preprocess_image(path, 56) for path in question.pictures]
+            prompt = encode_prompt([{"from": "human", "value": compare.wording(question)}], tokenizer, model.config.n_image_tokens, n_images=len(pixels))
             ids = q.answer_ids(model, [prompt], torch.stack(pixels) if pixels else None, max_new_tokens=6)[0]
             assert answers[name, compare.wording(question)] == tokenizer.decode(ids).strip()
     assert any(answers["Ours", compare.wording(question)] != answers["LLaVA-1.5", compare.wording(question)] for question in questions)
@@ -218,10 +222,10 @@ def test_the_published_sets_and_dialogs_of_several_turns(world, models, tokenize
     first, said, last = (message["content"] for message in server.requests[2]["messages"])
     assert [part["type"] for part in first] == [part["type"] for part in last] == ["image_url", "text"] and said == "One."
     assert [first[1]["text"], last[1]["text"]] == ["First?", "And  this?"]
-    page, model = (world / "dialog/compare.html").read_text(), q.load_qilin(models / "ours")
+    page, model = (world / "dialog/compare.html").read_text(), load_qilin(models / "ours")
     assert all(text in page for text in ("First?", "One.", "And  this?", "Two.")) and page.count("<img") == 2
-    prompt = q.encode_prompt([{"from": who, "value": text} for who, text in turns], tokenizer, model.config.n_image_tokens)
-    pixels = torch.stack([q.preprocess_image(world / "images" / name, 56) for name in ("note.png", "deep.png")])
+    prompt = encode_prompt([{"from": who, "value": text} for who, text in turns], tokenizer, model.config.n_image_tokens)
+    pixels = torch.stack([preprocess_image(world / "images" / name, 56) for name in ("note.png", "deep.png")])
     answer = next(line["text"] for line in map(json.loads, open(world / "dialog/answers.jsonl")) if line["system"] == "Ours")
     assert answer == tokenizer.decode(q.answer_ids(model, [prompt], pixels, max_new_tokens=6)[0]).strip()
 
@@ -240,7 +244,7 @@ def test_of_a_picture_only_the_pixels_leave(world):
         for raw, path in zip(sent, question.pictures):
             image = Image.open(io.BytesIO(raw))
             assert not image.getexif() and not image.info and not any(secret.encode() in raw for secret in ("SECRET", *SECRETS))
-            assert np.array_equal(np.asarray(image), np.asarray(q.open_image(path)))  # upright, 8 bits, all of them
+            assert np.array_equal(np.asarray(image), np.asarray(open_image(path)))  # upright, 8 bits, all of them
         assert "SECRET" not in json.dumps(body) and "id-" not in json.dumps(body)
 
 

@@ -17,6 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import qilin_min as q
 from test_layouts import write_clip, write_original  # noqa: the layouts are written there
+from model_io.export import save_qilin
+from model_io.load import load_qilin
+from model_io.pixels import preprocess_image
+from model_io.tokens import Tokenizer, encode_prompt
 
 ROOT = Path(__file__).parent.parent
 TEXT = dict(vocab_size=32000, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512)
@@ -31,7 +35,7 @@ def call(*words):
 def world(request, tmp_path_factory, spm_path):
     """(reference as test_layouts has it, folder): an original release with the real tokenizer, and parts."""
     folder = tmp_path_factory.mktemp("convert")
-    q.save_qilin(make_qilin(request.param, TEXT, VISION, n_token_ids=32000), q.Tokenizer(spm_path), folder / "ours")
+    save_qilin(make_qilin(request.param, TEXT, VISION, n_token_ids=32000), Tokenizer(spm_path), folder / "ours")
     reference = folder / "ours", load_file(folder / "ours/model.safetensors"), None, request.param
     write_original(folder / "original", reference, True, "gone", shards=2)
     (folder / "original/tokenizer.model").write_bytes(spm_path.read_bytes())
@@ -40,7 +44,7 @@ def world(request, tmp_path_factory, spm_path):
 
 
 def same_weights(one, two, n_rows=32000):
-    one, two = (q.load_qilin(path, dtype=torch.float32) for path in (one, two))
+    one, two = (load_qilin(path, dtype=torch.float32) for path in (one, two))
     assert one.config.projector_type == two.config.projector_type
     for name, param in one.named_parameters():
         other = two.get_parameter(name)
@@ -72,7 +76,7 @@ def test_parts_and_dtypes(world, tmp_path):
     save_file(projector, tmp_path / "p.safetensors")
     done = call(folder / "original", tmp_path / "mixed", "--projector", tmp_path / "p.safetensors")
     assert done.returncode == 0 and "float32" in done.stdout, done.stderr
-    out = q.load_qilin(tmp_path / "mixed")
+    out = load_qilin(tmp_path / "mixed")
     assert all(torch.equal(p, projector["model." + n].float()) for n, p in out.named_parameters() if n.startswith("mm_projector."))
     done = call(tmp_path / "half", "--llm", folder / "original", "--vision", folder / "clip", "--projector", tmp_path / "p.safetensors", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
@@ -109,13 +113,13 @@ def test_transformers_4_reads_it_as_we_do(world, tmp_path, report):
                           capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=target, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "newly initialized" not in done.stderr and "not used" not in done.stderr
-    seen, model, tokenizer = torch.load(tmp_path / "seen.pt", weights_only=True), q.load_qilin(tmp_path / "dst"), q.Tokenizer(tmp_path / "dst")
+    seen, model, tokenizer = torch.load(tmp_path / "seen.pt", weights_only=True), load_qilin(tmp_path / "dst"), Tokenizer(tmp_path / "dst")
     assert not any(seen["info"].values()), seen["info"]
     worst = 0.0
     for question, row in zip(QUESTIONS, seen["rows"]):
-        ids = torch.tensor([q.encode_prompt([{"from": "human", "value": question}], tokenizer, 16)])
+        ids = torch.tensor([encode_prompt([{"from": "human", "value": question}], tokenizer, 16)])
         assert torch.equal(row["ids"], ids[0].masked_fill(ids[0] == q.IMAGE_TOKEN_INDEX, 32000))
-        pixels = q.preprocess_image(tmp_path / "image.png", 56)[None].repeat(question.count("<image>"), 1, 1, 1)
+        pixels = preprocess_image(tmp_path / "image.png", 56)[None].repeat(question.count("<image>"), 1, 1, 1)
         assert len(pixels) == 0 or torch.equal(row["pixels"], pixels)
         with torch.no_grad():
             worst = max(worst, (model(ids, pixels)[0, :, :32000] - row["logits"][:, :32000]).abs().max())

@@ -13,8 +13,8 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from conftest import ROOT
-from dicom import dicom_image
-from qilin_min import open_image
+from model_io.dicom import dicom_image
+from model_io.pixels import open_image
 from raw_sets import write_table
 
 SECRETS = ["SECRET^PATIENT", "SECRET-ID-77", "SECRET HOSPITAL", "19700101"]

@@ -23,6 +23,8 @@ import evaluate as e
 import qilin_min as q
 from testsets import Question, read_testset
 from common.intervals import bootstrap
+from model_io.export import save_qilin
+from model_io.tokens import encode_prompt
 
 CHOICES = {"A": "肾脏", "B": "肝脏", "C": "左肾", "D": "Heart"}
 
@@ -143,7 +145,7 @@ def test_intervals_are_those_of_arithmetic():
 
 def tiny(tmp_path, tokenizer):
     model = make_qilin(text=dict(vocab_size=32064, max_position_embeddings=300), n_token_ids=32000)
-    q.save_qilin(model, tokenizer, tmp_path / "model")
+    save_qilin(model, tokenizer, tmp_path / "model")
     return model
 
 
@@ -159,7 +161,7 @@ def test_likelihoods_equal_transformers(tmp_path, tokenizer, report):
     said = e.ask(model, tokenizer, batch, x, 6)
     worst = 0
     for question, row, part in zip(batch, said, (slice(0, 1), slice(0, 0), slice(1, 3))):
-        prompt = q.encode_prompt(question.conversation, tokenizer, 16, n_images=question.n_images)
+        prompt = encode_prompt(question.conversation, tokenizer, 16, n_images=question.n_images)
         assert len(row["likelihood"]) == 1 + len(question.choices)
         for (total, n), text in zip(row["likelihood"], [question.truth, *question.choices.values()]):
             answer = tokenizer.encode(text) + [2]
@@ -170,7 +172,7 @@ def test_likelihoods_equal_transformers(tmp_path, tokenizer, report):
         alone = q.answer_ids(model, [prompt], x[part] if question.n_images else None, max_new_tokens=6)[0]
         assert row["answer"] == tokenizer.decode(alone)
         if question.choices:
-            prompt = q.encode_prompt(human(e.with_options(question)), tokenizer, 16, n_images=question.n_images)
+            prompt = encode_prompt(human(e.with_options(question)), tokenizer, 16, n_images=question.n_images)
             assert row["choice_answer"] == tokenizer.decode(q.answer_ids(model, [prompt], x[part], max_new_tokens=6)[0])
     report("log-likelihood of an answer", worst, 1e-3)
 

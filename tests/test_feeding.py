@@ -15,7 +15,8 @@ import plan
 import train
 from conftest import ROOT, run
 from common.rows import Rows
-from qilin_min import CLIP_MEAN, CLIP_STD, Tokenizer, encode_conversation, preprocess_image
+from model_io.pixels import CLIP_MEAN, CLIP_STD, preprocess_image
+from model_io.tokens import Tokenizer, encode_conversation
 
 
 def some_rows(n, seed=0):

@@ -6,6 +6,8 @@ from conftest import ROWS, hf_ids, make_qilin, pictures
 from transformers import LlavaForConditionalGeneration
 
 import qilin_min as q
+from model_io.export import save_qilin
+from model_io.load import load_qilin
 
 STAGES = {1: ("mm_projector",), 2: ("mm_projector", "llm")}
 
@@ -48,8 +50,8 @@ def hf_gradients(hf, stage, projector_type):
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_gradients_equal_llava(projector_type, stage, tmp_path, report):
-    q.save_qilin(make_qilin(projector_type), None, tmp_path / "out")
-    model = q.load_qilin(tmp_path / "out")
+    save_qilin(make_qilin(projector_type), None, tmp_path / "out")
+    model = load_qilin(tmp_path / "out")
     loss, ours = gradients(model, stage)
     want_loss, theirs = hf_gradients(LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", attn_implementation="eager"), stage, projector_type)
     assert ours.keys() == theirs.keys()

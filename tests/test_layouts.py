@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import qilin_min as q
+from model_io.export import save_qilin
+from model_io.load import load_qilin
 
 TEXT = dict(num_key_value_heads=4)
 VISION = dict(hidden_size=128, intermediate_size=80, num_attention_heads=2)  # heads of 64: what a tower without config is taken to have
@@ -19,7 +21,7 @@ VISION = dict(hidden_size=128, intermediate_size=80, num_attention_heads=2)  # h
 def reference(request, tmp_path_factory):
     """(folder of a llava-hf export, its tensors, logits of transformers for each of ROWS, projector type)."""
     folder = tmp_path_factory.mktemp("reference") / "out"
-    q.save_qilin(make_qilin(request.param, TEXT, VISION, n_token_ids=320), None, folder)
+    save_qilin(make_qilin(request.param, TEXT, VISION, n_token_ids=320), None, folder)
     hf, x = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval(), pictures(3)
     with torch.no_grad():
         logits = [hf(input_ids=hf_ids(torch.tensor([row]), hf), pixel_values=x[ROW_PICTURES[i]] if i else None).logits[0, :, :320] for i, row in enumerate(ROWS)]
@@ -80,7 +82,7 @@ def write_clip(folder, reference):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_original_with_its_tower_inside(shards, reference, tmp_path, report):
     folder = write_original(tmp_path / "qilin", reference, True, "/nowhere/clip-vit-large-patch14-336", shards)
-    model = q.load_qilin(folder)
+    model = load_qilin(folder)
     assert model.config.projector_type == reference[3] and model.config.vision.image_size == 56
     report(f"original LLaVA with tower, {reference[3]}, {shards} .bin", difference(model, reference[2]), 1e-4)
 
@@ -93,17 +95,17 @@ def test_original_that_names_its_tower(place, reference, tmp_path, report, monke
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     with pytest.raises(ValueError, match="clip-336.*--vision"):
-        q.load_qilin(folder)
+        load_qilin(folder)
     clip = write_clip(tmp_path / place, reference)
-    report(f"original LLaVA that names its tower ({place}, {reference[3]})", difference(q.load_qilin(folder), reference[2]), 1e-4)
+    report(f"original LLaVA that names its tower ({place}, {reference[3]})", difference(load_qilin(folder), reference[2]), 1e-4)
     elsewhere = clip.rename(tmp_path / "elsewhere")
-    report(f"original LLaVA with --vision ({reference[3]})", difference(q.load_qilin(folder, vision=elsewhere), reference[2]), 1e-4)
+    report(f"original LLaVA with --vision ({reference[3]})", difference(load_qilin(folder, vision=elsewhere), reference[2]), 1e-4)
 
 
 def test_a_given_tower_overrides_the_one_inside(reference, tmp_path):
     folder = write_original(tmp_path / "ckpt", reference, True, "nowhere")
     hf_clip(hidden_size=128, num_attention_heads=2, seed=9).save_pretrained(tmp_path / "other")
-    model = q.load_qilin(folder, vision=tmp_path / "other")
+    model = load_qilin(folder, vision=tmp_path / "other")
     other = load_file(tmp_path / "other/model.safetensors")
     assert torch.equal(model.vision_tower.embeddings.class_embedding, next(t for n, t in other.items() if n.endswith("class_embedding")))
 
@@ -115,7 +117,7 @@ def test_llama_clip_and_projector_bin(reference, tmp_path, report):
     torch.save({n: t for n, t in tensors.items() if "mm_projector" in n}, tmp_path / "mm_projector.bin")
     torch.save({n: t for n, t in tensors.items() if "mm_projector" not in n}, folder / "pytorch_model.bin")
     edit_json(folder / "config.json", model_type="llama", mm_vision_tower=None)
-    model = q.load_qilin(llm=folder, vision=clip, projector=tmp_path / "mm_projector.bin")
+    model = load_qilin(llm=folder, vision=clip, projector=tmp_path / "mm_projector.bin")
     report(f"LLaMA .bin, CLIP, mm_projector.bin ({reference[3]})", difference(model, reference[2]), 1e-4)
 
 
@@ -140,14 +142,14 @@ def test_llava_hf(spelling, dtype, reference, tmp_path, report):
         hf = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
         with torch.no_grad():
             logits = [hf(input_ids=hf_ids(torch.tensor([row]), hf), pixel_values=pictures(3)[ROW_PICTURES[i]] if i else None).logits[0, :, :320] for i, row in enumerate(ROWS)]
-    report(f"llava-hf, names of {spelling}, {str(dtype)[6:]} on disk, {projector_type}", difference(q.load_qilin(tmp_path), logits), 1e-4)
+    report(f"llava-hf, names of {spelling}, {str(dtype)[6:]} on disk, {projector_type}", difference(load_qilin(tmp_path), logits), 1e-4)
 
 
 def test_as_transformers_5_saves_it(reference, tmp_path, report):
     hf = LlavaForConditionalGeneration.from_pretrained(reference[0])
     hf.save_pretrained(tmp_path, max_shard_size="150KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    report(f"llava-hf as this transformers saves it, shards, {reference[3]}", difference(q.load_qilin(tmp_path), reference[2]), 1e-4)
+    report(f"llava-hf as this transformers saves it, shards, {reference[3]}", difference(load_qilin(tmp_path), reference[2]), 1e-4)
 
 
 @pytest.mark.parametrize("change, culprit", [(dict(mm_use_im_start_end=True), "mm_use_im_start_end"), (dict(mm_vision_select_feature="cls_patch"), "cls_patch"),
@@ -156,7 +158,7 @@ def test_originals_that_are_refused(change, culprit, reference, tmp_path):
     folder = write_original(tmp_path / "ckpt", reference, True, "x")
     edit_json(folder / "config.json", **change)
     with pytest.raises(ValueError, match=culprit):
-        q.load_qilin(folder)
+        load_qilin(folder)
 
 
 def test_a_truncated_position_table(reference, tmp_path):
@@ -167,7 +169,7 @@ def test_a_truncated_position_table(reference, tmp_path):
     key = next(n for n in tensors if n.endswith("position_embedding.weight"))
     torch.save(tensors | {key: tensors[key][:-1].clone()}, file)
     with pytest.raises(ValueError, match="position_embedding"):
-        q.load_qilin(folder)
+        load_qilin(folder)
     write_clip(folder / "clip", reference)
     with pytest.raises(ValueError, match="position_embedding"):
-        q.load_qilin(folder)
+        load_qilin(folder)

@@ -5,6 +5,7 @@ import torch
 from conftest import edit_json, hf_llama, words
 
 import qilin_min as q
+from model_io.load import load_qilin
 
 VARIANTS = {
     "MHA": {}, "GQA": dict(num_key_value_heads=2), "MQA": dict(num_key_value_heads=1), "tied": dict(tie_word_embeddings=True),
@@ -14,7 +15,7 @@ VARIANTS = {
 def load_both(tmp_path, clip_folder, shard="5GB", **changes):
     hf = hf_llama(**changes)
     hf.save_pretrained(tmp_path, max_shard_size=shard)
-    return hf, q.load_qilin(llm=tmp_path, vision=clip_folder)
+    return hf, load_qilin(llm=tmp_path, vision=clip_folder)
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -33,7 +34,7 @@ def test_old_spelling_of_theta_and_shards(tmp_path, clip_folder, report):
     assert (tmp_path / "model.safetensors.index.json").is_file()
     edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=5e5)
     ids = torch.tensor([[1] + words(40, 1)])
-    report("llama logits (flat rope_theta, shards)", (q.load_qilin(llm=tmp_path, vision=clip_folder)(ids) - hf(ids).logits).abs().max(), 1e-4)
+    report("llama logits (flat rope_theta, shards)", (load_qilin(llm=tmp_path, vision=clip_folder)(ids) - hf(ids).logits).abs().max(), 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["MHA", "GQA"])

@@ -10,11 +10,15 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import qilin_min as q
+from model_io.export import save_qilin
+from model_io.load import load_qilin
+from model_io.pixels import preprocess_image
+from model_io.tokens import SYSTEM, Tokenizer, encode_prompt
 
 
 def saved(tmp_path, projector_type, tokenizer=None, **changes):
     model = make_qilin(projector_type, **changes)
-    q.save_qilin(model, tokenizer, tmp_path / "out")
+    save_qilin(model, tokenizer, tmp_path / "out")
     return model, tmp_path / "out"
 
 
@@ -55,10 +59,10 @@ def test_pictures_and_places_must_agree():
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize("tie", [False, True])
 def test_reload_is_bit_exact(projector_type, tie, tmp_path, monkeypatch):
-    monkeypatch.setattr(q, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr("model_io.export.SHARD_BYTES", 60_000)
     model, folder = saved(tmp_path, projector_type, text=dict(tie_word_embeddings=tie))
     assert len(list(folder.glob("model-*.safetensors"))) > 2
-    again = q.load_qilin(folder)
+    again = load_qilin(folder)
     assert again.config.projector_type == projector_type and again.config.n_token_ids == 300
     ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
     assert ours.keys() == theirs.keys()
@@ -70,7 +74,7 @@ def test_reload_is_bit_exact(projector_type, tie, tmp_path, monkeypatch):
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
 def test_greedy_answers_equal_transformers(projector_type, tmp_path):
     _, folder = saved(tmp_path, projector_type)
-    model, hf, x = q.load_qilin(folder), load_hf(folder), pictures(3)
+    model, hf, x = load_qilin(folder), load_hf(folder), pictures(3)
     together = q.answer_ids(model, ROWS, x, max_new_tokens=24)
     for i, row in enumerate(ROWS):
         picture = x[ROW_PICTURES[i]] if i else None
@@ -108,12 +112,12 @@ def test_an_ended_row_says_none_and_the_others_go_on():
 def test_any_of_several_ids_ends_an_answer(tmp_path, tokenizer):
     """A list in config.json, as LLaMA-3 has it; the export keeps the list."""
     model, folder = saved(tmp_path, "linear")
-    full = q.answer_ids(q.load_qilin(folder), ROWS[:1], max_new_tokens=12)[0]
+    full = q.answer_ids(load_qilin(folder), ROWS[:1], max_new_tokens=12)[0]
     edit_json(folder / "config.json", text_config={**json.loads((folder / "config.json").read_text())["text_config"], "eos_token_id": [299, full[4]]})
-    model = q.load_qilin(folder)
+    model = load_qilin(folder)
     assert q.answer_ids(model, ROWS[:1], max_new_tokens=12)[0] == full[: full.index(full[4])]
-    q.save_qilin(model, None, tmp_path / "again")
-    assert q.load_qilin(tmp_path / "again").config.end_ids == [299, full[4]]
+    save_qilin(model, None, tmp_path / "again")
+    assert load_qilin(tmp_path / "again").config.end_ids == [299, full[4]]
     load_hf(tmp_path / "again")
 
 
@@ -175,13 +179,13 @@ def test_processor_gives_our_ids_and_pixels(question, n_turns, processor_and_fol
 
     prompt = processor.apply_chat_template(as_messages(conversation), add_generation_prompt=True)
     blocks = [f"USER: {question} ASSISTANT:"] + (["右肺上叶可见结节。</s>USER: Is it 5 mm? ASSISTANT:"] if follow_up else [])
-    assert prompt == "<s>" + q.SYSTEM + " " + " ".join(blocks)
+    assert prompt == "<s>" + SYSTEM + " " + " ".join(blocks)
 
     out = processor(text=prompt.removeprefix("<s>"), images=images or None, return_tensors="pt")
-    ids = torch.tensor([q.encode_prompt(conversation, q.Tokenizer(folder), 16)])
+    ids = torch.tensor([encode_prompt(conversation, Tokenizer(folder), 16)])
     assert torch.equal(out["input_ids"], ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, 32000))
     assert (ids == q.IMAGE_TOKEN_INDEX).sum() == 16 * len(images)
     if images:
-        assert torch.equal(out["pixel_values"], torch.stack([q.preprocess_image(image, size=56) for image in images]))
-    assert ids[0].tolist() == q.encode_prompt(conversation, tokenizer, 16)
+        assert torch.equal(out["pixel_values"], torch.stack([preprocess_image(image, size=56) for image in images]))
+    assert ids[0].tolist() == encode_prompt(conversation, tokenizer, 16)
     load_hf(folder)

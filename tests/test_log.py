@@ -15,7 +15,8 @@ from PIL import Image
 import plan
 import log
 from conftest import ROOT, run
-from qilin_min import Tokenizer, encode_conversation, read_checkpoint
+from model_io.load import read_checkpoint
+from model_io.tokens import Tokenizer, encode_conversation
 
 
 def test_a_line_a_step(toy, tmp_path):

@@ -11,6 +11,11 @@ from peft import LoraConfig, get_peft_model
 
 import qilin_min as q
 from conftest import ROWS, hf_llama, make_qilin, run, words
+from model_io.export import full_tensors
+from model_io.load import load_qilin
+from model_io.lowbit import QuantizedLinear, add_lora
+from model_io.pixels import preprocess_image, row_pictures
+from model_io.tokens import Tokenizer, encode_conversation
 
 RANK, ALPHA = 3, 5.0
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -23,7 +28,7 @@ def pair():
     ours = make_qilin(text=dict(num_key_value_heads=2, rms_norm_eps=llama.config.rms_norm_eps))
     ours.load_state_dict({**ours.state_dict(), **llama.state_dict()})
     theirs = get_peft_model(llama, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, lora_dropout=0.0))
-    q.add_lora(ours, RANK, ALPHA)
+    add_lora(ours, RANK, ALPHA)
     generator = torch.Generator().manual_seed(0)
     for name, p in theirs.named_parameters():
         if "lora_" in name:
@@ -49,7 +54,7 @@ def test_logits_and_gradients_are_pefts(pair, report):
 
 def test_merged_weights_are_pefts(pair, report):
     ours, theirs = pair
-    merged = dict(q.full_tensors(ours))
+    merged = dict(full_tensors(ours))
     want = copy.deepcopy(theirs).merge_and_unload().state_dict()
     assert not any("lora" in name for name in merged)
     report("lora: merged weights", max(float((merged[name] - tensor).abs().max()) for name, tensor in want.items()), 1e-6)
@@ -61,7 +66,7 @@ def test_adapters_start_as_no_change():
     ids = torch.tensor([ROWS[0]])
     want = models[0](ids)
     for model in models:
-        q.add_lora(model, 8, 16.0)
+        add_lora(model, 8, 16.0)
         q.init_fresh(model, seed=1, projector=False)
     a = models[0].model.layers[0].mlp.down_proj.lora_A
     assert torch.equal(models[0](ids), want) and torch.equal(a, models[1].model.layers[0].mlp.down_proj.lora_A)
@@ -74,7 +79,7 @@ def test_gradients_through_a_quantised_base(report, bits):
     """Equal to those of an nn.Linear whose weight is what the bits stand for; the widened weight is not kept between forward and backward."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 128, generator=generator, requires_grad=True)
-    layer = q.QuantizedLinear(128, 48, bits)
+    layer = QuantizedLinear(128, 48, bits)
     layer.quantize_(torch.randn(48, 128, generator=generator))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
@@ -91,15 +96,15 @@ def test_train_py_trains_adapters_and_merges(toy, tmp_path, options, ranks):
     """The loss falls; final/ is a whole model without adapters that loads anywhere; embeddings, norms, head and tower are as they were; it answers as the trained model did."""
     losses, _ = run(toy, tmp_path / "out", *options, "--batch-size", 8, "--epochs", 4, "--lr", "1e-2", "--val-data", toy / "mixed.json", ranks=ranks)
     assert losses[-3:].mean() < 0.9 * losses[:3].mean()
-    before, after = q.load_qilin(llm=toy / "llama", vision=toy / "clip"), q.load_qilin(tmp_path / "out")
+    before, after = load_qilin(llm=toy / "llama", vision=toy / "clip"), load_qilin(tmp_path / "out")
     for name, p in before.named_parameters():
         is_same = torch.equal(p, after.get_parameter(name)[: len(p)])
         assert is_same == (q.part_of(name) != "mm_projector" and ("proj" not in name or q.part_of(name) == "vision_tower")), name
     held_out = [r["val_loss"] for r in map(json.loads, open(tmp_path / "out/log.jsonl")) if "val_loss" in r][-1]
-    tokenizer, total, n = q.Tokenizer(toy / "llama"), 0.0, 0
+    tokenizer, total, n = Tokenizer(toy / "llama"), 0.0, 0
     for row in json.loads((toy / "mixed.json").read_text()):
-        ids, labels = q.encode_conversation(row["conversations"], tokenizer, 16)
-        pixels = [q.preprocess_image(path, 64) for path in q.row_pictures(row, toy / "images")]
+        ids, labels = encode_conversation(row["conversations"], tokenizer, 16)
+        pixels = [preprocess_image(path, 64) for path in row_pictures(row, toy / "images")]
         with torch.no_grad():
             logits = after(torch.tensor([ids]), torch.stack(pixels) if pixels else None)[0, :-1, : tokenizer.vocab_size]  # an export pads the vocabulary
         total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum"))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import qilin_min as q
 from common.files import write_json
+from model_io.export import hf_configs
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
     for file in set(files.values()):
         save_file({name: torch.full(shapes[name], 0.01) for name in shapes if files[name] == file}, out / "llama" / file)
     write_json(out / "llama/model.safetensors.index.json", {"weight_map": files})
-    write_json(out / "llama/config.json", q.hf_configs(q.QilinConfig(text), 0, 32000, "float32")["config.json"]["text_config"])
+    write_json(out / "llama/config.json", hf_configs(q.QilinConfig(text), 0, 32000, "float32")["config.json"]["text_config"])
     assert sum(f.stat().st_size for f in (out / "llama").iterdir()) > 1.0e9
     return out
 

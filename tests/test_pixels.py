@@ -7,7 +7,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-import qilin_min as q
+from model_io.pixels import preprocess_image
 
 SQUARE = {"height": 336, "width": 336}
 SHAPES = {"tall": (500, 300), "wide": (211, 640), "odd": (101, 38), "odd pair": (38, 101), "tiny": (3, 2), "pixel": (1, 1), "line": (1, 50),
@@ -44,7 +44,7 @@ def clip_pixels(array):
 def test_pad(shape, channels, report):
     array = scan(*SHAPES[shape], channels)
     image = Image.fromarray(array)
-    got = q.preprocess_image(image)
+    got = preprocess_image(image)
     assert got.shape == (3, 336, 336) and got.dtype == torch.float32 and got.is_contiguous()
     want = clip_pixels(padded(array))
     llava = LlavaImageProcessorPil(do_pad=True, size=SQUARE, do_center_crop=False)(image, return_tensors="pt")["pixel_values"][0]
@@ -58,15 +58,15 @@ def test_crop(shape, channels, report):
     image = Image.fromarray(scan(*SHAPES[shape], channels))
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=SQUARE)
     want = processor(image, return_tensors="pt")["pixel_values"][0]
-    report(f"pixels, crop ({shape}, {('grey', 'RGB')[channels // 3]})", (q.preprocess_image(image, mode="crop") - want).abs().max(), 0)
+    report(f"pixels, crop ({shape}, {('grey', 'RGB')[channels // 3]})", (preprocess_image(image, mode="crop") - want).abs().max(), 0)
 
 
 def test_other_sizes():
     image = Image.fromarray(scan(61, 40))
-    assert torch.equal(q.preprocess_image(image, size=56),
+    assert torch.equal(preprocess_image(image, size=56),
                        LlavaImageProcessorPil(do_pad=True, size={"height": 56, "width": 56}, do_center_crop=False)(image, return_tensors="pt")["pixel_values"][0])
     with pytest.raises(ValueError, match="mode"):
-        q.preprocess_image(image, mode="stretch")
+        preprocess_image(image, mode="stretch")
 
 
 @pytest.mark.parametrize("orientation, turn", [(1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: np.rot90(a, 2)), (4, lambda a: a[::-1]),
@@ -77,7 +77,7 @@ def test_exif_orientation(orientation, turn, tmp_path):
     exif = image.getexif()
     exif[0x0112] = orientation
     image.save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(q.preprocess_image(tmp_path / "turned.png"), clip_pixels(padded(np.ascontiguousarray(turn(array)))))
+    assert torch.equal(preprocess_image(tmp_path / "turned.png"), clip_pixels(padded(np.ascontiguousarray(turn(array)))))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -85,8 +85,8 @@ def test_16_bit_grey_keeps_the_high_byte(suffix, tmp_path):
     array = np.random.default_rng(0).integers(0, 65536, (45, 70), dtype=np.uint16)
     Image.fromarray(array).save(tmp_path / f"ct.{suffix}")
     want = clip_pixels(padded((array // 256).astype(np.uint8)))
-    assert torch.equal(q.preprocess_image(tmp_path / f"ct.{suffix}"), want)
-    assert torch.equal(q.preprocess_image(Image.fromarray(array.astype(np.int32))), want)  # mode I, as older Pillows open such files
+    assert torch.equal(preprocess_image(tmp_path / f"ct.{suffix}"), want)
+    assert torch.equal(preprocess_image(Image.fromarray(array.astype(np.int32))), want)  # mode I, as older Pillows open such files
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
@@ -94,7 +94,7 @@ def test_other_modes_are_converted_as_pil_does(mode):
     image = Image.fromarray(scan(50, 33)).convert(mode)
     if mode == "RGBA":
         image.putalpha(Image.fromarray(scan(50, 33, 1)))
-    assert torch.equal(q.preprocess_image(image), clip_pixels(padded(np.array(image.convert("RGB")))))
+    assert torch.equal(preprocess_image(image), clip_pixels(padded(np.array(image.convert("RGB")))))
 
 
 def test_damaged_exif_is_one_error(tmp_path):
@@ -106,7 +106,7 @@ def test_damaged_exif_is_one_error(tmp_path):
     for i in range(start, start + 60):
         (tmp_path / "b.jpg").write_bytes(whole[:i] + b"\0" + whole[i + 1 :])
         try:
-            assert q.preprocess_image(tmp_path / "b.jpg").isfinite().all()
+            assert preprocess_image(tmp_path / "b.jpg").isfinite().all()
         except ValueError as error:
             assert "b.jpg" in str(error)
 
@@ -115,13 +115,13 @@ def test_damaged_exif_is_one_error(tmp_path):
 def test_a_line_is_refused_before_it_takes_the_memory(mode, tmp_path):
     Image.fromarray(np.zeros((1, 100_000), np.uint8)).save(tmp_path / "line.png")
     with pytest.raises(ValueError, match="line.png.*100000 x 1"):
-        q.preprocess_image(tmp_path / "line.png", mode=mode)
+        preprocess_image(tmp_path / "line.png", mode=mode)
 
 
 def test_float_pixels_are_refused(tmp_path):
     Image.fromarray(np.random.default_rng(0).random((20, 20), dtype=np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match="float.tiff.*8 or 16 bits"):
-        q.preprocess_image(tmp_path / "float.tiff")
+        preprocess_image(tmp_path / "float.tiff")
 
 
 def test_bad_files_are_named(tmp_path):
@@ -133,6 +133,6 @@ def test_bad_files_are_named(tmp_path):
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
-            q.preprocess_image(tmp_path / name)
+            preprocess_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="gone.png"):
-        q.preprocess_image(tmp_path / "gone.png")
+        preprocess_image(tmp_path / "gone.png")

@@ -16,6 +16,7 @@ import plan
 import qilin_min as q
 from conftest import ROOT, free_port, make_qilin, run
 from measure_step import N_LABELS, SMALL
+from model_io.lowbit import add_lora
 
 TRAINED = {1: ("mm_projector",), 2: ("mm_projector", "llm")}
 HERE = Path(__file__).parent
@@ -62,7 +63,7 @@ def test_memory_of_a_small_model_on_real_tensors(report, stage, rows, tokens, n_
 @pytest.mark.parametrize("text", [{}, dict(num_key_value_heads=4), dict(tie_word_embeddings=True)])
 def test_parameters_are_counted_exactly(projector, text):
     model = make_qilin(projector, text)
-    q.add_lora(model, 3, 6.0)
+    add_lora(model, 3, 6.0)
     groups = {}
     for name, p in model.named_parameters():
         groups[q.part_of(name)] = groups.get(q.part_of(name), 0) + p.numel()

@@ -5,6 +5,9 @@ import torch
 from conftest import hf_llama, make_qilin, words
 
 import qilin_min as q
+from model_io.export import save_qilin
+from model_io.load import load_qilin
+from model_io.lowbit import QuantizedLinear
 
 
 def rounded(weight, bits, group):
@@ -19,7 +22,7 @@ def rounded(weight, bits, group):
 def test_logits_equal_llama_with_rounded_weights(bits, tmp_path, clip_folder, report):
     hf = hf_llama(num_key_value_heads=2)
     hf.save_pretrained(tmp_path)
-    plain, model = (q.load_qilin(llm=tmp_path, vision=clip_folder, quantize=x) for x in (None, f"int{bits}"))
+    plain, model = (load_qilin(llm=tmp_path, vision=clip_folder, quantize=x) for x in (None, f"int{bits}"))
     ids = torch.tensor([[1] + words(40, 1)])
     exact = hf(ids).logits
     for name, param in hf.model.layers.named_parameters():
@@ -42,7 +45,7 @@ def test_logits_equal_llama_with_rounded_weights(bits, tmp_path, clip_folder, re
 def test_no_weight_moves_by_more_than_half_a_step(bits):
     weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
     weight[7] = 0
-    linear = q.QuantizedLinear(128, 48, bits)
+    linear = QuantizedLinear(128, 48, bits)
     linear.quantize_(weight)
     got = linear(torch.eye(128)).T
     step = linear.scale.repeat_interleave(linear.group, 1)
@@ -51,17 +54,17 @@ def test_no_weight_moves_by_more_than_half_a_step(bits):
 
 def test_wrong_names_and_saving_are_refused(llama_folder, clip_folder, tmp_path):
     with pytest.raises(ValueError, match="int3"):
-        q.load_qilin(llm=llama_folder, vision=clip_folder, quantize="int3")
+        load_qilin(llm=llama_folder, vision=clip_folder, quantize="int3")
     with pytest.raises(ValueError, match="quantised"):
-        q.save_qilin(q.load_qilin(llm=llama_folder, vision=clip_folder, quantize="int8"), None, tmp_path / "out")
+        save_qilin(load_qilin(llm=llama_folder, vision=clip_folder, quantize="int8"), None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_answers_are_those_of_generate_in_a_padded_batch(tmp_path):
     """The quantised layers sit under the same cache and padding: a batch answers as its rows alone."""
     from conftest import ROW_PICTURES, ROWS, pictures
-    q.save_qilin(make_qilin(), None, tmp_path / "out")
-    model, x = q.load_qilin(tmp_path / "out", quantize="int8"), pictures(3)
+    save_qilin(make_qilin(), None, tmp_path / "out")
+    model, x = load_qilin(tmp_path / "out", quantize="int8"), pictures(3)
     together = q.answer_ids(model, ROWS, x, max_new_tokens=12)
     assert together == [q.answer_ids(model, [row], x[part] if i else None, max_new_tokens=12)[0] for i, (row, part) in enumerate(zip(ROWS, ROW_PICTURES))]
 
@@ -70,7 +73,7 @@ def test_answers_are_those_of_generate_in_a_padded_batch(tmp_path):
 @torch.no_grad()
 def test_one_token_a_row_is_multiplied_in_8_bits(in_features):
     """On a CPU through torch's int8 kernel, activations in bfloat16: off by their rounding, 2^-9 each, and by no more; sizes that the kernel cannot read go the exact way."""
-    linear = q.QuantizedLinear(in_features, 24, 8)
+    linear = QuantizedLinear(in_features, 24, 8)
     linear.quantize_(torch.randn(24, in_features, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(3, 1, in_features, generator=torch.Generator().manual_seed(1))
     got, exact = linear(x), linear(x.expand(3, 2, in_features))[:, :1]  # two tokens a row are widened and multiplied in float32

@@ -11,7 +11,7 @@ import torch
 
 import train
 from conftest import run
-from qilin_min import load_qilin
+from model_io.load import load_qilin
 
 OPTIONS = "--batch-size", 5, "--epochs", 3, "--save-every", 2, "--keep", 3  # 24 samples: 15 steps
 STEPS = 15
@@ -106,7 +106,8 @@ def test_another_setup_is_refused_by_name(toy, tmp_path, whole, change, words):
         shutil.copytree(toy / "llama", tmp_path / "llama")
         model = load_qilin(llm=toy / "llama", vision=toy / "clip")
         model.model.embed_tokens.weight.data[0] += 1e-3
-        from qilin_min import part_of, save_tensors
+        from model_io.export import save_tensors
+        from qilin_min import part_of
         save_tensors({n: p.data for n, p in model.named_parameters() if part_of(n) == "llm"}, tmp_path / "llama/model.safetensors")
         change = ["--llm", tmp_path / "llama"]
     out = cut_back(whole, tmp_path / "out", 4)

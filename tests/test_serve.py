@@ -25,6 +25,10 @@ from conftest import ROOT, make_qilin
 from PIL import Image
 
 import qilin_min as q
+from model_io.export import save_qilin
+from model_io.load import load_qilin
+from model_io.pixels import preprocess_image
+from model_io.tokens import StreamedAnswer, Tokenizer, encode_prompt
 
 TEXT = dict(vocab_size=32000, hidden_size=32, intermediate_size=48, max_position_embeddings=2048)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -35,11 +39,11 @@ LONG = dict(max_tokens=1900)  # an answer of some seconds
 def world(tmp_path_factory, spm_path):
     """(model, tokenizer, folder): random weights, the real tokenizer; two pictures beside."""
     folder = tmp_path_factory.mktemp("serve")
-    q.save_qilin(make_qilin(text=TEXT, n_token_ids=32000), q.Tokenizer(spm_path), folder / "tiny")
+    save_qilin(make_qilin(text=TEXT, n_token_ids=32000), Tokenizer(spm_path), folder / "tiny")
     noise = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
     for name, pixels in zip("ab", noise):
         Image.fromarray(pixels).save(folder / f"{name}.png")
-    return q.load_qilin(folder / "tiny"), q.Tokenizer(folder / "tiny"), folder
+    return load_qilin(folder / "tiny"), Tokenizer(folder / "tiny"), folder
 
 
 def start(world, *options, run=(ROOT / "serve.py",), **env):
@@ -94,8 +98,8 @@ def want(world, texts, n_images=0, pictures=(), max_new_tokens=12, **options):
     """(text, prompt) that generate() itself gives."""
     model, tokenizer, _ = world
     conversation = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    prompt = q.encode_prompt(conversation, tokenizer, model.config.n_image_tokens, n_images=n_images)
-    pixels = q.torch.stack([q.preprocess_image(path, 56, model.config.image_mode) for path in pictures]) if pictures else None
+    prompt = encode_prompt(conversation, tokenizer, model.config.n_image_tokens, n_images=n_images)
+    pixels = q.torch.stack([preprocess_image(path, 56, model.config.image_mode) for path in pictures]) if pictures else None
     return tokenizer.decode(q.answer_ids(model, [prompt], pixels, max_new_tokens=max_new_tokens, **options)[0]), prompt
 
 
@@ -368,7 +372,7 @@ def test_who_leaves_gives_up_the_place(world, server, stream):
 def test_an_answer_is_interrupted_between_texts(world):
     """A model may write many ids without a whole character: the thread asks between them."""
     model, tokenizer, _ = world
-    answer = q.StreamedAnswer(model, tokenizer, want(world, ["a"])[1], max_new_tokens=50)
+    answer = StreamedAnswer(model, tokenizer, want(world, ["a"])[1], max_new_tokens=50)
     next(iter(answer))
     n, answer.interrupted = answer.n_new, True
     assert "".join(answer) == "" and answer.n_new <= n + 1 and len(answer.ids) == n

@@ -11,7 +11,7 @@ from PIL import Image
 
 from prompts import MODALITIES, VQA
 from common.rows import Rows
-from qilin_min import Tokenizer
+from model_io.tokens import Tokenizer
 from raw_sets import OA, make_raw, prep
 from stats import find_font, has_chinese, modality_of, own_question, quantile
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-import qilin_min as q
+from model_io.tokens import Tokenizer, encode_conversation, encode_prompt
 
 N = 576
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -54,14 +54,14 @@ DIALOGS = {
 
 @pytest.mark.parametrize("kind", DIALOGS)
 def test_ids_equal_the_released_string(kind, tokenizer):
-    ids, labels = q.encode_conversation(DIALOGS[kind], tokenizer, N, max_length=4096)
+    ids, labels = encode_conversation(DIALOGS[kind], tokenizer, N, max_length=4096)
     assert len(ids) == len(labels)
     assert ids == legacy_ids(tokenizer.sp, released_string(DIALOGS[kind]))
 
 
 @pytest.mark.parametrize("kind", DIALOGS)
 def test_labels_are_the_answers(kind, tokenizer):
-    ids, labels = q.encode_conversation(DIALOGS[kind], tokenizer, N, max_length=4096)
+    ids, labels = encode_conversation(DIALOGS[kind], tokenizer, N, max_length=4096)
     assert all(b in (a, -100) for a, b in zip(ids, labels))
     spans = [[]]
     for label in labels:
@@ -77,14 +77,14 @@ def test_labels_are_the_answers(kind, tokenizer):
 @pytest.mark.parametrize("kind", DIALOGS)
 def test_the_prompt_is_the_beginning_of_training(kind, tokenizer):
     conversation = DIALOGS[kind]
-    ids, labels = q.encode_conversation(conversation, tokenizer, N, max_length=4096)
+    ids, labels = encode_conversation(conversation, tokenizer, N, max_length=4096)
     for n in range(1, len(conversation), 2):
-        prompt = q.encode_prompt(conversation[:n], tokenizer, N)
+        prompt = encode_prompt(conversation[:n], tokenizer, N)
         assert ids[: len(prompt)] == prompt and labels[len(prompt)] != -100 and labels[len(prompt) - 1] == -100
 
 
 def test_after_an_end_the_text_starts_afresh(tokenizer):
-    ids = q.encode_conversation(DIALOGS["several turns"], tokenizer, N)[0]
+    ids = encode_conversation(DIALOGS["several turns"], tokenizer, N)[0]
     after = ids[ids.index(2) + 1 : ids.index(2) + 3]
     assert [tokenizer.sp.id_to_piece(i) for i in after] == ["▁US", "ER"]  # 3148, 1001 with LLaMA's own model
 
@@ -92,55 +92,55 @@ def test_after_an_end_the_text_starts_afresh(tokenizer):
 @pytest.mark.parametrize("caption", ["A CT slice.", "胸部X光片", "two\nlines"])
 def test_plain_template(caption, tokenizer):
     conversation = dialog("Describe.\n<image>", caption)
-    ids, labels = q.encode_conversation(conversation, tokenizer, N, template="plain")
+    ids, labels = encode_conversation(conversation, tokenizer, N, template="plain")
     want = tokenizer.sp.encode(caption + "\n")
     assert ids == [1] + [-200] * N + want and labels == [-100] * (N + 1) + want
-    assert q.encode_prompt(conversation[:1], tokenizer, N, template="plain") == [1] + [-200] * N
+    assert encode_prompt(conversation[:1], tokenizer, N, template="plain") == [1] + [-200] * N
 
 
 def test_plain_template_keeps_a_leading_blank(tokenizer):
-    ids, _ = q.encode_conversation(dialog("<image>", " blank first"), tokenizer, N, template="plain")
+    ids, _ = encode_conversation(dialog("<image>", " blank first"), tokenizer, N, template="plain")
     assert ids[N + 1 :] == tokenizer.sp.encode(" blank first\n")
 
 
 def test_typed_control_words_are_plain_text(tokenizer):
     question, answer = "what do <image> and </s> and <s> mean?", "</s> ends"
-    ids, labels = q.encode_conversation(dialog(question, answer), tokenizer, N, n_images=0)
+    ids, labels = encode_conversation(dialog(question, answer), tokenizer, N, n_images=0)
     want = [1] + tokenizer.sp.encode(f"{SYSTEM} USER: {question} ASSISTANT:") + tokenizer.sp.encode(answer) + [2]
     assert ids == want and ids.count(2) == 1 and ids.count(1) == 1
-    ids = q.encode_prompt(dialog(question), tokenizer, N, n_images=2)
+    ids = encode_prompt(dialog(question), tokenizer, N, n_images=2)
     assert ids.count(-200) == 2 * N and not set(ids[1:]) & {0, 1, 2}
     assert ids[-len(want):][-5:] == want[: want.index(2) - len(tokenizer.sp.encode(answer))][-5:]
     chat = dialog("look", "that is an <image>", "really?")  # what the model said goes back into the prompt as plain text as well
-    assert q.encode_prompt(chat, tokenizer, N, n_images=1).count(-200) == N
+    assert encode_prompt(chat, tokenizer, N, n_images=1).count(-200) == N
 
 
 def test_a_list_says_before_which_turn_pictures_stand(tokenizer):
     """A list with a number a human turn is the same prompt as placeholders in those turns; an int is all of them before the first."""
     chat = dialog("first", "one", "second", "two", "third")
     marked = [dict(turn, value="<image>" * n + turn["value"]) for turn, n in zip(chat, (1, 0, 2, 0, 0))]
-    assert q.encode_prompt(chat, tokenizer, N, n_images=[1, 2]) == q.encode_prompt(chat, tokenizer, N, n_images=[1, 2, 0]) == q.encode_prompt(marked, tokenizer, N)
-    assert q.encode_prompt(chat, tokenizer, N, n_images=[2]) == q.encode_prompt(chat, tokenizer, N, n_images=2)
-    assert q.encode_prompt(chat, tokenizer, N, n_images=[0, 0, 0]) == q.encode_prompt(chat, tokenizer, N, n_images=0) == q.encode_prompt(chat, tokenizer, N)
+    assert encode_prompt(chat, tokenizer, N, n_images=[1, 2]) == encode_prompt(chat, tokenizer, N, n_images=[1, 2, 0]) == encode_prompt(marked, tokenizer, N)
+    assert encode_prompt(chat, tokenizer, N, n_images=[2]) == encode_prompt(chat, tokenizer, N, n_images=2)
+    assert encode_prompt(chat, tokenizer, N, n_images=[0, 0, 0]) == encode_prompt(chat, tokenizer, N, n_images=0) == encode_prompt(chat, tokenizer, N)
     typed = dialog("</s>", "an <image>", "<image>?")
-    assert q.encode_prompt(typed, tokenizer, N, n_images=[0, 1]).count(-200) == N
+    assert encode_prompt(typed, tokenizer, N, n_images=[0, 1]).count(-200) == N
     alone = dialog("hello", "hi", "")
-    assert q.encode_prompt(alone, tokenizer, N, n_images=[0, 1]) == q.encode_prompt(dialog("hello", "hi", "<image>"), tokenizer, N)
+    assert encode_prompt(alone, tokenizer, N, n_images=[0, 1]) == encode_prompt(dialog("hello", "hi", "<image>"), tokenizer, N)
     for wrong in ([1], [1, 0], 1, 0):
         with pytest.raises(ValueError, match="turn 2 is an empty question"):
-            q.encode_prompt(alone, tokenizer, N, n_images=wrong)
+            encode_prompt(alone, tokenizer, N, n_images=wrong)
 
 
 def test_too_long_loses_its_end_never_a_picture(tokenizer):
     conversation = dialog("<image>\nWhat?", "word " * 300)
-    ids, labels = q.encode_conversation(conversation, tokenizer, N, max_length=4096)
+    ids, labels = encode_conversation(conversation, tokenizer, N, max_length=4096)
     for n in (len(ids), len(ids) - 1, 700):
-        assert q.encode_conversation(conversation, tokenizer, N, max_length=n) == (ids[:n], labels[:n])
+        assert encode_conversation(conversation, tokenizer, N, max_length=n) == (ids[:n], labels[:n])
     end = len(ids) - ids[::-1].index(-200)  # one past the last picture position
-    assert len(q.encode_conversation(conversation, tokenizer, N, max_length=end)[0]) == end
-    assert q.encode_conversation(conversation, tokenizer, N, max_length=end - 1) == ([], [])
+    assert len(encode_conversation(conversation, tokenizer, N, max_length=end)[0]) == end
+    assert encode_conversation(conversation, tokenizer, N, max_length=end - 1) == ([], [])
     late = dialog("Hello", "Hi. " * 400, "<image>", "A CT slice.")
-    assert q.encode_conversation(late, tokenizer, N, max_length=1000) == ([], [])
+    assert encode_conversation(late, tokenizer, N, max_length=1000) == ([], [])
 
 
 @pytest.mark.parametrize("conversation", [
@@ -149,18 +149,18 @@ def test_too_long_loses_its_end_never_a_picture(tokenizer):
     dialog("a", "see <image>")])
 def test_malformed_conversations(conversation, tokenizer):
     with pytest.raises(ValueError):
-        q.encode_conversation(conversation, tokenizer, N)
+        encode_conversation(conversation, tokenizer, N)
 
 
 @pytest.mark.parametrize("wrong", [dict(template="v2"), dict(template="plain")])
 def test_wrong_templates(wrong, tokenizer):
     with pytest.raises(ValueError, match="template"):
-        q.encode_conversation(dialog("no picture", "yes"), tokenizer, N, **wrong)
+        encode_conversation(dialog("no picture", "yes"), tokenizer, N, **wrong)
 
 
 def test_a_prompt_ends_with_a_question(tokenizer):
     with pytest.raises(ValueError):
-        q.encode_prompt(dialog("a", "b"), tokenizer, N)
+        encode_prompt(dialog("a", "b"), tokenizer, N)
 
 
 @pytest.mark.parametrize("text", ["plain words, twice", "肺部可见结节", "𠮷野家", "龘龘龘靐齉", "a😀b👨‍👩‍👧", "é\u0301 \u0628", "  blanks  ", "line\nline\n", "𠮷"])
@@ -181,8 +181,8 @@ def test_a_stream_of_broken_bytes_ends(tokenizer):
 
 def test_bad_tokenizer_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.model"):
-        q.Tokenizer(tmp_path)
+        Tokenizer(tmp_path)
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\n"):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match="tokenizer.model"):
-            q.Tokenizer(tmp_path)
+            Tokenizer(tmp_path)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import batches
 import train
 from conftest import ROOT, free_port, run
-from qilin_min import load_qilin
+from model_io.load import load_qilin
 
 
 def test_ranks_and_micro_batches_do_not_matter(toy, tmp_path, report):
