@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from model_io.export import save_qilin
 from model_io.load import load_qilin
+from training.checkpoints import Checkpoints, Progress
+from training.ranks import setup_distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +78,7 @@ def bench_loader(runs):
     from transformers import CLIPImageProcessorPil
 
     sys.path.insert(0, str(ROOT))
-    import batches
+    from training import batches
     import train
     from model_io.pixels import PAD_COLOR
     from model_io.tokens import Tokenizer
@@ -91,7 +93,7 @@ def bench_loader(runs):
             image.save(folder / f"{i}.jpg", quality=90)
         (folder / "rows.json").write_text(json.dumps([dict(row, id=str(i), image=f"{i}.jpg") for i in range(n)]))
         args = train.parse_args(["--stage", "1", "--images", str(folder), "--data", str(folder / "rows.json"), "--out", str(folder)])
-        train.setup_distributed()
+        setup_distributed()
         data = batches.Dialogs(args.data, Tokenizer(folder / "toy/llama"), 576, 336, args)
         order = [b for b in batches.batch_order(data.lengths, 16, 0, 0)]
         processor = CLIPImageProcessorPil(do_center_crop=False, size={"height": 336, "width": 336}, do_resize=True)
@@ -139,8 +141,8 @@ def bench_padding(runs):
     import numpy as np
 
     sys.path.insert(0, str(ROOT))
-    import batches
-    import plan
+    from training import batches
+    from training import plan
     missed, W = False, 8
     print("| lengths | order | padding, a rank's batch at one time | waiting for the slowest rank as well | micro-batches of 4 |\n|---|---|---|---|---|")
     for stage, batch_size in ((1, 256), (2, 128)):
@@ -179,7 +181,7 @@ def bench_saving(runs):
     sys.path.insert(0, str(ROOT))
     import train
     from qilin_min import Qilin, QilinConfig, TextConfig, VisionConfig
-    train.setup_distributed()
+    setup_distributed()
     model = Qilin(QilinConfig(TextConfig(vocab_size=8000, hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10), VisionConfig(64, 128, 2, 2, 56, 14)))
     model = train.shard_model(model, torch.device("cpu"), ("mm_projector", "llm"), torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
@@ -187,13 +189,13 @@ def bench_saving(runs):
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     optimizer.step()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = train.Checkpoints(SimpleNamespace(out=Path(folder), keep=1, resume="auto"), model, optimizer, {})
+        checkpoints = Checkpoints(SimpleNamespace(out=Path(folder), keep=1, resume="auto"), model, optimizer, {})
         seconds, step = {True: [], False: []}, 0
         for run in range(runs + 1):
             for wait in (True, False):
                 step += 1
                 tic = time.perf_counter()
-                checkpoints.save(train.Progress(step), wait=wait)
+                checkpoints.save(Progress(step), wait=wait)
                 if run:
                     seconds[wait].append(time.perf_counter() - tic)
                 checkpoints.finish()

@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from model_io.load import load_qilin, read_checkpoint
+from training.ranks import setup_distributed
 
 
 def anonymous():
@@ -29,7 +30,7 @@ def watch(peak, done):
 llm, vision, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
 torch.ones(64, 64) @ torch.ones(64, 64)  # what the first operation of a process sets up is not the model's
 if is_sharded := "RANK" in os.environ:
-    rank, world_size, device = train.setup_distributed()
+    rank, world_size, device = setup_distributed()
     args = train.parse_args(["--stage", "2", "--llm", llm, "--vision", vision, "--projector", "fresh"])
     checkpoint = read_checkpoint(llm=llm, vision=vision, projector="fresh")
     train.build_model(args, read_checkpoint(llm=vision + "/../small", vision=vision, projector="fresh"), device)  # FSDP's own set-up

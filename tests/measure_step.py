@@ -22,7 +22,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import qilin_min as q
 import train
-from plan import GIB, LLAMA_SIZES, PAPER_TOWER
+from training.costs import GIB
+from training.plan import LLAMA_SIZES, PAPER_TOWER
 
 SMALL = dict(text=dict(vocab_size=4000, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=4096),
              vision=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14))

@@ -13,9 +13,10 @@ import train
 from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer
 from qilin_min import Qilin, load_weights
+from training.ranks import setup_distributed
 
 toy = Path(sys.argv[1])
-rank, world_size, device = train.setup_distributed()
+rank, world_size, device = setup_distributed()
 worst = 0.0
 for stage in (1, 2):
     args = train.parse_args(["--stage", str(stage), "--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"])

@@ -8,10 +8,11 @@ import torch.distributed as dist
 import train
 from model_io.load import load_qilin, read_checkpoint
 from model_io.tokens import Tokenizer
+from training.ranks import setup_distributed
 
 toy = Path(sys.argv[1])
 args = train.parse_args(["--stage", "2", "--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"])
-rank, world_size, device = train.setup_distributed()
+rank, world_size, device = setup_distributed()
 checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
 config = checkpoint[0]
 args.images = toy / "images"

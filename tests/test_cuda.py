@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import plan
 import qilin_min as q
 from conftest import ROOT, make_qilin, pictures, ROWS, run
+from training.costs import GIB, Sizes, memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -59,10 +59,10 @@ for step in range(2):
 print(torch.cuda.max_memory_allocated())"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    sizes = plan.Sizes(q.QilinConfig(q.TextConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2752, num_hidden_layers=16, num_attention_heads=8), q.VisionConfig(64, 128, 2, 2, 56, 14)),
+    sizes = Sizes(q.QilinConfig(q.TextConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2752, num_hidden_layers=16, num_attention_heads=8), q.VisionConfig(64, 128, 2, 2, 56, 14)),
                        ("mm_projector", "llm"))
-    want, got = plan.memory(sizes, 1, 4 * 512, 4, 4 * 511)["peak"], int(done.stdout.split()[-1])
-    report(f"cuda: plan {want / plan.GIB:.2f} GiB, allocator {got / plan.GIB:.2f} (relative)", abs(want / got - 1), 0.15)
+    want, got = memory(sizes, 1, 4 * 512, 4, 4 * 511)["peak"], int(done.stdout.split()[-1])
+    report(f"cuda: plan {want / GIB:.2f} GiB, allocator {got / GIB:.2f} (relative)", abs(want / got - 1), 0.15)
 
 
 def test_smoke(tmp_path):

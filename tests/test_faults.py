@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import batches
+from training import batches
 import train
 from conftest import ROOT, free_port, run
+from training.checkpoints import Progress
+from training.ranks import setup_distributed
 
 LONG = os.environ.get("LONG")
 EPOCHS = 32 if LONG else 8  # of the campaign's run: long enough that it does not end before the last kill
@@ -176,7 +178,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(toy, tmp_path):
 
 def test_bad_losses_are_told_from_good_ones():
     """Not finite, or above 3 times the mean of the last good ones and 2 more: here 3 x 1 + 2."""
-    progress = train.Progress()
+    progress = Progress()
     assert [progress.is_bad(1.0, 1.0) for _ in range(10)] == [False] * 10
     assert [progress.is_bad(loss, norm) for loss, norm in ((float("nan"), 1), (1.0, float("inf")), (5.5, 1), (4.9, 1), (1.0, 1))] == [True, True, True, False, False]
     assert progress.n_bad == 3 and progress.n_bad_in_a_row == 0 and len(progress.recent) == 12
@@ -232,7 +234,7 @@ def test_a_picture_that_does_not_decode_teaches_nothing(toy, tmp_path, lost):
     assert len(grey) == 1 and "lost.png" in grey[0] and grey[0].startswith(json.loads(lost.read_text())[13]["id"])
     labels = sum(r["n_targets"] for r in rows if "seconds" in r)
     args = train.parse_args(["--stage", "2", "--projector", "fresh", "--images", str(toy / "images"), "--data", str(lost)])
-    train.setup_distributed()
+    setup_distributed()
     dialogs = batches.Dialogs([lost], train.Tokenizer(toy / "llama"), 16, 64, args)
     batch = dialogs[[12, 13]]
     train.dist.destroy_process_group()

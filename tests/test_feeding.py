@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-import batches
-import plan
+from training import batches
+from training import plan
 import train
 from conftest import ROOT, run
 from common.rows import Rows
 from model_io.pixels import CLIP_MEAN, CLIP_STD, preprocess_image
 from model_io.tokens import Tokenizer, encode_conversation
+from training.ranks import setup_distributed
 
 
 def some_rows(n, seed=0):
@@ -71,7 +72,7 @@ print((peak() - before) / 1024)"""
 
 @pytest.fixture
 def group():
-    train.setup_distributed()
+    setup_distributed()
     yield
     torch.distributed.destroy_process_group()
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plan
-import log
+from training import log
 from conftest import ROOT, run
 from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer, encode_conversation
+from training.costs import Sizes, flops
 
 
 def test_a_line_a_step(toy, tmp_path):
@@ -28,11 +28,11 @@ def test_a_line_a_step(toy, tmp_path):
     assert len(lines) == len(steps) == 3, done.stdout
     for line, row in zip(lines, steps):
         assert int(line[0]) == row["step"] and float(line[1]) == pytest.approx(row["loss"], abs=1e-4) and float(line[5]) == pytest.approx(100 * row["mfu"], abs=0.06)
-    sizes = plan.Sizes(read_checkpoint(llm=toy / "llama", vision=toy / "clip")[0], ("mm_projector", "llm"))
+    sizes = Sizes(read_checkpoint(llm=toy / "llama", vision=toy / "clip")[0], ("mm_projector", "llm"))
     tokenizer, data = Tokenizer(toy / "llama"), json.loads((toy / "mixed.json").read_text())
     lengths = np.array([len(encode_conversation(r["conversations"], tokenizer, 16)[0]) for r in data])
     labels = [sum(x != -100 for x in encode_conversation(r["conversations"], tokenizer, 16)[1][1:]) for r in data]
-    work = plan.flops(sizes, lengths, 14 + 2, sum(labels))  # 14 rows of one picture and one of two
+    work = flops(sizes, lengths, 14 + 2, sum(labels))  # 14 rows of one picture and one of two
     assert sum(r["mfu"] * r["seconds"] * 0.05e12 for r in steps) == pytest.approx(work, rel=1e-6)
     assert [r["step"] for r in rows if "val_loss" in r] == [0, 2, 3] and sum(r["n_targets"] for r in steps) == sum(labels)
     samples = [json.loads(line) for line in open(tmp_path / "out/samples.jsonl")]

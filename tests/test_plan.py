@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import batches
-import plan
+from training import batches
+from training import plan
 import qilin_min as q
 from conftest import ROOT, free_port, make_qilin, run
 from measure_step import N_LABELS, SMALL
 from model_io.lowbit import add_lora
+from training.costs import GIB, Sizes, flops, memory
 
 TRAINED = {1: ("mm_projector",), 2: ("mm_projector", "llm")}
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ def measured(*words, ranks=0):
 
 
 def planned(sizes, W, rows, tokens, n_checkpointed, kept):
-    return (plan.memory(sizes, W, rows * tokens, n_checkpointed, rows * N_LABELS, bool(kept))["peak"] - sizes.e * sizes.tower) / plan.GIB  # the tracker sees sharded modules
+    return (memory(sizes, W, rows * tokens, n_checkpointed, rows * N_LABELS, bool(kept))["peak"] - sizes.e * sizes.tower) / GIB  # the tracker sees sharded modules
 
 
 @pytest.mark.parametrize("stage, size, rows, tokens, n_checkpointed, kept, trial", [
@@ -43,7 +44,7 @@ def test_memory_of_one_step_of_8_gpus(report, stage, size, rows, tokens, n_check
     """Within 10 % of one step of the real model and FSDP2 under fake tensors and a fake process group."""
     if (trial is None or kept) and not os.environ.get("LONG"):
         pytest.skip("run by tests/run.sh --long")
-    got, sizes = measured("fake", stage, size, rows, tokens, n_checkpointed, kept), plan.Sizes(q.QilinConfig(plan.LLAMA_SIZES[size], plan.PAPER_TOWER), TRAINED[stage])
+    got, sizes = measured("fake", stage, size, rows, tokens, n_checkpointed, kept), Sizes(q.QilinConfig(plan.LLAMA_SIZES[size], plan.PAPER_TOWER), TRAINED[stage])
     want = planned(sizes, 8, rows, tokens, n_checkpointed, kept)
     report(f"plan: {size} stage {stage}, {rows} x {tokens}, {n_checkpointed} blocks recomputing{', kept gathered' * kept}: {want:.1f} GiB, tracked {got:.1f} (relative)", abs(want / got - 1), 0.10)
     if trial:
@@ -54,7 +55,7 @@ def test_memory_of_one_step_of_8_gpus(report, stage, size, rows, tokens, n_check
 def test_memory_of_a_small_model_on_real_tensors(report, stage, rows, tokens, n_checkpointed, kept):
     """Within 15 % of the same tracker on 2 processes."""
     got = measured("real", stage, rows, tokens, n_checkpointed, kept, ranks=2)
-    sizes = plan.Sizes(q.QilinConfig(q.TextConfig(**SMALL["text"]), q.VisionConfig(**SMALL["vision"])), TRAINED[stage], e=4)
+    sizes = Sizes(q.QilinConfig(q.TextConfig(**SMALL["text"]), q.VisionConfig(**SMALL["vision"])), TRAINED[stage], e=4)
     want = planned(sizes, 2, rows, tokens, n_checkpointed, kept)
     report(f"plan: small model, stage {stage}, {rows} x {tokens}, {n_checkpointed} recomputing{', kept gathered' * kept}: {want * 1024:.1f} MiB, tracked {got * 1024:.1f} (relative)", abs(want / got - 1), 0.15)
 
@@ -68,17 +69,17 @@ def test_parameters_are_counted_exactly(projector, text):
     for name, p in model.named_parameters():
         groups[q.part_of(name)] = groups.get(q.part_of(name), 0) + p.numel()
     for trained, lora in ((TRAINED[1], 0), (TRAINED[2], 0), (("mm_projector", "lora"), 3)):
-        sizes = plan.Sizes(model.config, trained, lora)
+        sizes = Sizes(model.config, trained, lora)
         assert sizes.n_trained == sum(groups[part] for part in trained)
         assert sizes.n_all == sum(groups.values()) - (0 if lora else groups["lora"])
-    assert plan.Sizes(model.config, TRAINED[1]).tower == groups["vision_tower"] and sizes.projector == groups["mm_projector"]
+    assert Sizes(model.config, TRAINED[1]).tower == groups["vision_tower"] and sizes.projector == groups["mm_projector"]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_operations_are_those_that_pytorch_counts(report, stage):
     """Matrix products of a step, forward and backward, nothing recomputed; attention counted in full there and by its causal half here."""
     model = make_qilin("mlp2x_gelu", dict(num_key_value_heads=4)).train()
-    sizes = plan.Sizes(model.config, TRAINED[stage])
+    sizes = Sizes(model.config, TRAINED[stage])
     for name, p in model.named_parameters():
         p.requires_grad_(q.part_of(name) in TRAINED[stage])
     T, labelled = 120, 30
@@ -92,7 +93,7 @@ def test_operations_are_those_that_pytorch_counts(report, stage):
             model(ids, torch.zeros(3, 3, 56, 56), labels, reduction="sum").backward()
     finally:
         q.checkpoint = q_checkpoint
-    want = plan.flops(sizes, np.array([T] * 3), 3, 3 * labelled)
+    want = flops(sizes, np.array([T] * 3), 3, 3 * labelled)
     full_attention = want + 6 * sizes.L * sizes.q * 3 * T**2  # the other half, above the diagonal
     report(f"plan: operations of stage {stage} (relative to {counter.get_total_flops():.3g})", abs(full_attention / counter.get_total_flops() - 1), 0.02)
 

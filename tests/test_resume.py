@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from conftest import run
 from model_io.load import load_qilin
+from training.checkpoints import PlainLoadPlanner, read_state
 
 OPTIONS = "--batch-size", 5, "--epochs", 3, "--save-every", 2, "--keep", 3  # 24 samples: 15 steps
 STEPS = 15
@@ -93,7 +93,7 @@ def test_a_state_that_no_run_wrote_is_no_checkpoint(toy, tmp_path, whole, state)
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert done.returncode == 2 and len(lines) == 1 and "step-8" in lines[0] and "Traceback" not in done.stderr, done.stderr[-2000:]
     with pytest.raises((ValueError, OSError)):
-        train.read_state(tmp_path / "out/checkpoints/step-8")
+        read_state(tmp_path / "out/checkpoints/step-8")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -182,7 +182,7 @@ def test_bytes_of_a_checkpoint_run_no_code(tmp_path):
     torch.save(Bomb(), buffer)
     buffer.seek(0)
     with pytest.raises(pickle.UnpicklingError):
-        train.PlainLoadPlanner().load_bytes(None, buffer)
+        PlainLoadPlanner().load_bytes(None, buffer)
     assert not Bomb.marker.exists()
 
 

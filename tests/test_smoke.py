@@ -27,7 +27,7 @@ def test_smoke(tmp_path):
 
 
 @pytest.mark.parametrize("file, old, new, failing, words", [
-    ("train.py", "load_sharded(state, storage_reader=FileSystemReader(path), planner=PlainLoadPlanner(), process_group=self.group)", "pass", ["resume"], "weights differ"),
+    ("training/checkpoints.py", "load_sharded(state, storage_reader=FileSystemReader(path), planner=PlainLoadPlanner(), process_group=self.group)", "pass", ["resume"], "weights differ"),
     ("train.py", "run.checkpoints.save(run.progress, wait=True)\n        together(check_batches", "together(check_batches", ["SIGTERM"], "no whole checkpoint"),
     ("sample.py", "    model, tokenizer, device = model_from", "    raise ValueError('no answer')\n    model, tokenizer, device = model_from", ["export"], "sample.py: no answer")])
 @pytest.mark.skipif(not os.environ.get("LONG"), reason="minutes; LONG=1")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import batches
+from training import batches
 import train
 from conftest import ROOT, free_port, run
 from model_io.load import load_qilin

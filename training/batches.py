@@ -1,18 +1,15 @@
 """From data files to every rank's batches: rows by byte offset, lengths in tokens, an order that does not depend on the number of ranks.
 
-    1. ranks      what processes tell each other, so that all go on or all stop
-    2. samples    a row of a file -> input_ids, labels, pixels; its lengths measured once and kept beside the data
-    3. order      lengths -> global batches of samples alike in length -> this rank's micro-batches
-    4. loading    worker processes that decode pictures ahead
+    1. samples    a row of a file -> input_ids, labels, pixels; its lengths measured once and kept beside the data
+    2. order      lengths -> global batches of samples alike in length -> this rank's micro-batches
+    3. loading    worker processes that decode pictures ahead
 """
 
-import errno
 import hashlib
 import json
 import math
 import os
 import signal
-import sys
 import zlib
 from pathlib import Path
 
@@ -26,62 +23,9 @@ from common.rows import Rows, find_rows
 from model_io.pixels import picture_names, preprocess_image, row_pictures
 from model_io.tokens import encode_conversation
 from qilin_min import IGNORE_INDEX, pad_rows
+from training.ranks import gather, leave, on_rank0, print0, together
 
-# --- 1. ranks -------------------------------------------------------------------------------------------------------
-
-
-def print0(*values):
-    if dist.get_rank() == 0:
-        tqdm.write(" ".join(map(str, values)))
-        sys.stdout.flush()
-
-
-def leave(code, line=None):
-    """End this process, and all ranks with it, since all call this in the same step; the line comes from rank 0."""
-    if line and dist.get_rank() == 0:
-        print(f"train.py: {line}", file=sys.stderr, flush=True)
-    dist.destroy_process_group()
-    sys.exit(code)
-
-
-def gather(value):
-    """[value of each rank], on every rank; any Python object."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def agree(function, *args):
-    """function(*args) on every rank -> (result, None); or, on all of them, (…, (line, exit code)) if it raises what a user can cause on any. Code 2, or 1: the disk."""
-    result, error = None, None
-    try:
-        result = function(*args)
-    except USER_ERRORS as raised:
-        error = one_line(raised), 1 if getattr(raised, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG) else 2
-    return result, next((e for e in gather(error) if e), None)
-
-
-def together(function, *args):
-    """agree(), and where any rank has an error all stop, with one line from rank 0."""
-    result, error = agree(function, *args)
-    if error:
-        leave(error[1], error[0])
-    return result
-
-
-def on_rank0(function, *args):
-    """function(*args) of rank 0 alone, its result on every rank; errors as in together()."""
-    return gather(together(lambda: function(*args) if dist.get_rank() == 0 else None))[0]
-
-
-def sum_over_ranks(values, device):
-    """The sums over ranks of a dict of numbers, as Python floats (exact for counts up to 2^53)."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return dict(zip(values, total.tolist()))
-
-
-# --- 2. samples -----------------------------------------------------------------------------------------------------
+# --- 1. samples -----------------------------------------------------------------------------------------------------
 
 
 INDEX = ("start", "stop", "length", "n_pictures", "n_labels", "is_cut")  # of each row: its bytes in the file, its tokens as trained on
@@ -223,7 +167,7 @@ class Dialogs(torch.utils.data.Dataset):
                 "n_tokens": sum(len(ids) for ids, _ in samples) if batch else 0, "n_slots": input_ids.numel()}
 
 
-# --- 3. order -------------------------------------------------------------------------------------------------------
+# --- 2. order -------------------------------------------------------------------------------------------------------
 
 
 def batch_order(lengths, batch_size, seed, epoch, window=50):
@@ -264,7 +208,7 @@ def all_batches(args, lengths):
     return batches
 
 
-# --- 4. loading -----------------------------------------------------------------------------------------------------
+# --- 3. loading -----------------------------------------------------------------------------------------------------
 
 
 def stand_apart(_):

@@ -17,20 +17,12 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from batches import (
-    agree,
-    check_batches,
-    count,
-    cut_batch,
-    load_ahead,
-    print0,
-    sum_over_ranks,
-    to_device,
-)
 from common.files import one_line, write_json, write_text
 from model_io.tokens import count_images, encode_prompt
-from plan import GIB
 from qilin_min import answer_ids
+from training.batches import check_batches, count, cut_batch, load_ahead, to_device
+from training.costs import GIB
+from training.ranks import agree, print0, sum_over_ranks
 
 
 def draw_curves(path, title, train, held_out):

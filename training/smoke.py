@@ -23,16 +23,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from batches import all_batches
 from common.files import check_replaceable, one_line, read_json, run_cli
 from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer, encode_conversation
-from plan import GIB, Machine, PAPER_TOWER, Sizes, memory, micro_batch_slots
 from qilin_min import LOSS_CHUNK, TextConfig
+from training.batches import all_batches
+from training.costs import GIB, Machine, Sizes, memory
+from training.plan import PAPER_TOWER, micro_batch_slots
 
 # --- 1. what is run -------------------------------------------------------------------------------------------------
 
-HERE, OUT, MARK, IS_CUDA = Path(__file__).resolve().parent, Path("out/smoke"), "smoke.txt", torch.cuda.is_available()
+HERE, OUT, MARK, IS_CUDA = Path(__file__).resolve().parent.parent, Path("out/smoke"), "smoke.txt", torch.cuda.is_available()
 TOY, WEIGHTS = OUT / "toy", OUT / ("weights" if IS_CUDA else "toy")
 RANKS = torch.cuda.device_count() if IS_CUDA else 2
 MICRO, LIMIT = (8, 600) if IS_CUDA else (4, 240)     # samples a rank holds at one time; seconds until a process counts as hung
@@ -42,7 +43,7 @@ PARAMS_A_BLOCK = 50.6e6                              # of write_weights' sizes
 
 
 def write_weights():
-    """`smoke.py weights`: OUT/weights/llama, a LLaMA of width 2048 and up to 20 blocks (1 billion parameters), and clip, the paper's tower; random.
+    """`python -m training.smoke weights`: OUT/weights/llama, a LLaMA of width 2048 and up to 20 blocks (1 billion parameters), and clip, the paper's tower; random.
 
     Fewer blocks where 16 bytes a parameter are more than half of all GPUs' memory, or 34 (weights, two checkpoints, two exports) more than the disk has.
     """
@@ -58,7 +59,7 @@ def write_weights():
 
 
 def rank_check():
-    """`smoke.py ranks`, under torchrun: an all-reduce against its sum, a bf16 product against float32; rank 0 prints the worst of all ranks as JSON."""
+    """`python -m training.smoke ranks`, under torchrun: an all-reduce against its sum, a bf16 product against float32; rank 0 prints the worst of all ranks as JSON."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if IS_CUDA else torch.device("cpu")
     if IS_CUDA:
         torch.cuda.set_device(device)
@@ -96,15 +97,16 @@ STARTED = []  # every process, so that none outlives the smoke run
 
 
 def launch(name, *words, ranks=0):
-    """Start a script of this folder, under torchrun when ranks are given; what it says goes to OUT/name.log."""
+    """Start a script of this project, or a module of it, under torchrun when ranks are given; what it says goes to OUT/name.log."""
     torchrun = []
     if ranks:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_addr", "127.0.0.1", "--master_port", s.getsockname()[1]]
-    env = {"OMP_NUM_THREADS": "1", **os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"}  # torchrun kills after 30 s, which a large checkpoint may take
+    script = [HERE / words[0]] if words[0].endswith(".py") else ["-m", words[0]]
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"}  # torchrun kills after 30 s, which a large checkpoint may take
     with open(OUT / f"{name}.log", "a") as log:
-        process = subprocess.Popen(list(map(str, [sys.executable, *torchrun, HERE / words[0], *words[1:]])), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+        process = subprocess.Popen(list(map(str, [sys.executable, *torchrun, *script, *words[1:]])), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
     process.log = OUT / f"{name}.log"
     STARTED.append(process)
     return process
@@ -129,7 +131,7 @@ def finish(process, codes=(0,)):
 def is_rank(pid):
     """Whether a process is there (and no zombie) and runs one of our scripts."""
     with suppress(OSError):
-        return bool(re.search(rb"(train|smoke)\.py\0", Path(f"/proc/{pid}/cmdline").read_bytes()))
+        return bool(re.search(rb"(train\.py|training\.smoke)\0", Path(f"/proc/{pid}/cmdline").read_bytes()))
 
 
 def ranks_of(launcher):
@@ -178,7 +180,7 @@ class Checks:
     def world(self):
         finish(launch("toy", "toy.py", TOY, "--language", 24, "--alignment", 2 * BATCH, "--instruction", 2 * BATCH, "--heldout", 4))
         if IS_CUDA:
-            finish(launch("weights", "smoke.py", "weights"))
+            finish(launch("weights", "training.smoke", "weights"))
         self.sizes = Sizes(read_checkpoint(llm=WEIGHTS / "llama", vision=WEIGHTS / "clip", projector="fresh")[0], ("mm_projector", "llm"), e=2 if IS_CUDA else 4)
         return f"{self.sizes.n_all / 1e6:,.0f} M parameters, {self.sizes.L} blocks; {2 * BATCH} samples, {BATCH} a step"
 
@@ -191,7 +193,7 @@ class Checks:
                       "--batch-size", BATCH, "--epochs", STEPS[stage] // 2, "--lr", LR[stage], *(cut if stage == 2 else ()), ranks=RANKS)
 
     def nccl(self):
-        self.found = json.loads(re.search(r"^\{.*\}$", finish(launch("ranks", "smoke.py", "ranks", ranks=RANKS)), re.M)[0])
+        self.found = json.loads(re.search(r"^\{.*\}$", finish(launch("ranks", "training.smoke", "ranks", ranks=RANKS)), re.M)[0])
         if self.found["sum"]:
             raise Failed(f"the sum over {RANKS} ranks is off by {self.found['sum']}")
         if RANKS == 1:
