@@ -12,166 +12,41 @@ stats.py; prompts.py holds every word that is said or looked for. Exit codes: 0 
 """
 
 import argparse
-import errno
-import functools
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from array import array
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from common.endpoint import add_endpoint_flags
-from common.files import check_ranges, hold, run_cli, write_json
-from common.rows import BadRow, Rows
-from common.text import impractical, is_untranslated, text_key, text_length
-from model_io.pixels import find_picture, is_dicom, open_image, picture_names
-from model_io.tokens import Tokenizer, check_conversation, encode_conversation
-from prompts import CAPTION, CHOICES, CONTEXT, VQA
-from qilin_min import IMAGE_TOKEN
-from sources import (
+from chimed.check import check
+from chimed.groups import MAX_TURNS, Teams, connected, held_out
+from chimed.pictures import MAX_PICTURES, place_pictures
+from chimed.prompts import CAPTION, CHOICES, CONTEXT, VQA
+from chimed.sources import (
     Row,
     SOURCES,
     add_source_flags,
     article_of,
     candidates,
-    in_order,
     named_columns,
     open_sources,
-    own_question,
     read_row,
 )
+from chimed.workers import BLOCK, in_order
+from common.endpoint import add_endpoint_flags
+from common.files import check_ranges, hold, run_cli, write_json
+from common.rows import BadRow
+from common.text import impractical, is_untranslated, text_key, text_length
+from model_io.tokens import check_conversation
+from qilin_min import IMAGE_TOKEN
 
-# --- 1. pictures: read whole, joined, put beside the dialogs --------------------------------------------------------
-
-MAX_PICTURES = 4  # of one text; more would be too small in one composite (paper, section 3.3)
-COMPOSITE_SIDE = 1344  # pixels, the longer one: four times what the model sees of a side
-CACHE = 50_000  # pictures a process remembers
-
-
-def join_pictures(images):
-    """One PIL image of several: side by side at one height, or stacked at one width, whichever is the less extreme; each only scaled.
-
-    The common height (width) is that of the largest, less where the composite's longer side would pass COMPOSITE_SIDE.
-    """
-    def layout(sizes):  # of pictures side by side: (a, b) are along and across
-        total = sum(a / b for a, b in sizes)  # the length at height 1
-        height = min(max(b for _, b in sizes), COMPOSITE_SIDE / max(total, 1))
-        return [(max(1, round(a / b * height)), max(1, round(height))) for a, b in sizes], max(total, 1 / total)
-
-    beside, stacked = layout([image.size for image in images]), layout([image.size[::-1] for image in images])
-    horizontal = beside[1] <= stacked[1]
-    sizes = beside[0] if horizontal else [size[::-1] for size in stacked[0]]
-    if any(abs(w / h / (image.width / image.height) - 1) > 0.1 for (w, h), image in zip(sizes, images)):  # a line a few pixels wide: rounding would bend it
-        raise BadRow("pictures too unlike to be joined")
-    width, height = (sum(w for w, _ in sizes), sizes[0][1]) if horizontal else (sizes[0][0], sum(h for _, h in sizes))
-    composite, offset = Image.new("RGB", (width, height)), 0
-    for image, size in zip(images, sizes):
-        composite.paste(image.resize(size, Image.Resampling.LANCZOS), (offset, 0) if horizontal else (0, offset))
-        offset += size[0] if horizontal else size[1]
-    return composite
-
-
-def mark_of(paths):
-    """A time in nanoseconds that stands for sizes and times of some files: what is made of them gets it as its own, and is current while they agree."""
-    status = [os.stat(path) for path in paths]
-    return text_key(*(f"{one.st_size} {one.st_mtime_ns}" for one in status)) % 10**18
-
-
-def put_file(write, target, paths):
-    """write(path) to a path beside `target`, marked as made of `paths`, then renamed: several workers may make the same picture."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{os.getpid()}-{text_key(target.name):x}.partial")
-    partial.unlink(missing_ok=True)  # of a killed run with this number: never to be written through
-    try:
-        write(partial)
-        if not partial.samefile(paths[0]):
-            os.utime(partial, ns=(mark_of(paths),) * 2)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def is_current(target, paths):
-    """True when `target` was made from files that have not changed since: nothing needs to be decoded again."""
-    try:
-        return target.samefile(paths[0]) or target.stat().st_mtime_ns == mark_of(paths)
-    except OSError:
-        return False
-
-
-def link_or_copy(path, target, copy):
-    if not copy:
-        try:
-            return os.link(os.path.realpath(path), target)
-        except OSError:
-            pass  # another disk, or a file system without links
-    shutil.copyfile(path, target)
-
-
-@functools.lru_cache(CACHE)
-def place_pictures(names, roots, folder, copy, skip):
-    """The picture of a row under `folder`: (name there, None), or (None, why not). names: tuple of tuples of candidates, one tuple a picture.
-
-    One picture keeps its name and is linked (or copied); DICOM becomes PNG; two to four become one composite under composites/.
-    """
-    try:
-        if not names:
-            raise BadRow("no picture named")
-        if len(names) > MAX_PICTURES:
-            raise BadRow(f"more than {MAX_PICTURES} pictures")
-        if skip:
-            return (names[0][0] if len(names) == 1 else composite_name(names, [n[0] for n in names])), None
-        found = [find_picture(choices, roots) for choices in names]
-        paths = [path for path, _ in found]
-        if len(found) > 1:
-            name = composite_name(names, [name for _, name in found])
-            target = Path(folder, name)
-            if not is_current(target, paths):
-                composite = join_pictures([decode(path) for path in paths])
-                put_file(lambda partial: composite.save(partial, "JPEG", quality=95, subsampling=0), target, paths)
-            return name, None
-        (path, name), = found
-        if is_dicom(path):
-            name += ".png"
-            if not is_current(Path(folder, name), paths):
-                image = decode(path)
-                put_file(lambda partial: image.save(partial, "PNG"), Path(folder, name), paths)
-        elif not is_current(Path(folder, name), paths):
-            decode(path)
-            put_file(lambda partial: link_or_copy(path, partial, copy), Path(folder, name), paths)
-        return name, None
-    except BadRow as error:
-        return None, str(error)
-    except PermissionError:
-        return None, "picture may not be read"
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise
-        return None, "picture cannot be stored"  # a name too long, or a file where a folder should be
-
-
-def composite_name(names, found):
-    digest = hashlib.blake2b("\x1f".join(found).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-    return f"composites/{re.sub(r'[^A-Za-z0-9-]+', '_', Path(found[0]).stem)[:40]}-{digest}.jpg"
-
-
-def decode(path):
-    """open_image, or a BadRow with its reason: nothing of a damaged picture's content is said."""
-    try:
-        return open_image(path)
-    except ValueError:
-        raise BadRow("picture does not decode") from None
-
-
-# --- 2. dialogs: what a row becomes ---------------------------------------------------------------------------------
+# --- 1. dialogs: what a row becomes ---------------------------------------------------------------------------------
 
 MIN_LENGTH = 5  # Chinese characters; a Latin word counts two. What is shorter describes nothing ("Figure 1", "CT图像")
 REFERENCE_ONLY = re.compile(r"^\W*(?:see |\u89c1|\u53c2\u89c1|\u5982)?\s*(?:fig(?:ure)?s?|table|\u56fe|\u8868)\W*\d*\w?\W*$", re.IGNORECASE)
@@ -244,68 +119,12 @@ def published(row, row_id, place, options):
     return made if images else {name: value for name, value in made.items() if name != "image"}
 
 
-# --- 3. build: two passes over the rows, any number of workers ------------------------------------------------------
+# --- 2. build: two passes over the rows, any number of workers ------------------------------------------------------
 # pass 1 asks of each row only what other rows must know: its text (to join pictures), its pictures and its article (to split and to merge).
 # pass 2 makes pictures and dialogs of blocks of rows, each on its own; this process only writes them, in order.
 
-BLOCK = 1000  # rows a worker takes at a time
-MAX_TURNS = 10  # questions in one merged dialog: of the paper's lengths that is some 600 tokens beside the picture's 576
 ALIGNED, ASKED = ("pmc-oa", "pmc-casereport", "chimed-alignment", "own"), ("pmc-casereport", "pmc-vqa", "chimed-instruction", "own")
 BUILD = None  # the Build that worker processes inherit
-
-
-class Teams:
-    """Rows that become one dialog. keys: uint64 a row, equal within a team, 0: alone; limit: members at most. The first row leads."""
-
-    def __init__(self, keys, limit=None):
-        order = np.argsort(keys, kind="stable")
-        order = order[keys[order] != 0]
-        new = np.diff(keys[order], prepend=np.uint64(0)) != 0  # where a team begins in `order`
-        if limit and len(order):
-            place = np.arange(len(order)) - np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
-            new |= place % limit == 0
-        self.follows = np.zeros(len(keys), dtype=bool)
-        self.follows[order[~new]] = True
-        begins = np.append(np.flatnonzero(new), len(order))
-        by_leader = np.argsort(order[begins[:-1]])
-        self.order, self.leaders, self.begins, self.ends = order, order[begins[:-1]][by_leader], begins[:-1][by_leader], begins[1:][by_leader]
-
-    def of(self, row):
-        """The row numbers of the team that `row` leads, itself first."""
-        k = np.searchsorted(self.leaders, row)
-        if k == len(self.leaders) or self.leaders[k] != row:
-            return [row]
-        return [int(r) for r in self.order[self.begins[k]:self.ends[k]]]
-
-
-def connected(ties, counts):
-    """Which rows belong together because they share a key, directly or through others: a number a row, and the keys by that number.
-
-    ties: uint64 keys of all rows, one after another; counts: how many each row has, at least one."""
-    keys, tie = np.unique(ties, return_inverse=True)
-    begins = np.cumsum(counts) - counts
-    left, right, parent = tie, tie[np.repeat(begins, counts)], np.arange(len(keys))
-    while not np.array_equal(parent[left], parent[right]):
-        low = np.minimum(parent[left], parent[right])
-        np.minimum.at(parent, parent[left], low)
-        np.minimum.at(parent, parent[right], low)
-        while not np.array_equal(parent, parent[parent]):
-            parent = parent[parent]
-    return parent[tie[begins]], keys
-
-
-def held_out(component, keys, fraction, seed):
-    """bool a row: whole components, in an order drawn from the seed, taken while they fit into `fraction` of the rows; at least one."""
-    roots, inverse, sizes = np.unique(component, return_inverse=True, return_counts=True)
-    if fraction and len(roots) < 2:
-        raise ValueError("--val-fraction: all rows share an article or a picture, so none can be held out")
-    taken, left = np.zeros(len(roots), dtype=bool), round(fraction * len(component))
-    for r in sorted(range(len(roots)), key=lambda r: text_key(str(seed), str(keys[roots[r]]))) if fraction else ():
-        if sizes[r] <= left:
-            taken[r], left = True, left - sizes[r]
-    if fraction and not taken.any():
-        taken[np.argmin(sizes)] = True
-    return taken[inverse]
 
 
 class Build:
@@ -568,166 +387,7 @@ def print_summary(table):
                 print(f"dropped from {subset}, {source}: {', '.join(f'{reason} {k:,}' for reason, k in sorted(n['dropped'].items(), key=lambda item: -item[1]))}")
 
 
-# --- 4. check: every row of a finished file -------------------------------------------------------------------------
-
-
-def picture_problem(path):
-    """What is wrong with a picture file, or None: "picture is a decompression bomb", "picture does not decode"."""
-    try:
-        open_image(path)
-    except ValueError as error:
-        return "picture is a decompression bomb" if "bomb" in str(error) else "picture does not decode"
-    return None
-
-
-known_problem = functools.lru_cache(CACHE)(picture_problem)
-
-
-def row_problems(row, root, options, tokenizer=None):
-    """The problems of one parsed row, each a few words; [] when it is fit to train on."""
-    problems = []
-    if not isinstance(row, dict):
-        return ["row is no object"]
-    try:
-        check_conversation(row.get("conversations"))
-    except ValueError as error:
-        text = str(error)
-        problems.append("answer is empty" if "empty answer" in text else "question is empty" if "empty question" in text else f"{IMAGE_TOKEN} in an answer" if "is an answer that" in text else "no dialog")
-    if not problems:
-        try:
-            names = picture_names(row)
-        except ValueError as error:
-            problems.append("image is no name" if "neither" in str(error) else f"{IMAGE_TOKEN} and pictures do not agree")
-            names = []
-        if problems == [] and len(row["conversations"]) % 2:
-            problems.append("last question has no answer")
-        for name in names:
-            try:
-                path, _ = find_picture([name], (root,))
-                problem = known_problem(path)
-            except BadRow as error:
-                problem = str(error)
-            problems += [problem] if problem and problem not in problems else []
-        texts = [turn["value"] for turn in row["conversations"]]
-        if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
-            problems.append("text is not valid Unicode")
-        if any(len(text) > options["max_characters"] for text in texts):
-            problems.append(f"text longer than {options['max_characters']} characters")
-        if tokenizer and not problems:
-            n = len(encode_conversation(row["conversations"], tokenizer, options["n_image_tokens"], max_length=10**9)[0])
-            problems += [f"longer than {options['max_length']} tokens"] if n > options["max_length"] else []
-    if not isinstance(row.get("id", ""), (str, int)):
-        problems.append("id is no name")
-    return problems
-
-
-CHECK = None  # (Rows, root, options, tokenizer) that worker processes inherit
-
-
-def content_key(row):
-    """A key of a row's pictures, questions and answers, the prompts around them left out: they are drawn anew for each row."""
-    turns = row.get("conversations") if isinstance(row.get("conversations"), list) else []
-    texts = [str(turn.get("value")) if isinstance(turn, dict) else str(turn) for turn in turns]
-    return text_key(json.dumps(row.get("image")), *(own_question(text) if i % 2 == 0 else text for i, text in enumerate(texts)))
-
-
-def check_block(start, stop):
-    """[(problems, id key or 0, content key or 0)] of rows start to stop."""
-    rows, root, options, tokenizer = CHECK
-    found = []
-    for i in range(start, stop):
-        try:
-            row = rows[i]
-        except ValueError as error:
-            if "changed while" in str(error):
-                raise
-            found.append((["not JSON"], 0, 0))
-            continue
-        problems = row_problems(row, root, options, tokenizer)
-        keyed = isinstance(row, dict)
-        found.append((problems, text_key(str(row["id"])) if keyed and row.get("id") not in (None, "") else 0, content_key(row) if keyed else 0))
-    return found
-
-
-def repeated(keys):
-    """bool a row: an earlier row has the same key (0 is none)."""
-    first = np.unique(keys, return_index=True)[1]
-    again = np.ones(len(keys), dtype=bool)
-    again[first] = False
-    return again & (keys != 0)
-
-
-def check(args):
-    global CHECK
-    check_ranges(args, workers=(1, 512), max_length=(1, 10**9), max_characters=(1, 10**9), n_image_tokens=(1, 10**6))
-    if not Path(args.images).is_dir():
-        raise FileNotFoundError(f"no such image folder: {args.images}")
-    bad = Path(args.bad or f"{args.file}.bad.jsonl")
-    if len({path.resolve() for path in (bad, Path(args.file), *([Path(args.fix)] if args.fix else []))}) < (3 if args.fix else 2):
-        raise ValueError("the file checked, --bad and --fix must be three different files")
-    if args.fix and Path(args.fix).suffix != Path(args.file).suffix:
-        raise ValueError(f"--fix {args.fix}: must end in {Path(args.file).suffix}, as the file checked does")
-    rows = Rows(args.file)
-    if not len(rows):
-        raise ValueError(f"{args.file}: it has no rows")
-    known_problem.cache_clear()
-    CHECK = rows, os.path.realpath(args.images), vars(args), Tokenizer(args.tokenizer) if args.tokenizer else None
-    problems, ids, contents = {}, np.zeros(len(rows), dtype=np.uint64), np.zeros(len(rows), dtype=np.uint64)
-    tasks = [(start, min(start + BLOCK // 10, len(rows))) for start in range(0, len(rows), BLOCK // 10)]
-    with tqdm(total=len(rows), desc="checking", unit=" rows", disable=None) as bar:
-        for (start, stop), found in zip(tasks, in_order(check_block, tasks, args.workers)):
-            for i, (wrong, id_key, content_key) in enumerate(found, start):
-                ids[i], contents[i] = id_key, content_key
-                if wrong:
-                    problems[i] = wrong
-            bar.update(stop - start)
-    for name, again in (("duplicate id", repeated(ids)), ("duplicate content", repeated(contents))):
-        for i in np.flatnonzero(again):
-            problems.setdefault(int(i), []).append(name)
-    partial = bad.with_name(bad.name + ".partial")
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file, open(args.file, "rb") as source:
-        for i in sorted(problems):
-            source.seek(int(rows.ranges[i, 0]))
-            raw = source.read(int(rows.ranges[i, 1] - rows.ranges[i, 0]))
-            try:
-                row = json.loads(raw)
-            except (ValueError, RecursionError):
-                row = raw.decode("utf-8", "replace").strip()
-            file.write(json.dumps({"row": i, "problems": problems[i], "content": row}, ensure_ascii=False) + "\n")
-    if problems:
-        partial.replace(bad)
-    else:
-        partial.unlink()
-        bad.unlink(missing_ok=True)  # of an earlier check
-    counts = Counter(problem for wrong in problems.values() for problem in wrong)
-    print(f"{args.file}: {len(rows):,} rows, {len(rows) - len(problems):,} fit to train on")
-    for problem, n in counts.most_common():
-        print(f"  {problem}: {n:,}")
-    if problems:
-        print(f"the rows with problems: {bad}")
-    if args.fix:
-        write_clean(args.file, rows, problems, Path(args.fix))
-        print(f"the rows without: {args.fix} ({len(rows) - len(problems):,})")
-    return 1 if problems else 0
-
-
-def write_clean(path, rows, problems, target):
-    """The rows without problems, byte for byte, in the form of the file."""
-    lines, partial = Path(path).suffix == ".jsonl", target.with_name(target.name + ".partial")
-    with open(path, "rb") as source, open(partial, "wb") as out:
-        out.write(b"" if lines else b"[\n")
-        first = True
-        for i, (start, stop) in enumerate(rows.ranges):
-            if i not in problems:
-                source.seek(int(start))
-                raw = source.read(int(stop - start)).strip()
-                out.write((b"" if first or lines else b",\n") + raw + (b"\n" if lines else b""))
-                first = False
-        out.write(b"" if lines else b"\n]\n")
-    partial.replace(target)
-
-
-# --- 5. command line ------------------------------------------------------------------------------------------------
+# --- 3. command line ------------------------------------------------------------------------------------------------
 
 
 def parse_args():
@@ -800,11 +460,11 @@ def main():
     if args.command == "check":
         sys.exit(check(args))
     if args.command == "translate":
-        from translate import translate as run
+        from chimed.translate import translate as run
     elif args.command == "review":
-        from review import review as run
+        from chimed.review import review as run
     else:
-        from stats import stats as run
+        from chimed.stats import stats as run
     sys.exit(run(args) or 0)
 
 

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from chimed.prompts import CHOICES
 from common.files import (
     USER_ERRORS,
     check_ranges,
@@ -40,7 +41,6 @@ from common.text import CJK
 from model_io.options import add_model_flags, model_from_flags
 from model_io.pixels import PAD_COLOR, preprocess_image
 from model_io.tokens import encode_prompt
-from prompts import CHOICES
 from qilin_min import KVCache, answer_ids, pad_rows
 from testsets import read_testset
 

@@ -13,12 +13,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chimed.sources import names_in, read_row
 from common.files import USER_ERRORS, one_line
 from common.rows import BadRow, Records
 from common.text import chinese_share, clean_text
 from model_io.pixels import find_picture, row_pictures
 from model_io.tokens import check_conversation
-from sources import names_in, read_row
 
 KINDS = {  # what a set says of its questions: name in the report -> column
     "dialogs": {"kind": "kind"},

@@ -14,14 +14,15 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from data_prep import COMPOSITE_SIDE, Teams, connected, held_out, join_pictures
-from prompts import CAPTION, CONTEXT, VQA
+from chimed.groups import Teams, connected, held_out
+from chimed.pictures import COMPOSITE_SIDE, join_pictures
+from chimed.prompts import CAPTION, CONTEXT, VQA
 from common.rows import Rows
 from model_io.pixels import row_pictures
 from qilin_min import IMAGE_TOKEN
 from raw_sets import make_raw, picture, prep, write_table
 from common.rows import Records
-from sources import read_row
+from chimed.sources import read_row
 
 
 def build(*options, check=0):

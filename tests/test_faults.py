@@ -191,6 +191,7 @@ def test_a_bad_step_is_skipped_and_named(toy, tmp_path, monkeypatch):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train, qilin_min
+from common.files import run_cli
 forward, bad = qilin_min.Qilin.forward, (3, 4) if "--few" in sys.argv else range(2, 99)
 def poisoned(self, *args, **kw):
     loss = forward(self, *args, **kw)
@@ -199,7 +200,7 @@ def poisoned(self, *args, **kw):
 poisoned.calls = 0
 qilin_min.Qilin.forward = poisoned
 if "--few" in sys.argv: sys.argv.remove("--few")
-qilin_min.run_cli(train.main)
+run_cli(train.main)
 """)
     for few, code in ((["--few"], 0), ([], 1)):
         out = tmp_path / f"out{code}"

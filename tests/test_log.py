@@ -62,7 +62,7 @@ def test_tensorboard(toy, tmp_path, is_installed):
     if is_installed and not importlib.util.find_spec("tensorboard"):
         pytest.skip("tensorboard is not installed")
     if not is_installed:
-        (tmp_path / "hide.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['tensorboard'] = None\nimport train, qilin_min\nqilin_min.run_cli(train.main)")
+        (tmp_path / "hide.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['tensorboard'] = None\nimport train\nfrom common.files import run_cli\nrun_cli(train.main)")
         done = subprocess.run(list(map(str, [sys.executable, tmp_path / "hide.py", "--stage", 2, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
                                              "--data", toy / "one.json", "--out", tmp_path / "out", "--tensorboard"])), capture_output=True, text=True)
         assert done.returncode == 2 and "pip install tensorboard" in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -12,7 +12,8 @@ import pytest
 
 from conftest import ROOT
 from common.text import impractical
-from translate import quality, read_answer, read_glossary, reason_name
+from chimed.quality import quality, read_glossary, reason_name
+from chimed.translate import read_answer
 
 FOUND = {"numbers": 0.95, "units": 0.9, "laterality": 0.92, "negation": 0.8, "Chinese share": 0.99, "length ratio": 0.99, "refusal": 0.97, "leftover": 0.93, "repeated text": 0.99}  # share that must be found
 

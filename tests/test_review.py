@@ -11,7 +11,7 @@ import pytest
 
 from raw_sets import chinese_of, make_raw, prep
 from common.intervals import wilson
-from review import shares
+from chimed.review import shares
 from common.rows import Records
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prompts import MODALITIES, VQA
+from chimed.prompts import MODALITIES, VQA
 from common.rows import Rows
 from model_io.tokens import Tokenizer
 from raw_sets import OA, make_raw, prep
-from stats import find_font, has_chinese, modality_of, own_question, quantile
+from chimed.stats import find_font, has_chinese, modality_of, own_question, quantile
 
 
 def test_quantiles_are_exact():
@@ -95,7 +95,7 @@ def test_fonts(tmp_path, monkeypatch):
     assert has_chinese(chinese) and not has_chinese(latin) and not has_chinese(str(tmp_path / "none.ttf"))
     with pytest.raises(ValueError, match="DejaVuSans.ttf: no font file, or one without"):
         find_font(latin)
-    monkeypatch.setattr("stats.FONT_FOLDERS", ())
+    monkeypatch.setattr("chimed.stats.FONT_FOLDERS", ())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert find_font(None) is None
 

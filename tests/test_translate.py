@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from conftest import ROOT
-from prompts import REASONS
+from chimed.prompts import REASONS
 from raw_sets import chinese_of, make_raw, prep
 from common.rows import Records
 

@@ -13,14 +13,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from chimed.prompts import CONTEXT, MODALITIES
+from chimed.sources import SOURCES, own_question
+from chimed.workers import in_order
 from common.files import check_ranges, write_json, write_text
 from common.rows import BadRow, Rows, find_rows
 from common.text import text_key
 from model_io.pixels import find_picture, open_image
 from model_io.tokens import Tokenizer, check_conversation
-from prompts import CONTEXT, MODALITIES
 from qilin_min import IMAGE_TOKEN
-from sources import SOURCES, in_order, own_question
 
 # --- 1. one pass ----------------------------------------------------------------------------------------------------
 

@@ -12,14 +12,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from chimed.prompts import FIELDS
+from chimed.quality import quality
+from chimed.translate import Task
 from common.files import check_ranges, write_json, write_text
 from common.intervals import wilson
 from common.journal import Journal
 from common.rows import BadRow, Records
 from common.text import clean_text
 from model_io.pixels import find_picture, open_image
-from prompts import FIELDS
-from translate import Task, quality
 
 VERDICTS = {"accept": "accept", "fix": "fix", "reject": "reject", "接受": "accept", "修改": "fix", "拒绝": "reject"}
 COLUMNS = ["sample", "file", "key", "field", "english", "chinese", "verdict", "fixed", "note"]

@@ -8,20 +8,13 @@
 """
 
 import ast
-import multiprocessing
-import os
 import re
-import threading
-import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
+from chimed.prompts import CAPTION, CONTEXT, VQA
 from common.files import one_line
 from common.rows import BadRow, Records
 from common.text import clean_text
-from prompts import CAPTION, CONTEXT, VQA
 from qilin_min import IMAGE_TOKEN
 
 # --- 1. rows: what the sets have in common --------------------------------------------------------------------------
@@ -242,35 +235,3 @@ def own_question(text):
             text = text[len(before):len(text) - len(after)]
             break
     return text.split("\n")[0]
-
-
-# --- 2. what every step needs ----------------------------------------------------------------------------------------
-
-
-def end_with(parent):
-    """In a worker: ends it when its parent is gone, killed, and nobody will ever ask it for anything again."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def in_order(work, tasks, workers):
-    """work(*task) of every task, in order; with several workers by processes that stay a few tasks ahead. ValueError when one of them dies."""
-    if workers < 2:
-        yield from (work(*task) for task in tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=end_with, initargs=(os.getpid(),)) as pool:
-        waiting = deque()
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(work, *task))
-                if len(waiting) > 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise ValueError("a worker process died (out of memory?): try fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
