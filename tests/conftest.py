@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background of a shell ignores Ctrl-C, and so would every program that the tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent / "tools")]
 
 import numpy as np
 import pytest
@@ -151,7 +151,7 @@ def in_process(main, *words, code=None, env=None):
     code: the exit code it must have. No endpoint of the environment is seen, unless env names one."""
     argv, environment, out, err, ended = sys.argv, dict(os.environ), io.StringIO(), io.StringIO(), 0
     try:
-        sys.argv = [f"{main.__module__}.py", *map(str, words)]
+        sys.argv = [f"{main.__module__.split('.')[-1]}.py", *map(str, words)]
         for name in [name for name in os.environ if name.startswith("OPENAI_")]:
             del os.environ[name]
         os.environ.update(env or {})
@@ -181,7 +181,7 @@ def free_port():
 def toy(tmp_path_factory):
     """A toy world of a few dozen pictures."""
     out = tmp_path_factory.mktemp("world") / "toy"
-    subprocess.run([sys.executable, ROOT / "toy.py", out, "--language", "24", "--alignment", "24", "--instruction", "24", "--heldout", "4"], check=True)
+    subprocess.run([sys.executable, "-m", "demo.toy", out, "--language", "24", "--alignment", "24", "--instruction", "24", "--heldout", "4"], check=True, cwd=ROOT)
     mixed = json.loads((out / "instruction.json").read_text())[:14] + json.loads((out / "language.json").read_text())[:9]
     two = dict(mixed[0], id="two", image=[mixed[0]["image"], mixed[1]["image"]])
     two["conversations"] = [dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗？"), {"from": "gpt", "value": "不相同。"}]

@@ -17,6 +17,6 @@ export TRANSFORMERS_4="$VIRTUAL_ENV/transformers-4.57.6"  # an older one beside 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python -m pytest -q -n 2 --dist loadfile tests "$@"  # two at a time, a file whole
 if [ -n "$LONG" ]; then
-    bash demo.sh | tee >(cat >&2) | tail -n 1 | python tests/check_demo.py
+    bash demo.sh | tee >(cat >&2) | tail -n 1 | python tests/tools/check_demo.py
     bash demo.sh real
 fi

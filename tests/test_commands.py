@@ -31,14 +31,14 @@ def call(*words, cwd=ROOT):
 def world(tmp_path_factory):
     """A toy world and an untrained whole model of it."""
     out = tmp_path_factory.mktemp("world") / "toy"
-    done = call(ROOT / "toy.py", out, "--language", 8, "--alignment", 8, "--instruction", 8, "--heldout", 4)
+    done = call("-m", "demo.toy", out, "--language", 8, "--alignment", 8, "--instruction", 8, "--heldout", 4)
     assert done.returncode == 0, done.stderr
     save_qilin(load_qilin(llm=out / "llama", vision=out / "clip"), Tokenizer(out / "llama"), out / "model")
     return out
 
 
 def test_toy_world_is_the_same_for_the_same_seed(world, tmp_path):
-    call(ROOT / "toy.py", tmp_path / "again", "--language", 8, "--alignment", 8, "--instruction", 8, "--heldout", 4)
+    call("-m", "demo.toy", tmp_path / "again", "--language", 8, "--alignment", 8, "--instruction", 8, "--heldout", 4)
     files = sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
     assert len(files) > 20
     for file in files:
@@ -124,7 +124,7 @@ def test_only_its_own_folder_is_replaced(world, tmp_path):
     """toy.py and save_qilin replace what they made, and nothing else."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    done = call("toy.py", tmp_path / "mine", "--language", 2, "--alignment", 2, "--instruction", 2, "--heldout", 2)
+    done = call("-m", "demo.toy", tmp_path / "mine", "--language", 2, "--alignment", 2, "--instruction", 2, "--heldout", 2)
     assert done.returncode == 2 and "mine" in done.stderr and (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     model = load_qilin(world / "model")
     with pytest.raises(ValueError, match="mine"):
@@ -135,6 +135,6 @@ def test_only_its_own_folder_is_replaced(world, tmp_path):
 
 
 def test_help_teaches_without_traceback():
-    for script in ("train.py", "sample.py", "evaluate.py", "toy.py", "demo_real.py", "convert.py"):
-        done = call(script, "--help")
+    for script in (["train.py"], ["sample.py"], ["evaluate.py"], ["-m", "demo.toy"], ["-m", "demo.real"], ["convert.py"]):
+        done = call(*script, "--help")
         assert done.returncode == 0 and "usage" in done.stdout

@@ -26,15 +26,17 @@ from PIL.PngImagePlugin import PngInfo
 from test_dicom import SECRETS, dicom
 from transformers import LlavaForConditionalGeneration
 
-import compare
+from evaluation import compare
 import evaluate
 import qilin_min as q
 from common.intervals import wilson
-from testsets import Question, read_testset
+from evaluation.testsets import Question, read_testset
 from model_io.export import save_qilin
 from model_io.load import load_qilin
 from model_io.pixels import open_image, preprocess_image
 from model_io.tokens import encode_prompt
+from evaluation.pages import COLUMNS, html_text, markdown_text, visible, wording
+from evaluation.ranking import interval, read_keys
 
 OPTIONS = "--yes", "--retry-delay", 0.01, "--timeout", 2, "--max-new-tokens", 6
 
@@ -189,13 +191,13 @@ def test_both_pages_show_what_each_system_answers(world, models, tokenizer):
         model = load_qilin(models / folder)
         for question in questions:
             pixels = [preprocess_image(path, 56) for path in question.pictures]
-            prompt = encode_prompt([{"from": "human", "value": compare.wording(question)}], tokenizer, model.config.n_image_tokens, n_images=len(pixels))
+            prompt = encode_prompt([{"from": "human", "value": wording(question)}], tokenizer, model.config.n_image_tokens, n_images=len(pixels))
             ids = q.answer_ids(model, [prompt], torch.stack(pixels) if pixels else None, max_new_tokens=6)[0]
-            assert answers[name, compare.wording(question)] == tokenizer.decode(ids).strip()
-    assert any(answers["Ours", compare.wording(question)] != answers["LLaVA-1.5", compare.wording(question)] for question in questions)
-    assert all(answers["GPT-4V", compare.wording(question)] == f"see: {compare.wording(question)}" for question in questions)
+            assert answers[name, wording(question)] == tokenizer.decode(ids).strip()
+    assert any(answers["Ours", wording(question)] != answers["LLaVA-1.5", wording(question)] for question in questions)
+    assert all(answers["GPT-4V", wording(question)] == f"see: {wording(question)}" for question in questions)
     for (_, question), answer in answers.items():
-        assert any(compare.visible(answer) in shown for shown in page.texts) and compare.markdown_text(answer, {}) in markdown
+        assert any(visible(answer) in shown for shown in page.texts) and markdown_text(answer, {}) in markdown
     assert all(question.truth in markdown and any(question.truth in shown for shown in page.texts) for question in questions)
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(sources) == 6 and all(source.startswith("data:image/jpeg;base64,") for source in sources) and not re.search(r'(?:src|href)="(?!data:)', text)
@@ -234,7 +236,7 @@ def test_of_a_picture_only_the_pixels_leave(world):
     with Server() as server:
         done = ask(world, f"GPT-4V={server.url}#the/model", env={"GPT_4V_API_KEY": "sk-own", "OPENAI_API_KEY": "sk-other"})
     assert "will be sent to 127.0.0.1" in done.stderr and "model the/model" in done.stderr and "6 questions and 6 pictures" in done.stderr
-    questions = {compare.wording(question): question for question in read_testset(world / "questions.json", world / "images")[1]}
+    questions = {wording(question): question for question in read_testset(world / "questions.json", world / "images")[1]}
     assert len(server.requests) == 6 and all(headers["Authorization"] == "Bearer sk-own" for headers in server.headers) and "sk-" not in done.stdout + done.stderr
     for body in server.requests:
         assert body["model"] == "the/model" and body["temperature"] == 0 and body["max_tokens"] == 6 and len(body["messages"]) == 1
@@ -441,12 +443,12 @@ def test_the_blind_page_names_nobody(world, models):
     for (number, label), (again, box) in zip(boxes, shown):
         entry = key["questions"][number]
         want = answers[entry["labels"][label], entry["id"]].replace("SecretBot-7", "▇▇▇")
-        assert label == again and compare.html_text(want, {})[18:-6] in box
+        assert label == again and html_text(want, {})[18:-6] in box
     assert len({tuple(entry["labels"].values()) for entry in key["questions"].values()}) > 1
     assert [attributes for tag, attributes in page.tags if tag == "select"] == [{}] * 18 and page.tags.count(("details", {})) == 6
     with Server() as server:  # another run leaves the older key where its rankings find it
         ask(world, f"A={server.url}#a", f"B={server.url}#b", more=("--blind",))
-    assert json.loads((world / f"out/blind_key-{key['stamp']}.json").read_text()) == key and set(compare.read_keys(world / "out")) > {key["stamp"]}
+    assert json.loads((world / f"out/blind_key-{key['stamp']}.json").read_text()) == key and set(read_keys(world / "out")) > {key["stamp"]}
 
 
 def test_a_system_without_an_answer_is_not_ranked(world):
@@ -464,7 +466,7 @@ OTHER = [["q1", "A", 2], ["q1", "B", 1], ["q1", "C", 3], ["q2", "A", 2], ["q2", 
 
 def write_ranking(path, rows, rater, encoding="utf-8-sig", stamp="s12e4", **form):
     with open(path, "w", newline="", encoding=encoding) as file:
-        csv.writer(file, **form).writerows([compare.COLUMNS, *([stamp, question, label, rank, note, rater] for question, label, rank, *more in rows for note in (more or [""]))])
+        csv.writer(file, **form).writerows([COLUMNS, *([stamp, question, label, rank, note, rater] for question, label, rank, *more in rows for note in (more or [""]))])
     return path
 
 
@@ -497,7 +499,7 @@ def test_ranks_are_counted_by_hand(ranked):
 def test_the_interval_is_over_questions_not_over_ratings():
     """Ten raters who agree about two questions are no more than two questions: copies of a rating do not narrow the interval."""
     few, many = ({question: [value] * n for question, value in (("a", 1.0), ("b", 0.0), ("c", 1.0))} for n in (1, 10))
-    few, many = compare.interval(few), compare.interval(many)
+    few, many = interval(few), interval(many)
     assert (few["low"], few["high"]) == (many["low"], many["high"]) == (0.0, 1.0) and many["ratings"] == 30
 
 

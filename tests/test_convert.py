@@ -109,7 +109,7 @@ def test_transformers_4_reads_it_as_we_do(world, tmp_path, report):
     (tmp_path / "questions.json").write_text(json.dumps(QUESTIONS))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 40, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
-    done = subprocess.run([sys.executable, ROOT / "tests/transformers4.py", tmp_path / "dst", tmp_path / "questions.json", tmp_path / "image.png", tmp_path / "seen.pt"],
+    done = subprocess.run([sys.executable, ROOT / "tests/tools/transformers4.py", tmp_path / "dst", tmp_path / "questions.json", tmp_path / "image.png", tmp_path / "seen.pt"],
                           capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=target, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "newly initialized" not in done.stderr and "not used" not in done.stderr

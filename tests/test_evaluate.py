@@ -21,10 +21,14 @@ from transformers import LlavaForConditionalGeneration
 
 import evaluate as e
 import qilin_min as q
-from testsets import Question, read_testset
+from evaluation.testsets import Question, read_testset
 from common.intervals import bootstrap
 from model_io.export import save_qilin
 from model_io.tokens import encode_prompt
+from evaluation import scores
+from evaluation.asking import ask, with_options
+from evaluation.report import constant_answers, table_of
+from evaluation.scores import read_choice, text_metrics, token_f1
 
 CHOICES = {"A": "肾脏", "B": "肝脏", "C": "左肾", "D": "Heart"}
 
@@ -102,15 +106,15 @@ def test_a_bad_row_stops_by_name_or_is_counted(sets, tmp_path):
 def test_open_scores_are_those_of_the_libraries():
     """BLEU put together from single rows equals sacrebleu's corpus score, ROUGE-L is LCS by hand, F1 is SQuAD's by hand; Chinese by characters."""
     answers, truths = ["左肺下叶可见结节。", "CT 3 mm", "", "the Liver is large and red"], ["左肺下叶有一个结节", "ct 5 mm", "无", "Liver is red and large"]
-    rouge_l, ngrams, corpus_bleu = e.text_metrics()
-    assert e.words("左肺CT, 3mm结节。") == ["左", "肺", "ct", "3mm", "结", "节"]
-    split = [[" ".join(e.words(t)) for t in texts] for texts in (answers, truths)]
+    rouge_l, ngrams, corpus_bleu = text_metrics()
+    assert scores.words("左肺CT, 3mm结节。") == ["左", "肺", "ct", "3mm", "结", "节"]
+    split = [[" ".join(scores.words(t)) for t in texts] for texts in (answers, truths)]
     total = np.sum([ngrams(a, t) for a, t in zip(answers, truths)], 0)
     for order in (1, 4):
         want = BLEU(tokenize="none", max_ngram_order=order).corpus_score(split[0], [split[1]]).score
         assert 5 < want < 95 and abs(100 * corpus_bleu(total, order) - want) < 1e-9
     assert rouge_l(answers[0], truths[0]) == pytest.approx(2 * 6 / (8 + 9))  # 左肺下叶结节 is common, of 8 and 9 characters
-    assert e.token_f1("the liver the", "liver the red") == pytest.approx(2 * 2 / 6) and e.token_f1("肝", "肾") == 0 and e.token_f1("。", "") == 1
+    assert token_f1("the liver the", "liver the red") == pytest.approx(2 * 2 / 6) and token_f1("肝", "肾") == 0 and token_f1("。", "") == 1
 
 
 @pytest.mark.parametrize("text, letter", [
@@ -118,7 +122,7 @@ def test_open_scores_are_those_of_the_libraries():
     ("图中是肝脏", "B"), ("是左肾", "C"), ("A large heart", "D"), ("肾脏或肝脏", ""), ("不知道", ""), ("", ""), ("E", ""), ("Both", ""), ("A和B", ""), ("A、B", ""), ("选A或B", ""), ("A, B", ""),
     ("B，因为位置在右侧", "B"), ("答案：B，因为", "B"), ("B\n解释", "B"), ("B is correct", "B"), ("The answer is B, because", "B"), ("我选B", "B")])
 def test_a_generated_choice_is_read(text, letter):
-    assert e.read_choice(text, CHOICES) == letter
+    assert read_choice(text, CHOICES) == letter
 
 
 @pytest.mark.parametrize("options, text, letter", [
@@ -126,7 +130,7 @@ def test_a_generated_choice_is_read(text, letter):
     (["MRI", "CT", "X-ray", "Ultrasound"], "It shows a fracture.", ""), (["MRI", "CT", "X-ray", "Ultrasound"], "This is a CT.", "B"), (["Yes", "No"], "abnormal", ""), (["Yes", "No"], "Not sure", ""),
     (["Yes", "No"], "No, it is not.", "B"), (["1", "2", "3", "4"], "15", ""), (["1", "2", "3", "4"], "2个", "B"), (["Left lung", "Left lung base"], "the left lung base", "B")])
 def test_an_option_inside_an_answer_is_a_word_of_it(options, text, letter):
-    assert e.read_choice(text, dict(zip("ABCD", options))) == letter
+    assert read_choice(text, dict(zip("ABCD", options))) == letter
 
 
 def test_intervals_are_those_of_arithmetic():
@@ -158,7 +162,7 @@ def test_likelihoods_equal_transformers(tmp_path, tokenizer, report):
     batch = [Question(0, human("图中是什么器官？"), "肝脏", [Path("a")], 1, choices=CHOICES, letter="B"), Question(1, human("请回答问题"), "没有异常", [], 0),
              Question(2, human("两张图？"), "不同", [Path("a"), Path("b")], 2, choices={"A": "不同", "B": "完全一样"}, letter="A")]
     x = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    said = e.ask(model, tokenizer, batch, x, 6)
+    said = ask(model, tokenizer, batch, x, 6)
     worst = 0
     for question, row, part in zip(batch, said, (slice(0, 1), slice(0, 0), slice(1, 3))):
         prompt = encode_prompt(question.conversation, tokenizer, 16, n_images=question.n_images)
@@ -172,7 +176,7 @@ def test_likelihoods_equal_transformers(tmp_path, tokenizer, report):
         alone = q.answer_ids(model, [prompt], x[part] if question.n_images else None, max_new_tokens=6)[0]
         assert row["answer"] == tokenizer.decode(alone)
         if question.choices:
-            prompt = encode_prompt(human(e.with_options(question)), tokenizer, 16, n_images=question.n_images)
+            prompt = encode_prompt(human(with_options(question)), tokenizer, 16, n_images=question.n_images)
             assert row["choice_answer"] == tokenizer.decode(q.answer_ids(model, [prompt], x[part], max_new_tokens=6)[0])
     report("log-likelihood of an answer", worst, 1e-3)
 
@@ -257,14 +261,14 @@ def test_withheld_and_intervals_of_a_table():
     make = lambda i, k, picture: Question(f"{i}-{k}", [{"from": "human", "value": "问"}], "对" if i % 4 else "错", [Path(str(picture))], 1, {"kind": "a" if i % 4 else "b"})
     said = lambda text: {"answer": text, "likelihood": [[-1.0, 2]]}
     rows = [{"seen": said("对" if i % 4 else "错") if ok else said("无"), "blind": said("无")} for i, ok in enumerate(right)]
-    once = e.table_of([make(i, 0, i) for i in range(100)], rows, None, ["对"] * 100)["exact match"]
-    often = e.table_of([make(i, k, i) for i in range(100) for k in range(4)], [row for row in rows for _ in range(4)], None, ["对"] * 400)["exact match"]
-    apart = e.table_of([make(i, k, f"{i}-{k}") for i in range(100) for k in range(4)], [row for row in rows for _ in range(4)], None, ["对"] * 400)["exact match"]
+    once = table_of([make(i, 0, i) for i in range(100)], rows, None, ["对"] * 100)["exact match"]
+    often = table_of([make(i, k, i) for i in range(100) for k in range(4)], [row for row in rows for _ in range(4)], None, ["对"] * 400)["exact match"]
+    apart = table_of([make(i, k, f"{i}-{k}") for i in range(100) for k in range(4)], [row for row in rows for _ in range(4)], None, ["对"] * 400)["exact match"]
     assert once["value"] == often["value"] == right.mean() and once["withheld"] == 0 and once["constant"] == 0.75 and often["n"] == 400
     assert (often["low"], often["high"]) == (once["low"], once["high"]) and abs((often["high"] - often["low"]) / (apart["high"] - apart["low"]) - 2) < 0.3
     questions = [make(i, 0, i) for i in range(100)]
-    assert e.constant_answers(questions, None) == ["对"] * 100  # 75 of 100
-    assert e.constant_answers(questions, "kind") == ["对" if i % 4 else "错" for i in range(100)]  # each kind has one truth
+    assert constant_answers(questions, None) == ["对"] * 100  # 75 of 100
+    assert constant_answers(questions, "kind") == ["对" if i % 4 else "错" for i in range(100)]  # each kind has one truth
 
 
 def test_a_withheld_picture_changes_what_is_likely(sets, toy_model, tmp_path):

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def measure(folder, dtype, ranks):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())] if ranks > 1 else [sys.executable]
-    done = subprocess.run([*command, ROOT / "tests/measure_load.py", folder / "llama", folder / "clip", dtype], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    done = subprocess.run([*command, ROOT / "tests/tools/measure_load.py", folder / "llama", folder / "clip", dtype], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 def measured(*words, ranks=0):
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()] if ranks else []), HERE / "measure_step.py", *words]
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()] if ranks else []), HERE / "tools/measure_step.py", *words]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     return float(done.stdout.split()[-1])

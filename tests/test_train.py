@@ -82,7 +82,7 @@ def test_gradients_under_two_ranks(toy, report, script, limit):
     """float32: equal to the unsharded model on the whole batch at once, so no factor world_size and no mean of means.
     bf16 compute, as on CUDA: equal to float32 within bf16's 8 bits, with a rank that has no picture."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-                           Path(__file__).parent / script, toy], capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+                           Path(__file__).parent / "tools" / script, toy], capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-3000:]
     report(f"train: gradients of 2 ranks, {script} (relative)", float(done.stdout.split()[-1]), limit)
 

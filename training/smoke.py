@@ -47,7 +47,7 @@ def write_weights():
 
     Fewer blocks where 16 bytes a parameter are more than half of all GPUs' memory, or 34 (weights, two checkpoints, two exports) more than the disk has.
     """
-    from toy import save_random_weights  # here, since it brings what a rank does not need
+    from demo.toy import save_random_weights  # here, since it brings what a rank does not need
     total = sum(torch.cuda.get_device_properties(i).total_memory for i in range(RANKS))
     n_layers = max(2, min(20, int(total / 2 / (16 * PARAMS_A_BLOCK)), int(shutil.disk_usage(OUT).free / (34 * PARAMS_A_BLOCK))))
     for folder in ("llama", "clip"):
@@ -178,7 +178,7 @@ class Checks:
     """What is run, in the order of TABLE; self.sizes comes from the first, self.found (of rank_check) from the second."""
 
     def world(self):
-        finish(launch("toy", "toy.py", TOY, "--language", 24, "--alignment", 2 * BATCH, "--instruction", 2 * BATCH, "--heldout", 4))
+        finish(launch("toy", "demo.toy", TOY, "--language", 24, "--alignment", 2 * BATCH, "--instruction", 2 * BATCH, "--heldout", 4))
         if IS_CUDA:
             finish(launch("weights", "training.smoke", "weights"))
         self.sizes = Sizes(read_checkpoint(llm=WEIGHTS / "llama", vision=WEIGHTS / "clip", projector="fresh")[0], ("mm_projector", "llm"), e=2 if IS_CUDA else 4)

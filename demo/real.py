@@ -1,7 +1,7 @@
 """Real pictures at the paper's size: 336 pixels in 14-pixel patches, 576 tokens each, and the real 32000-piece tokenizer.
 
-    python demo_real.py prepare OUT              pictures from PyPI packages, captions and questions written by us, tiny untrained weights
-    python demo_real.py check OUT --model DIR    asks everything again; counts what comes back word for word
+    python -m demo.real prepare OUT              pictures from PyPI packages, captions and questions written by us, tiny untrained weights
+    python -m demo.real check OUT --model DIR    asks everything again; counts what comes back word for word
 
 `bash demo.sh real` runs both with train.py in between. A dozen pictures are learnt by heart: this proves the way from a DICOM file to a
 spoken answer at full picture size, not medical knowledge. Of a DICOM file only the pixels are kept, without margins that bear a hospital's name.
@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from common.files import check_replaceable, replace_folder, run_cli, write_json
 from common.rows import Rows
+from demo.toy import save_random_weights, turns
 from model_io.dicom import dicom_image
 from model_io.load import load_qilin
 from model_io.pixels import open_image, preprocess_image
 from model_io.tokens import Tokenizer, encode_prompt
 from qilin_min import IMAGE_TOKEN, TextConfig, VisionConfig, answer_ids
-from toy import save_random_weights, turns
 
 # --- 1. the pictures, and what we say of them -----------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ def prepare(out, downloads):
 def check(out, model_path):
     """Captions and answers that come back word for word; the first picture's caption also through the command sample.py."""
     if not (out / "sources.json").is_file():
-        raise ValueError(f"{out} was not made by `demo_real.py prepare`")
+        raise ValueError(f"{out} was not made by `python -m demo.real prepare`")
     model, tokenizer = load_qilin(model_path), Tokenizer(model_path)
     right = {"caption": 0, "answer": 0}
     for i, row in enumerate(Rows(out / "instruction.json")):
@@ -153,7 +153,7 @@ def check(out, model_path):
         pixels = preprocess_image(picture, model.config.vision.image_size)[None]  # (1, 3, H, W)
         answer = tokenizer.decode(answer_ids(model, [prompt], pixels, max_new_tokens=MAX_NEW_TOKENS)[0])
         if i == 0:
-            said = subprocess.run([sys.executable, Path(__file__).parent / "sample.py", picture, question, "--model", model_path,
+            said = subprocess.run([sys.executable, Path(__file__).parent.parent / "sample.py", picture, question, "--model", model_path,
                                    "--max-new-tokens", str(MAX_NEW_TOKENS)], capture_output=True, text=True)
             if said.returncode:
                 raise ValueError(f"sample.py ended with exit code {said.returncode}: {said.stderr.strip().splitlines()[-1:]}")

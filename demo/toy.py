@@ -1,6 +1,6 @@
 """The toy world: small pictures that look like scans, Chinese sentences about them, and tiny untrained weights in the published layouts.
 
-    python toy.py OUT            writes OUT/llama OUT/clip OUT/images OUT/*.json; the same seed gives the same bytes
+    python -m demo.toy OUT         writes OUT/llama OUT/clip OUT/images OUT/*.json; the same seed gives the same bytes
 
 Everything a real run needs, a thousand times smaller: train.py and sample.py read it through the code that reads the 13B model and ChiMed-VL.
 A picture shows 1 to 3 lesions in one quarter of a scan. Modality, quarter, count, shape and size vary independently, with noise, so that

@@ -1,10 +1,10 @@
 """Speed beside transformers, measured in turn in one run, as ratios: exit 1 where a goal is missed. Timings on a shared machine say nothing alone.
 
-    python tests/bench.py load [--runs 7]      a LLaMA of 1 GB or more on disk until every parameter has been touched; imports excluded
-    python tests/bench.py loader [--runs 5]    pictures a second from 1000-pixel JPEGs to batches, 2 worker processes, beside transformers' processor
-    python tests/bench.py padding              share of padding on lengths like the paper's: our order, random, and the released code's grouping
-    python tests/bench.py saving [--runs 5]    what an asynchronous checkpoint adds to the step it falls into, beside one that is waited for
-    python tests/bench.py generate [--runs 5]  tokens a second of one answer, float32, int8 and int4, beside transformers; batched; memory of the quantised layers
+    python tests/tools/bench.py load [--runs 7]      a LLaMA of 1 GB or more on disk until every parameter has been touched; imports excluded
+    python tests/tools/bench.py loader [--runs 5]    pictures a second from 1000-pixel JPEGs to batches, 2 worker processes, beside transformers' processor
+    python tests/tools/bench.py padding              share of padding on lengths like the paper's: our order, random, and the released code's grouping
+    python tests/tools/bench.py saving [--runs 5]    what an asynchronous checkpoint adds to the step it falls into, beside one that is waited for
+    python tests/tools/bench.py generate [--runs 5]  tokens a second of one answer, float32, int8 and int4, beside transformers; batched; memory of the quantised layers
 """
 
 import argparse
@@ -15,18 +15,20 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
 from model_io.export import save_qilin
 from model_io.load import load_qilin
 from training.checkpoints import Checkpoints, Progress
 from training.ranks import setup_distributed
 
-ROOT = Path(__file__).resolve().parent.parent
-
 LOAD = {  # each in a process of its own; what is imported before the clock starts is what loading needs
     "qilin-min": """
 import sys, time, torch
 sys.path.insert(0, sys.argv[1])
-import qilin_min as q
+from model_io import load_qilin
 tic = time.perf_counter()
 model = load_qilin(llm=sys.argv[2], vision=sys.argv[3], dtype=getattr(torch, sys.argv[4]))""",
     "transformers": """
@@ -85,7 +87,7 @@ def bench_loader(runs):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder, rng, n = Path(folder), np.random.default_rng(0), 192
-        subprocess.run([sys.executable, ROOT / "toy.py", folder / "toy", "--language", "8", "--alignment", "8", "--instruction", "8", "--heldout", "1"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "demo.toy", folder / "toy", "--language", "8", "--alignment", "8", "--instruction", "8", "--heldout", "1"], check=True, capture_output=True, cwd=ROOT)
         row = json.loads((folder / "toy/alignment.json").read_text())[0]
         for i in range(n):  # as smooth as a scan, with noise: some 150 KB each
             image = Image.fromarray(np.uint8(rng.normal(110, 60, (60, 80, 3)).clip(0, 255))).resize((1000, int(rng.integers(700, 1001))), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))

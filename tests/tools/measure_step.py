@@ -1,7 +1,7 @@
 """Run by test_plan.py: one training step of the real model and sharding under a memory tracker; prints peak GiB of a rank, the unsharded tower left out.
 
-    python tests/measure_step.py fake STAGE SIZE ROWS TOKENS CHECKPOINTED KEPT        a rank of 8 of a model of 7B or 13B, fake tensors, bf16 compute
-    torchrun --nproc_per_node 2 tests/measure_step.py real STAGE ROWS TOKENS CHECKPOINTED KEPT   a small model on real tensors, float32
+    python tests/tools/measure_step.py fake STAGE SIZE ROWS TOKENS CHECKPOINTED KEPT        a rank of 8 of a model of 7B or 13B, fake tensors, bf16 compute
+    torchrun --nproc_per_node 2 tests/tools/measure_step.py real STAGE ROWS TOKENS CHECKPOINTED KEPT   a small model on real tensors, float32
 
 torch.distributed._tools is private to torch, so it stays in tests. It cannot see through fused AdamW, nor through values that decide shapes: under fake tensors
 the loss takes the first positions instead of the labelled ones, as many, and splicing does not count pictures.
@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 import torch.distributed as dist
