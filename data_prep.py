@@ -29,8 +29,8 @@ from chimed.groups import MAX_TURNS, Teams, connected, held_out
 from chimed.pictures import MAX_PICTURES, place_pictures
 from chimed.prompts import CAPTION, CHOICES, CONTEXT, VQA
 from chimed.sources import (
-    Row,
     SOURCES,
+    Row,
     add_source_flags,
     article_of,
     candidates,
@@ -49,7 +49,10 @@ from qilin_min import IMAGE_TOKEN
 # --- 1. dialogs: what a row becomes ---------------------------------------------------------------------------------
 
 MIN_LENGTH = 5  # Chinese characters; a Latin word counts two. What is shorter describes nothing ("Figure 1", "CT图像")
-REFERENCE_ONLY = re.compile(r"^\W*(?:see |\u89c1|\u53c2\u89c1|\u5982)?\s*(?:fig(?:ure)?s?|table|\u56fe|\u8868)\W*\d*\w?\W*$", re.IGNORECASE)
+REFERENCE_ONLY = re.compile(
+    r"^\W*(?:see |\u89c1|\u53c2\u89c1|\u5982)?\s*(?:fig(?:ure)?s?|table|\u56fe|\u8868)\W*\d*\w?\W*$",
+    re.IGNORECASE,
+)
 
 
 def draw(seed, row_id, what, choices):
@@ -59,21 +62,45 @@ def draw(seed, row_id, what, choices):
 
 def dialog(row_id, image, *turns):
     """A row of the published form."""
-    return {"id": row_id, "image": image, "conversations": [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
+    return {
+        "id": row_id,
+        "image": image,
+        "conversations": [
+            {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)
+        ],
+    }
 
 
 def alignment_texts(row, row_id, options):
     """[(kind, text)] that stage 1 learns from a row: its caption; of a case report its context or its inline text, drawn by row id, or both. BadRow."""
-    kinds = [options["alignment_text"]] if options["alignment_text"] in ("context", "inline") else ["context", "inline"]
+    kinds = (
+        [options["alignment_text"]]
+        if options["alignment_text"] in ("context", "inline")
+        else ["context", "inline"]
+    )
     usable, reasons = [], []
     for kind in kinds if row.source == "pmc-casereport" else ["caption"]:
         text = row.texts.get(kind, "")
-        reason = ("no text" if not text else impractical(text) or ("text too short" if text_length(text) < MIN_LENGTH or REFERENCE_ONLY.match(text)
-                  else "not Chinese" if options["require_chinese"] and is_untranslated(text) else None))
+        reason = (
+            "no text"
+            if not text
+            else impractical(text)
+            or (
+                "text too short"
+                if text_length(text) < MIN_LENGTH or REFERENCE_ONLY.match(text)
+                else "not Chinese"
+                if options["require_chinese"] and is_untranslated(text)
+                else None
+            )
+        )
         (reasons if reason else usable).append(reason or (kind, text))
     if not usable:
         raise BadRow(reasons[0])
-    return usable if options["alignment_text"] == "both" else [draw(options["seed"], row_id, "kind", usable)]
+    return (
+        usable
+        if options["alignment_text"] == "both"
+        else [draw(options["seed"], row_id, "kind", usable)]
+    )
 
 
 def question_and_answer(row, row_id, options):
@@ -82,14 +109,24 @@ def question_and_answer(row, row_id, options):
     for text, missing in ((question, "no question"), (answer, "no answer")):
         if not re.search(r"\w", text):
             raise BadRow(missing)
-    choices = [(name[-1].upper(), text) for name, text in row.texts.items() if name.startswith("choice_")]
-    if options["require_chinese"] and any(map(is_untranslated, (question, answer, *(text for _, text in choices if options["choices"])))):
+    choices = [
+        (name[-1].upper(), text) for name, text in row.texts.items() if name.startswith("choice_")
+    ]
+    if options["require_chinese"] and any(
+        map(
+            is_untranslated,
+            (question, answer, *(text for _, text in choices if options["choices"])),
+        )
+    ):
         raise BadRow("not Chinese")
     if options["choices"] and choices:
         if not row.letter:
             raise BadRow("answer is none of the choices")
         listed = "\n".join(f"{letter}. {text}" for letter, text in choices)
-        return f"{question}\n{draw(options['seed'], row_id, 'choices', CHOICES)}\n{listed}", f"{row.letter}. {answer}"
+        return (
+            f"{question}\n{draw(options['seed'], row_id, 'choices', CHOICES)}\n{listed}",
+            f"{row.letter}. {answer}",
+        )
     return question, answer
 
 
@@ -110,7 +147,11 @@ def published(row, row_id, place, options):
     n_images = sum(turn.count(IMAGE_TOKEN) for turn in turns)
     if options["require_chinese"] and any(map(is_untranslated, turns[1::2])):
         raise BadRow("not Chinese")
-    if len(turns) % 2 or not all(turn.replace(IMAGE_TOKEN, "").strip() for turn in turns[1::2]) or any(IMAGE_TOKEN in turn for turn in turns[1::2]):
+    if (
+        len(turns) % 2
+        or not all(turn.replace(IMAGE_TOKEN, "").strip() for turn in turns[1::2])
+        or any(IMAGE_TOKEN in turn for turn in turns[1::2])
+    ):
         raise BadRow("no dialog")
     if n_images not in (1, len(row.images)) or bool(n_images) != bool(row.images):
         raise BadRow(f"{IMAGE_TOKEN} and pictures do not agree")
@@ -123,7 +164,10 @@ def published(row, row_id, place, options):
 # pass 1 asks of each row only what other rows must know: its text (to join pictures), its pictures and its article (to split and to merge).
 # pass 2 makes pictures and dialogs of blocks of rows, each on its own; this process only writes them, in order.
 
-ALIGNED, ASKED = ("pmc-oa", "pmc-casereport", "chimed-alignment", "own"), ("pmc-casereport", "pmc-vqa", "chimed-instruction", "own")
+ALIGNED, ASKED = (
+    ("pmc-oa", "pmc-casereport", "chimed-alignment", "own"),
+    ("pmc-casereport", "pmc-vqa", "chimed-instruction", "own"),
+)
 BUILD = None  # the Build that worker processes inherit
 
 
@@ -132,7 +176,17 @@ class Build:
 
     def __init__(self, args):
         self.files, self.columns = open_sources(args, SOURCES), named_columns(args)
-        self.options = {name: getattr(args, name) for name in ("seed", "choices", "alignment_text", "require_chinese", "merge_turns", "val_fraction")}
+        self.options = {
+            name: getattr(args, name)
+            for name in (
+                "seed",
+                "choices",
+                "alignment_text",
+                "require_chinese",
+                "merge_turns",
+                "val_fraction",
+            )
+        }
         self.roots = tuple(os.path.realpath(root) for root in args.images)
         self.folder, self.copy, self.skip = args.out / "images", args.copy, args.skip_pictures
         self.starts = np.cumsum([0, *(len(records) for _, records in self.files)])
@@ -142,7 +196,11 @@ class Build:
             seen[source] += len(records)
 
     def blocks(self):
-        return [(f, start, min(start + BLOCK, len(records))) for f, (_, records) in enumerate(self.files) for start in range(0, len(records), BLOCK)]
+        return [
+            (f, start, min(start + BLOCK, len(records)))
+            for f, (_, records) in enumerate(self.files)
+            for start in range(0, len(records), BLOCK)
+        ]
 
     def locate(self, row):
         """(file, number in it) of a row."""
@@ -152,7 +210,9 @@ class Build:
     def id_of(self, f, i, row):
         """A dialog's id says its set, for stats; the row's own id is kept, else rows are numbered through the files of a set."""
         source = self.files[f][0]
-        return row.id if row.id and source != "own" else f"{source}-{row.id or self.id_starts[f] + i}"
+        return (
+            row.id if row.id and source != "own" else f"{source}-{row.id or self.id_starts[f] + i}"
+        )
 
     def read(self, f, i, raw=None):
         """A Row. BadRow."""
@@ -161,7 +221,9 @@ class Build:
 
     def place(self, rows):
         """The picture of some rows with one text. BadRow."""
-        names = tuple(dict.fromkeys(tuple(candidates(row, name)) for row in rows for name in row.images))
+        names = tuple(
+            dict.fromkeys(tuple(candidates(row, name)) for row in rows for name in row.images)
+        )
         name, reason = place_pictures(names, self.roots, self.folder, self.copy, self.skip)
         if reason:
             raise BadRow(reason)
@@ -171,16 +233,25 @@ class Build:
         """Pass 1."""
         parts, n_test = [], 0
         with tqdm(total=int(self.starts[-1]), desc="reading", unit=" rows", disable=None) as bar:
-            for (_, start, stop), (arrays, tests) in zip(self.blocks(), in_order(survey_block, self.blocks(), args.workers)):
+            for (_, start, stop), (arrays, tests) in zip(
+                self.blocks(), in_order(survey_block, self.blocks(), args.workers)
+            ):
                 parts.append(arrays)
                 n_test += tests
                 bar.update(stop - start)
         texts, pictures, ties, counts = (np.concatenate(columns) for columns in zip(*parts))
         self.joined = Teams(texts)
-        self.merged = Teams(pictures if self.options["merge_turns"] else np.zeros_like(pictures), MAX_TURNS)
-        self.val = held_out(*connected(ties, counts), self.options["val_fraction"], self.options["seed"])
+        self.merged = Teams(
+            pictures if self.options["merge_turns"] else np.zeros_like(pictures), MAX_TURNS
+        )
+        self.val = held_out(
+            *connected(ties, counts), self.options["val_fraction"], self.options["seed"]
+        )
         if n_test:
-            print(f"data_prep.py: {n_test:,} rows are marked as test data by their set: training on them spoils that test", file=sys.stderr)
+            print(
+                f"data_prep.py: {n_test:,} rows are marked as test data by their set: training on them spoils that test",
+                file=sys.stderr,
+            )
 
 
 def survey_block(f, start, stop):
@@ -194,7 +265,9 @@ def survey_block(f, start, stop):
             names = [candidates(row, name)[0] for name in row.images]
             n_test += row.test
             articles = {row.article, *(article_of(name) for name in names)} - {""}
-            keys = [text_key("picture", os.path.splitext(os.path.normpath(name))[0]) for name in names] + [text_key("article", article) for article in sorted(articles)]
+            keys = [
+                text_key("picture", os.path.splitext(os.path.normpath(name))[0]) for name in names
+            ] + [text_key("article", article) for article in sorted(articles)]
             if row.source == "pmc-oa" and row.article and row.texts["caption"]:
                 group = text_key(row.article, row.texts["caption"])
             if names and row.texts.get("question"):
@@ -206,7 +279,15 @@ def survey_block(f, start, stop):
         pictures.append(picture)
         ties.extend(keys)
         counts.append(len(keys))
-    return [np.frombuffer(values.tobytes(), dtype=kind) for values, kind in ((groups, np.uint64), (pictures, np.uint64), (ties, np.uint64), (counts, np.int64))], n_test
+    return [
+        np.frombuffer(values.tobytes(), dtype=kind)
+        for values, kind in (
+            (groups, np.uint64),
+            (pictures, np.uint64),
+            (ties, np.uint64),
+            (counts, np.int64),
+        )
+    ], n_test
 
 
 class Block:
@@ -220,9 +301,17 @@ class Block:
                 row = BUILD.read(f, i, raw)
             except BadRow as error:
                 row = error
-            subsets = [subset for subset, sources in (("alignment", ALIGNED), ("instruction", ASKED)) if BUILD.files[f][0] in sources]
+            subsets = [
+                subset
+                for subset, sources in (("alignment", ALIGNED), ("instruction", ASKED))
+                if BUILD.files[f][0] in sources
+            ]
             if BUILD.files[f][0] == "own":
-                fit = isinstance(row, Row) and [subset for subset, text in (("alignment", "caption"), ("instruction", "question")) if row.texts[text]]
+                fit = isinstance(row, Row) and [
+                    subset
+                    for subset, text in (("alignment", "caption"), ("instruction", "question"))
+                    if row.texts[text]
+                ]
                 subsets = fit or subsets[:1]
             for subset in subsets:
                 teams = BUILD.joined if subset == "alignment" else BUILD.merged
@@ -233,7 +322,18 @@ class Block:
         f, i = BUILD.locate(number)
         source, records = BUILD.files[f]
         self.counts[subset, source, f"dropped: {reason}"] += 1
-        self.dropped.append(json.dumps({"subset": subset, "source": source, "file": str(records.path), "row": i, "reason": reason}, ensure_ascii=False))
+        self.dropped.append(
+            json.dumps(
+                {
+                    "subset": subset,
+                    "source": source,
+                    "file": str(records.path),
+                    "row": i,
+                    "reason": reason,
+                },
+                ensure_ascii=False,
+            )
+        )
 
     def add(self, subset, f, i, row, team):
         """The dialogs of a row, or of the team it leads. Every row of it is counted once: kept, joined or merged into another, or dropped by a reason."""
@@ -246,7 +346,13 @@ class Block:
                 if isinstance(other, BadRow):
                     raise other
                 row_id = BUILD.id_of(g, k, other)
-                parts = () if other.source.startswith("chimed") else alignment_texts(other, row_id, BUILD.options) if subset == "alignment" else question_and_answer(other, row_id, BUILD.options)
+                parts = (
+                    ()
+                    if other.source.startswith("chimed")
+                    else alignment_texts(other, row_id, BUILD.options)
+                    if subset == "alignment"
+                    else question_and_answer(other, row_id, BUILD.options)
+                )
                 members.append((number, other, row_id, parts))
             except BadRow as error:
                 self.drop(subset, number, str(error))
@@ -257,26 +363,53 @@ class Block:
                 self.drop(subset, number, str(error))
             return
         for n, (_, other, *_) in enumerate(members):
-            self.counts[subset, other.source, "kept" if n == 0 else "joined" if subset == "alignment" else "merged"] += 1
+            self.counts[
+                subset,
+                other.source,
+                "kept" if n == 0 else "joined" if subset == "alignment" else "merged",
+            ] += 1
             self.counts[subset, other.source, "dialogs"] += len(dialogs) if n == 0 else 0
         if dialogs:
-            self.lines.setdefault((subset, bool(BUILD.val[members[0][0]])), []).extend(json.dumps(d, ensure_ascii=False) for d in dialogs)
+            self.lines.setdefault((subset, bool(BUILD.val[members[0][0]])), []).extend(
+                json.dumps(d, ensure_ascii=False) for d in dialogs
+            )
 
     def dialogs(self, subset, members):
         (_, row, row_id, parts), seed = members[0], BUILD.options["seed"]
         if row.source.startswith("chimed"):
-            made = published(row, row_id, lambda names: BUILD.place([Row(row.source, names, {})]), BUILD.options)
-            self.counts[subset, row.source, "untranslated"] += any(is_untranslated(turn["value"]) for turn in made["conversations"][1::2])
+            made = published(
+                row, row_id, lambda names: BUILD.place([Row(row.source, names, {})]), BUILD.options
+            )
+            self.counts[subset, row.source, "untranslated"] += any(
+                is_untranslated(turn["value"]) for turn in made["conversations"][1::2]
+            )
             return [made]
         if subset == "alignment":
             picture = BUILD.place([other for _, other, *_ in members])
-            self.counts[subset, row.source, "untranslated"] += sum(is_untranslated(text) for _, text in parts)
-            return [dialog(f"{row_id}-{kind}", picture, f"{IMAGE_TOKEN}\n{draw(seed, row_id, kind, CONTEXT if kind == 'context' else CAPTION)}", text) for kind, text in parts]
+            self.counts[subset, row.source, "untranslated"] += sum(
+                is_untranslated(text) for _, text in parts
+            )
+            return [
+                dialog(
+                    f"{row_id}-{kind}",
+                    picture,
+                    f"{IMAGE_TOKEN}\n{draw(seed, row_id, kind, CONTEXT if kind == 'context' else CAPTION)}",
+                    text,
+                )
+                for kind, text in parts
+            ]
         picture, turns = BUILD.place([row]), []
         for _, other, other_id, (question, answer) in members:
-            self.counts[subset, other.source, "untranslated"] += is_untranslated(question) or is_untranslated(answer)
-            whole = turns or "\n" in question  # later questions of a dialog, and those with choices, stand as they are
-            turns += [question if whole else put_question(draw(seed, other_id, "vqa", VQA), question), answer]
+            self.counts[subset, other.source, "untranslated"] += is_untranslated(
+                question
+            ) or is_untranslated(answer)
+            whole = (
+                turns or "\n" in question
+            )  # later questions of a dialog, and those with choices, stand as they are
+            turns += [
+                question if whole else put_question(draw(seed, other_id, "vqa", VQA), question),
+                answer,
+            ]
         return [dialog(row_id, picture, f"{IMAGE_TOKEN}\n{turns[0]}", *turns[1:])]
 
 
@@ -294,7 +427,9 @@ def build(args):
     global BUILD
     check_ranges(args, val_fraction=(0, 0.9), workers=(1, 512))
     if not args.images and not args.skip_pictures:
-        raise ValueError("name the folders of the pictures by --images (or --skip-pictures, to write the texts alone)")
+        raise ValueError(
+            "name the folders of the pictures by --images (or --skip-pictures, to write the texts alone)"
+        )
     for root in args.images:
         if not Path(root).is_dir():
             raise FileNotFoundError(f"no such image folder: {root}")
@@ -308,14 +443,23 @@ def build(args):
 def write_build(args):
     """Both passes, and what they leave in --out."""
     BUILD.survey(args)
-    targets = {(subset, side): args.out / f"{subset}{'-val' if side else ''}.json" for subset in ("alignment", "instruction") for side in (False, True)}
+    targets = {
+        (subset, side): args.out / f"{subset}{'-val' if side else ''}.json"
+        for subset in ("alignment", "instruction")
+        for side in (False, True)
+    }
     inputs = {os.path.realpath(records.path) for _, records in BUILD.files}
     for target in (*targets.values(), args.out / "dropped.jsonl", args.out / "manifest.json"):
         if os.path.realpath(target) in inputs:
             raise ValueError(f"{target} is an input: name another --out")
     files, counts, written = {}, Counter(), Counter()
-    with tqdm(total=int(BUILD.starts[-1]), desc="building", unit=" rows", disable=None) as bar, open(args.out / "dropped.jsonl.partial", "w", encoding="utf-8") as dropped:
-        for (_, start, stop), (lines, more, drops) in zip(BUILD.blocks(), in_order(make_block, BUILD.blocks(), args.workers)):
+    with (
+        tqdm(total=int(BUILD.starts[-1]), desc="building", unit=" rows", disable=None) as bar,
+        open(args.out / "dropped.jsonl.partial", "w", encoding="utf-8") as dropped,
+    ):
+        for (_, start, stop), (lines, more, drops) in zip(
+            BUILD.blocks(), in_order(make_block, BUILD.blocks(), args.workers)
+        ):
             for key, rows in lines.items():
                 if key not in files:
                     files[key] = open(f"{targets[key]}.partial", "w", encoding="utf-8")
@@ -324,43 +468,92 @@ def write_build(args):
             counts += more
             dropped.writelines(f"{line}\n" for line in drops)
             bar.update(stop - start)
-            bar.set_postfix_str(f"{sum(written.values()):,} dialogs, {sum(n for (*_, what), n in counts.items() if what.startswith('dropped')):,} dropped")
+            bar.set_postfix_str(
+                f"{sum(written.values()):,} dialogs, {sum(n for (*_, what), n in counts.items() if what.startswith('dropped')):,} dropped"
+            )
     for file in files.values():
         file.write("\n]\n")
         file.close()
     table = summary(counts)
     if not written:
         Path(args.out, "dropped.jsonl.partial").replace(args.out / "dropped.jsonl")
-        raise ValueError(f"no row is left of {int(BUILD.starts[-1]):,}: {reasons_of(counts)} (each in {args.out / 'dropped.jsonl'})")
+        raise ValueError(
+            f"no row is left of {int(BUILD.starts[-1]):,}: {reasons_of(counts)} (each in {args.out / 'dropped.jsonl'})"
+        )
     for key, target in targets.items():
         if key in files:
             Path(f"{target}.partial").replace(target)
         else:
             target.unlink(missing_ok=True)  # of an earlier build: it would not belong to this one
     Path(args.out, "dropped.jsonl.partial").replace(args.out / "dropped.jsonl")
-    write_json(args.out / "manifest.json", {
-        "inputs": [{"set": source, "file": str(records.path), "rows": len(records), "sha256": file_digest(records.path)} for source, records in BUILD.files],
-        "settings": BUILD.options | {"images": list(args.images), "skip_pictures": args.skip_pictures, "columns": {name: names[0] for name, names in BUILD.columns.items() if names}, "encoding": args.encoding, "max_pictures": MAX_PICTURES, "min_length": MIN_LENGTH},
-        "outputs": {target.name: {"dialogs": written[key], "sha256": file_digest(target)} for key, target in targets.items() if key in files},
-        "counts": table})
+    write_json(
+        args.out / "manifest.json",
+        {
+            "inputs": [
+                {
+                    "set": source,
+                    "file": str(records.path),
+                    "rows": len(records),
+                    "sha256": file_digest(records.path),
+                }
+                for source, records in BUILD.files
+            ],
+            "settings": BUILD.options
+            | {
+                "images": list(args.images),
+                "skip_pictures": args.skip_pictures,
+                "columns": {name: names[0] for name, names in BUILD.columns.items() if names},
+                "encoding": args.encoding,
+                "max_pictures": MAX_PICTURES,
+                "min_length": MIN_LENGTH,
+            },
+            "outputs": {
+                target.name: {"dialogs": written[key], "sha256": file_digest(target)}
+                for key, target in targets.items()
+                if key in files
+            },
+            "counts": table,
+        },
+    )
     print_summary(table)
     for key, target in targets.items():
         if key in files:
             print(f"{target}: {written[key]:,} dialogs")
-    if args.val_fraction and not any(written[subset, True] for subset in ("alignment", "instruction")):
-        print("data_prep.py: no row that was held out was fit: there is no *-val.json", file=sys.stderr)
+    if args.val_fraction and not any(
+        written[subset, True] for subset in ("alignment", "instruction")
+    ):
+        print(
+            "data_prep.py: no row that was held out was fit: there is no *-val.json",
+            file=sys.stderr,
+        )
     merged = sum(n for (*_, what), n in counts.items() if what == "merged")
     if args.merge_turns:
-        print(f"merged: {merged:,} questions stand in another's dialog, {merged:,} pictures fewer to train on ({merged * 576:,} image tokens at 576 a picture)")
+        print(
+            f"merged: {merged:,} questions stand in another's dialog, {merged:,} pictures fewer to train on ({merged * 576:,} image tokens at 576 a picture)"
+        )
     if untranslated := sum(n for (*_, what), n in counts.items() if what == "untranslated"):
-        print(f"data_prep.py: {untranslated:,} texts or questions are English that was not translated: they are kept (--require-chinese drops them)", file=sys.stderr)
+        print(
+            f"data_prep.py: {untranslated:,} texts or questions are English that was not translated: they are kept (--require-chinese drops them)",
+            file=sys.stderr,
+        )
 
 
 def summary(counts):
     """{subset: {set: {rows, kept, joined, merged, dialogs, untranslated, dropped: {reason: n}}}}; rows = kept + joined + merged + all dropped."""
     table = {}
     for (subset, source, what), n in sorted(counts.items()):
-        entry = table.setdefault(subset, {}).setdefault(source, {"rows": 0, "kept": 0, "joined": 0, "merged": 0, "dialogs": 0, "untranslated": 0, "dropped": {}})
+        entry = table.setdefault(subset, {}).setdefault(
+            source,
+            {
+                "rows": 0,
+                "kept": 0,
+                "joined": 0,
+                "merged": 0,
+                "dialogs": 0,
+                "untranslated": 0,
+                "dropped": {},
+            },
+        )
         if what.startswith("dropped: "):
             entry["dropped"][what.removeprefix("dropped: ")] = n
         else:
@@ -377,77 +570,216 @@ def reasons_of(counts):
 
 
 def print_summary(table):
-    print("| subset | set | rows | kept | joined or merged into another | dropped | dialogs |\n|---|---|---|---|---|---|---|")
+    print(
+        "| subset | set | rows | kept | joined or merged into another | dropped | dialogs |\n|---|---|---|---|---|---|---|"
+    )
     for subset, sources in table.items():
         for source, n in sources.items():
-            print(f"| {subset} | {source} | {n['rows']:,} | {n['kept']:,} | {n['joined'] + n['merged']:,} | {sum(n['dropped'].values()):,} | {n['dialogs']:,} |")
+            print(
+                f"| {subset} | {source} | {n['rows']:,} | {n['kept']:,} | {n['joined'] + n['merged']:,} | {sum(n['dropped'].values()):,} | {n['dialogs']:,} |"
+            )
     for subset, sources in table.items():
         for source, n in sources.items():
             if n["dropped"]:
-                print(f"dropped from {subset}, {source}: {', '.join(f'{reason} {k:,}' for reason, k in sorted(n['dropped'].items(), key=lambda item: -item[1]))}")
+                print(
+                    f"dropped from {subset}, {source}: {', '.join(f'{reason} {k:,}' for reason, k in sorted(n['dropped'].items(), key=lambda item: -item[1]))}"
+                )
 
 
 # --- 3. command line ------------------------------------------------------------------------------------------------
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_cpus = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
     def command(name, about):
-        return commands.add_parser(name, help=about, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        return commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
-    b = command("build", "raw or translated sets -> OUT/alignment.json, instruction.json, images/, dropped.jsonl, manifest.json")
+    b = command(
+        "build",
+        "raw or translated sets -> OUT/alignment.json, instruction.json, images/, dropped.jsonl, manifest.json",
+    )
     add_source_flags(b, *SOURCES)
-    b.add_argument("--images", nargs="+", default=[], metavar="DIR", help="folders the picture names are relative to, searched in this order")
-    b.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; run again after a stop, it makes no finished picture twice")
-    b.add_argument("--val-fraction", type=float, default=0, metavar="X", help="share of rows for *-val.json; rows of one article, group or picture stay on one side (default 0)")
-    b.add_argument("--alignment-text", choices=("draw", "inline", "context", "both"), default="draw",
-                   help="what stage 1 learns of a case report: one of its two texts drawn by row id (default), always this one, or a dialog for each")
-    b.add_argument("--choices", action="store_true", help="keep multiple-choice questions as such (default: open questions, as the paper)")
-    b.add_argument("--merge-turns", action="store_true", help="all questions about one picture in one dialog: the picture is trained on once")
-    b.add_argument("--require-chinese", action="store_true", help="drop rows that are not translated (default: keep them, and warn)")
-    b.add_argument("--seed", type=int, default=0, help="of prompts, kinds of text and the split (default 0)")
-    b.add_argument("--copy", action="store_true", help="copy pictures (default: hard links where the disk allows)")
-    b.add_argument("--skip-pictures", action="store_true", help="write the texts alone: pictures are named as they would be, and neither sought nor made")
-    b.add_argument("--workers", type=int, default=n_cpus, help="processes (default %(default)s, the CPUs here); the output does not depend on it")
+    b.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders the picture names are relative to, searched in this order",
+    )
+    b.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where to write; run again after a stop, it makes no finished picture twice",
+    )
+    b.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0,
+        metavar="X",
+        help="share of rows for *-val.json; rows of one article, group or picture stay on one side (default 0)",
+    )
+    b.add_argument(
+        "--alignment-text",
+        choices=("draw", "inline", "context", "both"),
+        default="draw",
+        help="what stage 1 learns of a case report: one of its two texts drawn by row id (default), always this one, or a dialog for each",
+    )
+    b.add_argument(
+        "--choices",
+        action="store_true",
+        help="keep multiple-choice questions as such (default: open questions, as the paper)",
+    )
+    b.add_argument(
+        "--merge-turns",
+        action="store_true",
+        help="all questions about one picture in one dialog: the picture is trained on once",
+    )
+    b.add_argument(
+        "--require-chinese",
+        action="store_true",
+        help="drop rows that are not translated (default: keep them, and warn)",
+    )
+    b.add_argument(
+        "--seed", type=int, default=0, help="of prompts, kinds of text and the split (default 0)"
+    )
+    b.add_argument(
+        "--copy",
+        action="store_true",
+        help="copy pictures (default: hard links where the disk allows)",
+    )
+    b.add_argument(
+        "--skip-pictures",
+        action="store_true",
+        help="write the texts alone: pictures are named as they would be, and neither sought nor made",
+    )
+    b.add_argument(
+        "--workers",
+        type=int,
+        default=n_cpus,
+        help="processes (default %(default)s, the CPUs here); the output does not depend on it",
+    )
 
-    t = command("translate", "English to Chinese: OUT/<same name and form>, a journal beside it; stopped at any moment, the same command goes on")
+    t = command(
+        "translate",
+        "English to Chinese: OUT/<same name and form>, a journal beside it; stopped at any moment, the same command goes on",
+    )
     add_source_flags(t, "pmc-oa", "pmc-casereport", "pmc-vqa", "own")
-    t.add_argument("--out", required=True, metavar="DIR", help="where the translated files and journals go")
-    t.add_argument("--glossary", metavar="FILE", help=".csv of English and Chinese terms that must be used (a|b: either)")
-    t.add_argument("--translations", metavar="FILE", help="finished translations instead of an endpoint (with --base-url: before it): rows of english and chinese, a journal, or the raw file with Chinese in place")
-    t.add_argument("--attempts", type=int, default=2, metavar="N", help="translations asked for of a row that fails the checks (default %(default)s)")
-    t.add_argument("--retry-rejected", action="store_true", help="ask again for rows that failed the checks earlier")
+    t.add_argument(
+        "--out", required=True, metavar="DIR", help="where the translated files and journals go"
+    )
+    t.add_argument(
+        "--glossary",
+        metavar="FILE",
+        help=".csv of English and Chinese terms that must be used (a|b: either)",
+    )
+    t.add_argument(
+        "--translations",
+        metavar="FILE",
+        help="finished translations instead of an endpoint (with --base-url: before it): rows of english and chinese, a journal, or the raw file with Chinese in place",
+    )
+    t.add_argument(
+        "--attempts",
+        type=int,
+        default=2,
+        metavar="N",
+        help="translations asked for of a row that fails the checks (default %(default)s)",
+    )
+    t.add_argument(
+        "--retry-rejected",
+        action="store_true",
+        help="ask again for rows that failed the checks earlier",
+    )
     add_endpoint_flags(t)
 
-    r = command("review", "a random sample of translations, stratified by file, for a doctor: review.html (self-contained) and review.csv; --import reads it back")
-    r.add_argument("files", nargs="+", metavar="FILE", help="translated files, as translate wrote them (their journals beside them)")
+    r = command(
+        "review",
+        "a random sample of translations, stratified by file, for a doctor: review.html (self-contained) and review.csv; --import reads it back",
+    )
+    r.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="translated files, as translate wrote them (their journals beside them)",
+    )
     r.add_argument("--out", type=Path, metavar="DIR", help="where the sample goes")
-    r.add_argument("--n", type=int, default=200, help="rows, over all files in proportion to their size (default %(default)s)")
+    r.add_argument(
+        "--n",
+        type=int,
+        default=200,
+        help="rows, over all files in proportion to their size (default %(default)s)",
+    )
     r.add_argument("--images", nargs="+", default=[], metavar="DIR", help="folders of the pictures")
     r.add_argument("--seed", type=int, default=0)
-    r.add_argument("--import", dest="filled", metavar="CSV", help="the filled-in file: fixes and rejections go into the files, acceptance is reported")
+    r.add_argument(
+        "--import",
+        dest="filled",
+        metavar="CSV",
+        help="the filled-in file: fixes and rejections go into the files, acceptance is reported",
+    )
 
     c = command("check", "every row and picture of a dialog file; exit code 1 when any is unfit")
     c.add_argument("file", help="a .json or .jsonl of dialogs, the published form")
-    c.add_argument("--images", required=True, metavar="DIR", help="folder the picture names are relative to")
-    c.add_argument("--bad", metavar="FILE", help="where rows with problems go (default: FILE.bad.jsonl)")
+    c.add_argument(
+        "--images", required=True, metavar="DIR", help="folder the picture names are relative to"
+    )
+    c.add_argument(
+        "--bad", metavar="FILE", help="where rows with problems go (default: FILE.bad.jsonl)"
+    )
     c.add_argument("--fix", metavar="FILE", help="where to write the rows without problems")
-    c.add_argument("--tokenizer", metavar="DIR", help="a LLaMA folder: lengths are then counted in tokens, too")
-    c.add_argument("--max-length", type=int, default=2048, help="tokens of a dialog, pictures included (default %(default)s)")
-    c.add_argument("--n-image-tokens", type=int, default=576, help="tokens of a picture (default %(default)s)")
-    c.add_argument("--max-characters", type=int, default=20_000, help="of one turn (default %(default)s)")
+    c.add_argument(
+        "--tokenizer", metavar="DIR", help="a LLaMA folder: lengths are then counted in tokens, too"
+    )
+    c.add_argument(
+        "--max-length",
+        type=int,
+        default=2048,
+        help="tokens of a dialog, pictures included (default %(default)s)",
+    )
+    c.add_argument(
+        "--n-image-tokens", type=int, default=576, help="tokens of a picture (default %(default)s)"
+    )
+    c.add_argument(
+        "--max-characters", type=int, default=20_000, help="of one turn (default %(default)s)"
+    )
     c.add_argument("--workers", type=int, default=n_cpus, help="processes (default %(default)s)")
 
-    s = command("stats", "Tables 1 and 2, Figures 1 and 2 of the paper for built files: stats.md, stats.json, PNGs")
+    s = command(
+        "stats",
+        "Tables 1 and 2, Figures 1 and 2 of the paper for built files: stats.md, stats.json, PNGs",
+    )
     s.add_argument("--alignment", nargs="+", default=[], metavar="FILE", help="dialogs of stage 1")
-    s.add_argument("--instruction", nargs="+", default=[], metavar="FILE", help="dialogs of stage 2")
-    s.add_argument("--tokenizer", required=True, metavar="DIR", help="a LLaMA folder or tokenizer.model: what tokens are counted with")
+    s.add_argument(
+        "--instruction", nargs="+", default=[], metavar="FILE", help="dialogs of stage 2"
+    )
+    s.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help="a LLaMA folder or tokenizer.model: what tokens are counted with",
+    )
     s.add_argument("--out", type=Path, required=True, metavar="DIR")
-    s.add_argument("--images", metavar="DIR", help="folder of the pictures, for the contact sheet (Figure 1)")
-    s.add_argument("--font", metavar="FILE", help="a font with Chinese characters, for word clouds (default: looked for)")
+    s.add_argument(
+        "--images", metavar="DIR", help="folder of the pictures, for the contact sheet (Figure 1)"
+    )
+    s.add_argument(
+        "--font",
+        metavar="FILE",
+        help="a font with Chinese characters, for word clouds (default: looked for)",
+    )
     s.add_argument("--no-figures", action="store_true", help="tables alone")
     s.add_argument("--workers", type=int, default=n_cpus, help="processes (default %(default)s)")
     return parser.parse_args()

@@ -31,9 +31,11 @@ from common.files import one_line, read_json
 # --- 1. constants and configuration ---------------------------------------------------------------------------------
 # in: config.json in the spelling of any release; out: QilinConfig, whose field names are those of config.json
 
-IMAGE_TOKEN = "<image>"    # in a conversation: here stands a picture
-IMAGE_TOKEN_INDEX = -200   # in input_ids: one patch of a picture; out of range on purpose, it must never reach embed_tokens
-IGNORE_INDEX = -100        # in labels: this position teaches nothing
+IMAGE_TOKEN = "<image>"  # in a conversation: here stands a picture
+IMAGE_TOKEN_INDEX = (
+    -200
+)  # in input_ids: one patch of a picture; out of range on purpose, it must never reach embed_tokens
+IGNORE_INDEX = -100  # in labels: this position teaches nothing
 
 
 @dataclass
@@ -45,15 +47,17 @@ class TextConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int = 0         # 0: as many as num_attention_heads; fewer is grouped-query attention
-    head_dim: int = 0                    # 0: hidden_size / num_attention_heads
+    num_key_value_heads: int = (
+        0  # 0: as many as num_attention_heads; fewer is grouped-query attention
+    )
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False    # True: the output head is embed_tokens
+    tie_word_embeddings: bool = False  # True: the output head is embed_tokens
     bos_token_id: int = 1
-    eos_token_id: int = 2                # a list in some config.json: the first is here,
-    more_end_ids: tuple = ()             # the others here, and the tokenizer's where it differs; any of them ends an answer
+    eos_token_id: int = 2  # a list in some config.json: the first is here,
+    more_end_ids: tuple = ()  # the others here, and the tokenizer's where it differs; any of them ends an answer
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -68,20 +72,20 @@ class VisionConfig:
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    image_size: int = 224                # pixels, height and width
+    image_size: int = 224  # pixels, height and width
     patch_size: int = 32
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
-    select_layer: int = -2               # config.json: vision_feature_layer or mm_vision_select_layer
+    select_layer: int = -2  # config.json: vision_feature_layer or mm_vision_select_layer
 
 
 @dataclass
 class QilinConfig:
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
-    projector_type: str = "linear"       # "linear" (paper) | "mlp2x_gelu" (released weights)
-    n_token_ids: int = 0                 # ids below this are the tokenizer's and may be generated
-    image_mode: str = "pad"              # how a picture becomes square: preprocess_image's mode
+    projector_type: str = "linear"  # "linear" (paper) | "mlp2x_gelu" (released weights)
+    n_token_ids: int = 0  # ids below this are the tokenizer's and may be generated
+    image_mode: str = "pad"  # how a picture becomes square: preprocess_image's mode
 
     @property
     def end_ids(self):
@@ -98,45 +102,86 @@ def _fields_from(cls, raw, where, fixed):
         raise ValueError(f"{where}: not an object with the sizes of a model")
     for key, allowed in fixed.items():
         if raw.get(key) not in (None, *allowed):
-            raise ValueError(f"{where}: {key} = {raw[key]!r} is not implemented here (only {', '.join(map(repr, allowed))})")
+            raise ValueError(
+                f"{where}: {key} = {raw[key]!r} is not implemented here (only {', '.join(map(repr, allowed))})"
+            )
     found = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
     for name, value in found.items():
         kind = type(getattr(cls, name))
         is_number, most = kind in (int, float), 1000 if name == "num_hidden_layers" else 1e9
-        if not isinstance(value, (float, int) if kind is float else kind) or (is_number and (isinstance(value, bool) or not 0 <= value < most or (value == 0 and "_id" not in name))):
-            raise ValueError(f"{where}: {name} = {value!r} is not {'a positive number' if is_number else f'a {kind.__name__}'}")
+        if not isinstance(value, (float, int) if kind is float else kind) or (
+            is_number
+            and (
+                isinstance(value, bool)
+                or not 0 <= value < most
+                or (value == 0 and "_id" not in name)
+            )
+        ):
+            raise ValueError(
+                f"{where}: {name} = {value!r} is not {'a positive number' if is_number else f'a {kind.__name__}'}"
+            )
     config = cls(**found)
     if config.hidden_size % config.num_attention_heads and "head_dim" not in found:
-        raise ValueError(f"{where}: hidden_size {config.hidden_size} cannot be cut into {config.num_attention_heads} heads")
+        raise ValueError(
+            f"{where}: hidden_size {config.hidden_size} cannot be cut into {config.num_attention_heads} heads"
+        )
     return config
 
 
 def text_config(raw, where):
     """TextConfig from the dict of a LLaMA config.json. ValueError names what we do not implement (RoPE scaling, other model types)."""
-    if not isinstance(raw, dict) or not all(isinstance(raw.get(key) or {}, dict) for key in ("rope_parameters", "rope_scaling")):
+    if not isinstance(raw, dict) or not all(
+        isinstance(raw.get(key) or {}, dict) for key in ("rope_parameters", "rope_scaling")
+    ):
         raise ValueError(f"{where}: not an object with the sizes of a language model")
-    rope = raw.get("rope_parameters") or {}              # transformers 5 nests what older files spell rope_theta, rope_scaling
+    rope = (
+        raw.get("rope_parameters") or {}
+    )  # transformers 5 nests what older files spell rope_theta, rope_scaling
     scaling = raw.get("rope_scaling") or {}
-    for kind in [d[key] for d in (rope, scaling) for key in ("rope_type", "type") if d.get(key) not in (None, "default")]:
-        raise ValueError(f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be silently wrong")
+    for kind in [
+        d[key]
+        for d in (rope, scaling)
+        for key in ("rope_type", "type")
+        if d.get(key) not in (None, "default")
+    ]:
+        raise ValueError(
+            f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be silently wrong"
+        )
     raw = dict(raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}))
-    first, *more = raw["eos_token_id"] if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"] else [raw.get("eos_token_id")]
+    first, *more = (
+        raw["eos_token_id"]
+        if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]
+        else [raw.get("eos_token_id")]
+    )
     if not all(type(i) is int and i >= 0 for i in more):
         raise ValueError(f"{where}: eos_token_id = {raw['eos_token_id']!r} is no list of ids")
     raw = dict(raw, eos_token_id=first, more_end_ids=tuple(more))
-    fixed = {"model_type": ["llama", "llava", "llava_llama"], "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False]}
+    fixed = {
+        "model_type": ["llama", "llava", "llava_llama"],
+        "hidden_act": ["silu"],
+        "attention_bias": [False],
+        "mlp_bias": [False],
+    }
     config = _fields_from(TextConfig, raw, where, fixed)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise ValueError(f"{where}: {config.num_attention_heads} heads of {config.head_dim} cannot share {config.num_key_value_heads} key-value heads, or cannot be rotated in pairs")
+        raise ValueError(
+            f"{where}: {config.num_attention_heads} heads of {config.head_dim} cannot share {config.num_key_value_heads} key-value heads, or cannot be rotated in pairs"
+        )
     return config
 
 
 def vision_config(raw, where):
     """VisionConfig from the dict of a CLIP config.json, with or without the text tower's half."""
-    fixed = {"model_type": ["clip_vision_model", "clip"], "hidden_act": ["quick_gelu", "gelu"], "num_channels": [3]}
+    fixed = {
+        "model_type": ["clip_vision_model", "clip"],
+        "hidden_act": ["quick_gelu", "gelu"],
+        "num_channels": [3],
+    }
     config = _fields_from(VisionConfig, raw.get("vision_config", raw), where, fixed)
     if config.patch_size > config.image_size:
-        raise ValueError(f"{where}: patch_size {config.patch_size} is more than image_size {config.image_size}")
+        raise ValueError(
+            f"{where}: patch_size {config.patch_size} is more than image_size {config.image_size}"
+        )
     return config
 
 
@@ -164,7 +209,9 @@ def rotary_cos_sin(position_ids, head_dim, theta):
     A function and not a buffer: a buffer would be cast with the weights (the released code rounds inv_freq to bf16)
     and is garbage after meta-device construction. Source: RoFormer, arXiv 2104.09864, section 3.4.2, half-rotation layout.
     """
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim)  # (D/2,)
+    inv_freq = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    )  # (D/2,)
     angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
     return angles.cos(), angles.sin()
@@ -195,7 +242,9 @@ class KVCache:
             shape = (self.n_layers, k.shape[0], k.shape[1], self.max_length, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        self.k[layer][rows, :, position_ids] = k.transpose(1, 2)  # two indices around a slice select (B, T, H_kv, D)
+        self.k[layer][rows, :, position_ids] = k.transpose(
+            1, 2
+        )  # two indices around a slice select (B, T, H_kv, D)
         self.v[layer][rows, :, position_ids] = v.transpose(1, 2)
         return self.k[layer][:, :, : self.n_positions], self.v[layer][:, :, : self.n_positions]
 
@@ -209,18 +258,31 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.is_grouped = config.num_key_value_heads != config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * config.head_dim, bias=False
+        )
+        self.k_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
+        )
+        self.v_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
+        )
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
+        )
 
     def forward(self, x, rope, cache=None, position_ids=None, mask=None):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H or H_kv, T, D)
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, H or H_kv, T, D)
         q, k = apply_rotary_pos_emb(q, *rope), apply_rotary_pos_emb(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, position_ids)  # (B, H_kv, n_positions, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped
+        )  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -258,7 +320,9 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = build_embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.n_checkpointed = 0  # how many layers, from the first, recompute their inside in backward instead of keeping it
 
@@ -276,12 +340,22 @@ class LlamaModel(nn.Module):
             if cache.lengths is None:  # the first pass
                 cache.lengths = torch.zeros(B, dtype=torch.int64, device=x.device)
             else:
-                position_ids = (cache.lengths[:, None] + position_ids).clamp(max=cache.max_length - 1)  # (B, T): a row that has ended may be full
-                mask = torch.arange(cache.n_positions, device=x.device) <= position_ids[:, None, :, None]  # (B, 1, T, n_positions)
-        rope = tuple(t.to(x.dtype) for t in rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta))  # only the finished cos and sin are rounded
+                position_ids = (cache.lengths[:, None] + position_ids).clamp(
+                    max=cache.max_length - 1
+                )  # (B, T): a row that has ended may be full
+                mask = (
+                    torch.arange(cache.n_positions, device=x.device)
+                    <= position_ids[:, None, :, None]
+                )  # (B, 1, T, n_positions)
+        rope = tuple(
+            t.to(x.dtype)
+            for t in rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
+        )  # only the finished cos and sin are rounded
         for i, layer in enumerate(self.layers):
             if i < self.n_checkpointed and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(layer, x, rope, use_reentrant=False, preserve_rng_state=False)  # nothing here draws
+                x = checkpoint(
+                    layer, x, rope, use_reentrant=False, preserve_rng_state=False
+                )  # nothing here draws
             else:
                 x = layer(x, rope, cache, position_ids, mask)
         return self.norm(x)
@@ -296,11 +370,15 @@ class CLIPVisionEmbeddings(nn.Module):
         super().__init__()
         n_positions = (config.image_size // config.patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
+        self.patch_embedding = nn.Conv2d(
+            3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+        )
         self.position_embedding = build_embedding(n_positions, config.hidden_size)
 
     def forward(self, pixel_values):
-        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (M, Cv, h, w)
+        x = self.patch_embedding(
+            pixel_values.to(self.patch_embedding.weight.dtype)
+        )  # (M, Cv, h, w)
         x = x.flatten(2).transpose(1, 2)  # (M, N, Cv)
         cls = self.class_embedding.expand(x.shape[0], 1, -1)  # (M, 1, Cv)
         return torch.cat((cls, x), dim=1) + self.position_embedding.weight  # (M, N + 1, Cv)
@@ -310,11 +388,16 @@ class CLIPAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+        )
 
     def forward(self, x):
         M, T, Cv = x.shape
-        q, k, v = (proj(x).view(M, T, self.n_heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (M, H, T, D)
+        q, k, v = (
+            proj(x).view(M, T, self.n_heads, -1).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (M, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v)  # (M, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(M, T, Cv))  # (M, T, Cv)
 
@@ -347,7 +430,9 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
 
 
 class CLIPVisionTower(nn.Module):
@@ -356,11 +441,17 @@ class CLIPVisionTower(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the name in every checkpoint
+        self.pre_layrnorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps
+        )  # sic: the name in every checkpoint
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # hidden_states[i] is the output of block i (0: of the embeddings); -2 of 24 blocks means blocks 1 to 23
-        self.n_computed = config.select_layer if config.select_layer >= 0 else config.num_hidden_layers + 1 + config.select_layer
+        self.n_computed = (
+            config.select_layer
+            if config.select_layer >= 0
+            else config.num_hidden_layers + 1 + config.select_layer
+        )
 
     def forward(self, pixel_values):
         """pixel_values float (M, 3, H, W) normalised -> features (M, N, Cv): the class token is dropped."""
@@ -373,7 +464,9 @@ class CLIPVisionTower(nn.Module):
 # --- 4. Qilin -------------------------------------------------------------------------------------------------------
 # in: input_ids (B, T) with IMAGE_TOKEN_INDEX at picture positions, pixels (M, 3, H, W); out: logits (B, T, V) or the loss
 
-LOSS_CHUNK = 1024  # labelled positions whose logits exist at one time: 1024 x 55296 x 4 bytes = 216 MiB
+LOSS_CHUNK = (
+    1024  # labelled positions whose logits exist at one time: 1024 x 55296 x 4 bytes = 216 MiB
+)
 
 
 def build_projector(projector_type, vision_size, text_size):
@@ -381,7 +474,9 @@ def build_projector(projector_type, vision_size, text_size):
     if projector_type == "linear":
         return nn.Linear(vision_size, text_size)
     if projector_type == "mlp2x_gelu":
-        return nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
+        return nn.Sequential(
+            nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size)
+        )
     raise ValueError(f"projector_type {projector_type!r} is unknown: linear or mlp2x_gelu")
 
 
@@ -394,8 +489,12 @@ def splice_image_embeds(token_embeds, image_embeds, image_mask):
     """
     n_places, n_patches = int(image_mask.sum()), image_embeds.shape[0] * image_embeds.shape[1]
     if n_places != n_patches:
-        raise ValueError(f"input_ids hold {n_places} picture positions, but the pictures give {image_embeds.shape[0]} x {image_embeds.shape[1]} patches")
-    return token_embeds.masked_scatter(image_mask[..., None], image_embeds.to(token_embeds.dtype))  # (B, T, C)
+        raise ValueError(
+            f"input_ids hold {n_places} picture positions, but the pictures give {image_embeds.shape[0]} x {image_embeds.shape[1]} patches"
+        )
+    return token_embeds.masked_scatter(
+        image_mask[..., None], image_embeds.to(token_embeds.dtype)
+    )  # (B, T, C)
 
 
 class Qilin(nn.Module):
@@ -405,9 +504,15 @@ class Qilin(nn.Module):
         super().__init__()
         self.config = config
         self.vision_tower = CLIPVisionTower(config.vision)
-        self.mm_projector = build_projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size)
+        self.mm_projector = build_projector(
+            config.projector_type, config.vision.hidden_size, config.text.hidden_size
+        )
         self.model = LlamaModel(config.text)
-        self.lm_head = None if config.text.tie_word_embeddings else nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = (
+            None
+            if config.text.tie_word_embeddings
+            else nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        )
 
     def encode_images(self, pixel_values):
         """pixel_values (M, 3, H, W) -> picture embeddings (M, N, C)."""
@@ -420,7 +525,9 @@ class Qilin(nn.Module):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight).float()  # (..., V)
 
-    def forward(self, input_ids, pixel_values=None, labels=None, reduction="mean", cache=None, lengths=None):
+    def forward(
+        self, input_ids, pixel_values=None, labels=None, reduction="mean", cache=None, lengths=None
+    ):
         """Logits, or with labels the loss.
 
         input_ids int64 (B, T), each picture as n_image_tokens positions of IMAGE_TOKEN_INDEX; rows padded on the right with id 0.
@@ -436,10 +543,14 @@ class Qilin(nn.Module):
             x = splice_image_embeds(x, self.encode_images(pixel_values), image_mask)
         else:
             if image_mask.any():
-                raise ValueError(f"input_ids hold {int(image_mask.sum())} picture positions, but there are no pictures")
+                raise ValueError(
+                    f"input_ids hold {int(image_mask.sum())} picture positions, but there are no pictures"
+                )
             if self.training:  # under FSDP every rank must run backward through the same layers down to the projector, picture or not
                 weight = next(self.mm_projector.parameters())
-                x = x + 0.0 * self.mm_projector(weight.new_zeros(1, self.config.vision.hidden_size)).to(x.dtype)  # (B, T, C)
+                x = x + 0.0 * self.mm_projector(
+                    weight.new_zeros(1, self.config.vision.hidden_size)
+                ).to(x.dtype)  # (B, T, C)
         hidden = self.model(x, cache)  # (B, T, C)
         if cache is not None:
             cache.lengths = cache.lengths + lengths
@@ -459,7 +570,13 @@ class Qilin(nn.Module):
         total = hidden.float().sum() * 0.0  # keeps the graph when this rank has no label at all
         for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
             # checkpoint: backward computes a chunk's logits again instead of keeping them
-            total = total + checkpoint(lambda h, t: F.cross_entropy(self.logits(h), t, reduction="sum"), h, t, use_reentrant=False, preserve_rng_state=False)
+            total = total + checkpoint(
+                lambda h, t: F.cross_entropy(self.logits(h), t, reduction="sum"),
+                h,
+                t,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         return total if reduction == "sum" else total / max(len(targets), 1)
 
 
@@ -467,29 +584,47 @@ class Qilin(nn.Module):
 # in: folders or files of any published layout; out: a model whose every parameter came from a named tensor
 
 PARTS = ("llm", "vision_tower", "mm_projector")
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}  # safetensors' spelling of torch's
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+}  # safetensors' spelling of torch's
 EMBED = "model.embed_tokens.weight"
 RENAMES = (  # names in files -> names here: patterns and what takes their place, tried one after the other
-    (r"^base_model\.model\.", ""),                                                             # peft's addition
-    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),         # llava-hf of any age; original LLaVA nests it twice
-    (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_tower."),  # CLIP, older and as transformers 5 saves it
-    (r"^(model\.)?multi_modal_projector\.linear_1\.", "mm_projector.0."),                      # llava-hf
+    (r"^base_model\.model\.", ""),  # peft's addition
+    (
+        r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?",
+        "vision_tower.",
+    ),  # llava-hf of any age; original LLaVA nests it twice
+    (
+        r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)",
+        "vision_tower.",
+    ),  # CLIP, older and as transformers 5 saves it
+    (r"^(model\.)?multi_modal_projector\.linear_1\.", "mm_projector.0."),  # llava-hf
     (r"^(model\.)?multi_modal_projector\.linear_2\.", "mm_projector.2."),
-    (r"^model\.mm_projector\.", "mm_projector."),                                              # original LLaVA and the Qilin release
-    (r"^(language_model\.model|model\.language_model)\.", "model."),                           # llava-hf up to 4.51, and since
+    (r"^model\.mm_projector\.", "mm_projector."),  # original LLaVA and the Qilin release
+    (
+        r"^(language_model\.model|model\.language_model)\.",
+        "model.",
+    ),  # llava-hf up to 4.51, and since
     (r"^language_model\.(?=lm_head\.)", ""),
 )
 IGNORABLE = re.compile(  # what a checkpoint may hold that no model here needs
-    r"rotary_emb\.inv_freq$"                     # computed, not stored, since transformers 4.32
-    r"|embeddings\.position_ids$"                # 0, 1, 2, … in old CLIP files
-    r"|^text_model\.|^(text|visual)_projection\.weight$|^logit_scale$")  # CLIP's text half
+    r"rotary_emb\.inv_freq$"  # computed, not stored, since transformers 4.32
+    r"|embeddings\.position_ids$"  # 0, 1, 2, … in old CLIP files
+    r"|^text_model\.|^(text|visual)_projection\.weight$|^logit_scale$"
+)  # CLIP's text half
 
 
 def our_name(name):
     """The name here of a tensor of a file; None when it has the form of none."""
     for pattern, ours in RENAMES:
         name = re.sub(pattern, ours, name)
-    return name if name.startswith(("vision_tower.", "mm_projector.", "model.", "lm_head.")) else None
+    return (
+        name if name.startswith(("vision_tower.", "mm_projector.", "model.", "lm_head.")) else None
+    )
 
 
 def part_of(name):
@@ -505,11 +640,18 @@ def open_weights(file):
             opened = safe_open(file, framework="pt")
             return [(name, opened.get_slice(name)) for name in opened.keys()]
         # weights_only: no code runs; mmap, which the oldest format cannot: pages come as they are read
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for n, t in tensors.items()):
+        tensors = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+        if not isinstance(tensors, dict) or not all(
+            isinstance(n, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided
+            for n, t in tensors.items()
+        ):
             raise ValueError("not a dict from names to tensors")
         return list(tensors.items())
-    except Exception as error:  # the readers raise many kinds for a damaged file, and each means this
+    except (
+        Exception
+    ) as error:  # the readers raise many kinds for a damaged file, and each means this
         raise ValueError(f"{file}: cannot be read as weights ({one_line(error)[:200]})") from None
 
 
@@ -530,7 +672,9 @@ class WeightFiles:
                 elif ours is None:
                     self.unknown.append(name)
                 elif ours in self.tensors:
-                    raise ValueError(f"{file}: {name} is also in {self.tensors[ours][0].name} (as {self.tensors[ours][1]})")
+                    raise ValueError(
+                        f"{file}: {name} is also in {self.tensors[ours][0].name} (as {self.tensors[ours][1]})"
+                    )
                 else:
                     self.tensors[ours] = (file, name, tensor)
 
@@ -543,17 +687,32 @@ class WeightFiles:
             if (self.path / index).is_file():
                 raw = read_json(self.path / index)
                 names = raw.get("weight_map") if isinstance(raw, dict) else None
-                if not isinstance(names, dict) or not names or any(not isinstance(n, str) or n != Path(n).name for n in names.values()):
-                    raise ValueError(f"{self.path / index}: no weight_map from tensors to files beside it")
+                if (
+                    not isinstance(names, dict)
+                    or not names
+                    or any(not isinstance(n, str) or n != Path(n).name for n in names.values())
+                ):
+                    raise ValueError(
+                        f"{self.path / index}: no weight_map from tensors to files beside it"
+                    )
                 files = [self.path / name for name in sorted(set(names.values()))]
                 missing = [f.name for f in files if not f.is_file()]
                 if missing:
-                    raise FileNotFoundError(f"{self.path / index} names {missing[0]}, which is not there ({len(missing)} of {len(files)} files are missing)")
+                    raise FileNotFoundError(
+                        f"{self.path / index} names {missing[0]}, which is not there ({len(missing)} of {len(files)} files are missing)"
+                    )
                 return files
-        for name in ("model.safetensors", "pytorch_model.bin", "projector.safetensors", "mm_projector.bin"):
+        for name in (
+            "model.safetensors",
+            "pytorch_model.bin",
+            "projector.safetensors",
+            "mm_projector.bin",
+        ):
             if (self.path / name).is_file():
                 return [self.path / name]
-        raise FileNotFoundError(f"no weights in {self.path}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+        raise FileNotFoundError(
+            f"no weights in {self.path}: neither model.safetensors nor pytorch_model.bin, nor an index of shards"
+        )
 
     def shape(self, name):
         tensor = self.tensors[name][2]
@@ -561,7 +720,11 @@ class WeightFiles:
 
     def dtype(self, name):
         tensor = self.tensors[name][2]
-        return str(tensor.dtype)[6:] if isinstance(tensor, torch.Tensor) else DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
+        return (
+            str(tensor.dtype)[6:]
+            if isinstance(tensor, torch.Tensor)
+            else DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
+        )
 
     def rows(self, name, start=0, stop=None):
         """Rows start:stop of a tensor, in the file's dtype, nothing else being read."""
@@ -579,7 +742,10 @@ def local_rows(param):
     if not hasattr(param, "device_mesh"):
         return 0, param.shape[0]
     mesh = param.device_mesh
-    size, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)  # the last dimension shards, one before it replicates
+    size, rank = (
+        mesh.size(mesh.ndim - 1),
+        mesh.get_local_rank(mesh.ndim - 1),
+    )  # the last dimension shards, one before it replicates
     chunk = -(-param.shape[0] // size)
     return min(rank * chunk, param.shape[0]), min((rank + 1) * chunk, param.shape[0])
 
@@ -613,50 +779,98 @@ def account(model, sources, fresh=False):
     ValueError when a tensor is missing, has another shape, or is left over: names up to ten and how many more.
     """
     where = ", ".join(str(files.path) for files, _ in sources)
-    is_linear, is_tied = model.config.projector_type == "linear", model.config.text.tie_word_embeddings
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if part_of(name) != "lora" and not (fresh and part_of(name) == "mm_projector")}
-    quantized = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "quantize_")}
+    is_linear, is_tied = (
+        model.config.projector_type == "linear",
+        model.config.text.tie_word_embeddings,
+    )
+    shapes = {
+        name: tuple(p.shape)
+        for name, p in model.named_parameters()
+        if part_of(name) != "lora" and not (fresh and part_of(name) == "mm_projector")
+    }
+    quantized = {
+        f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "quantize_")
+    }
     found, skipped = {}, 0
     for files, parts in sources:
         if files.unknown:
-            raise ValueError(f"{files.path}: tensors that this model has no place for: {named_list(files.unknown)}")
+            raise ValueError(
+                f"{files.path}: tensors that this model has no place for: {named_list(files.unknown)}"
+            )
         for name in files.tensors:
             if part_of(name) not in parts:
                 skipped += 1
             elif is_tied and name == "lm_head.weight" and EMBED in files.tensors:
                 rows = files.shape(EMBED)[0]
                 if files.shape(name) != files.shape(EMBED) or not all(
-                        torch.equal(files.rows(name, i, i + 4096).float(), files.rows(EMBED, i, i + 4096).float()) for i in range(0, rows, 4096)):
-                    raise ValueError(f"{files.path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
+                    torch.equal(
+                        files.rows(name, i, i + 4096).float(),
+                        files.rows(EMBED, i, i + 4096).float(),
+                    )
+                    for i in range(0, rows, 4096)
+                ):
+                    raise ValueError(
+                        f"{files.path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight"
+                    )
                 files.ignored.append(name)
-            elif is_tied and name == "lm_head.weight":  # the one copy was saved under the head's name
+            elif (
+                is_tied and name == "lm_head.weight"
+            ):  # the one copy was saved under the head's name
                 found[EMBED] = files, name
-            elif is_linear and name.startswith("mm_projector.2."):  # llava-hf has no linear projector: ours goes out as linear_1, and an identity as linear_2
-                want = torch.eye(model.config.text.hidden_size) if name.endswith("weight") else torch.zeros(model.config.text.hidden_size)
-                if files.shape(name) != want.shape or not torch.equal(files.rows(name).float(), want):
-                    raise ValueError(f"{files.path}: {name} is no identity, so this is not a linear projector")
+            elif (
+                is_linear and name.startswith("mm_projector.2.")
+            ):  # llava-hf has no linear projector: ours goes out as linear_1, and an identity as linear_2
+                want = (
+                    torch.eye(model.config.text.hidden_size)
+                    if name.endswith("weight")
+                    else torch.zeros(model.config.text.hidden_size)
+                )
+                if files.shape(name) != want.shape or not torch.equal(
+                    files.rows(name).float(), want
+                ):
+                    raise ValueError(
+                        f"{files.path}: {name} is no identity, so this is not a linear projector"
+                    )
             else:
-                found[name.replace("mm_projector.0.", "mm_projector.") if is_linear else name] = files, name
-    for problem, names in (("missing", shapes.keys() - found.keys()), ("tensors that this model has no place for:", found.keys() - shapes.keys())):
+                found[name.replace("mm_projector.0.", "mm_projector.") if is_linear else name] = (
+                    files,
+                    name,
+                )
+    for problem, names in (
+        ("missing", shapes.keys() - found.keys()),
+        ("tensors that this model has no place for:", found.keys() - shapes.keys()),
+    ):
         if names:
             raise ValueError(f"{where}: {problem} {named_list(names)}")
     for name, (files, key) in found.items():
         want = quantized[name].shape if name in quantized else shapes[name]
         if files.shape(key) != want:
-            raise ValueError(f"{files.path}: {name} is {files.shape(key)} in the file, {want} by the config")
-    return found, (f"{len(found)} tensors loaded, {skipped} skipped (part given elsewhere), {sum(len(files.ignored) for files, _ in sources)} ignorable, "
-                   f"none missing, none left over{', fresh projector' * fresh}")
+            raise ValueError(
+                f"{files.path}: {name} is {files.shape(key)} in the file, {want} by the config"
+            )
+    return found, (
+        f"{len(found)} tensors loaded, {skipped} skipped (part given elsewhere), {sum(len(files.ignored) for files, _ in sources)} ignorable, "
+        f"none missing, none left over{', fresh projector' * fresh}"
+    )
 
 
 def is_finite(tensor):
-    return all(extreme.isfinite() for extreme in torch.aminmax(tensor))  # one pass, nothing allocated; aminmax passes nan on
+    return all(
+        extreme.isfinite() for extreme in torch.aminmax(tensor)
+    )  # one pass, nothing allocated; aminmax passes nan on
 
 
 @torch.no_grad()
 def check_finite(model, dtype=None):
     """ValueError that names the parameters holding inf or nan, or that would in `dtype`."""
-    if names := [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p.to(dtype or p.dtype))]:
-        raise ValueError(f"values that are not finite in {named_list(names)}: the weights are damaged{f', or too large for {dtype}' if dtype else ''}")
+    if names := [
+        name
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and not is_finite(p.to(dtype or p.dtype))
+    ]:
+        raise ValueError(
+            f"values that are not finite in {named_list(names)}: the weights are damaged{f', or too large for {dtype}' if dtype else ''}"
+        )
 
 
 @torch.no_grad()
@@ -667,9 +881,17 @@ def load_weights(model, sources, device, fresh=False, seed=0):
     fresh: the projector is in no file and comes from init_fresh with `seed`, as LoRA adapters do.
     """
     found, line = account(model, sources, fresh)
-    quantized = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "quantize_")}
+    quantized = {
+        f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "quantize_")
+    }
     # what to_empty does; a plain tensor without its empty_like, which makes torch import for half a second
-    model._apply(lambda t: torch.empty_like(t, device=device) if hasattr(t, "to_local") else torch.empty(t.shape, dtype=t.dtype, device=device))
+    model._apply(
+        lambda t: (
+            torch.empty_like(t, device=device)
+            if hasattr(t, "to_local")
+            else torch.empty(t.shape, dtype=t.dtype, device=device)
+        )
+    )
     for name, (files, key) in found.items():
         param = model.get_parameter(name)
         start, stop = local_rows(param) if name not in quantized else (0, None)
@@ -677,11 +899,21 @@ def load_weights(model, sources, device, fresh=False, seed=0):
             continue
         rows = files.rows(key, start, stop)
         # of a large tensor a sample is looked at, since what is mapped need not be read yet; generate() and convert.py find the rest
-        if not rows.is_floating_point() or not is_finite(rows.flatten()[:: 1 + rows.numel() // 4096] if rows.numel() > 65536 and rows.is_contiguous() else rows):
-            raise ValueError(f"{files.tensors[key][0]}: {files.tensors[key][1]} holds {'values that are not finite' if rows.is_floating_point() else str(rows.dtype)}")
+        if not rows.is_floating_point() or not is_finite(
+            rows.flatten()[:: 1 + rows.numel() // 4096]
+            if rows.numel() > 65536 and rows.is_contiguous()
+            else rows
+        ):
+            raise ValueError(
+                f"{files.tensors[key][0]}: {files.tensors[key][1]} holds {'values that are not finite' if rows.is_floating_point() else str(rows.dtype)}"
+            )
         if name in quantized:
             quantized[name].quantize_(rows)
-        elif (rows.dtype, rows.device) == (param.dtype, param.device) and rows.is_contiguous() and not hasattr(param, "to_local"):
+        elif (
+            (rows.dtype, rows.device) == (param.dtype, param.device)
+            and rows.is_contiguous()
+            and not hasattr(param, "to_local")
+        ):
             param.data = rows  # no copy: the parameter is the file, mapped into memory; writing to it changes pages of our own
         else:
             (param.to_local() if hasattr(param, "to_local") else param).copy_(rows)
@@ -690,14 +922,18 @@ def load_weights(model, sources, device, fresh=False, seed=0):
 
 
 HF_PREFIXES = (  # ours -> the older llava-hf names, which every transformers reads
-    ("vision_tower.", "vision_tower.vision_model."), ("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
-    ("mm_projector.0.", "multi_modal_projector.linear_1."), ("mm_projector.2.", "multi_modal_projector.linear_2."),
-    ("mm_projector.", "multi_modal_projector.linear_1."))
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("mm_projector.", "multi_modal_projector.linear_1."),
+)
 
 
 def hf_name(name):
     """The llava-hf name of one of our parameters."""
-    return next(theirs + name[len(ours):] for ours, theirs in HF_PREFIXES if name.startswith(ours))
+    return next(theirs + name[len(ours) :] for ours, theirs in HF_PREFIXES if name.startswith(ours))
 
 
 # --- 6. generation ---------------------------------------------------------------------------------------------------
@@ -707,30 +943,54 @@ def hf_name(name):
 def pad_rows(rows, value):
     """int64 (B, T) from lists of int of different lengths, padded on the right with `value`."""
     length = max(map(len, rows))
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.int64)  # (B, T)
+    return torch.tensor(
+        [row + [value] * (length - len(row)) for row in rows], dtype=torch.int64
+    )  # (B, T)
 
 
-def sample_next_token(logits, seen, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, generator=None):
+def sample_next_token(
+    logits, seen, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, generator=None
+):
     """int64 (B,) from logits float32 (B, V). temperature 0: the likeliest. seen bool (B, V): ids that repetition_penalty makes less likely
     (divides positive logits, multiplies negative ones: CTRL, arXiv 1909.05858). top_k, then top_p, cut the tail before drawing."""
     if repetition_penalty != 1.0:
-        logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+        logits = torch.where(
+            seen,
+            torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty),
+            logits,
+        )
     if temperature < 1e-4:  # logits divided by less leave the range of float32
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(
+            logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf
+        )
     if top_p < 1.0:
         ranked, order = logits.sort(descending=True)
         probs = ranked.softmax(-1)
-        ranked = ranked.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)  # keeps the one that reaches top_p
+        ranked = ranked.masked_fill(
+            probs.cumsum(-1) - probs >= top_p, -torch.inf
+        )  # keeps the one that reaches top_p
         logits = torch.full_like(logits, -torch.inf).scatter(1, order, ranked)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
-def generate(model, input_ids, pixel_values=None, *, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
-             seed=None, stop=all, cache=None):
+def generate(
+    model,
+    input_ids,
+    pixel_values=None,
+    *,
+    max_new_tokens,
+    temperature=0.0,
+    top_p=1.0,
+    top_k=0,
+    repetition_penalty=1.0,
+    seed=None,
+    stop=all,
+    cache=None,
+):
     """Yield one list of B new ids a step for B prompts (lists of int, from encode_prompt) and their pictures (M, 3, H, W).
 
     A row's end id is yielded, after that None. Rows of different lengths answer as each would alone. Ids past the tokenizer never come.
@@ -741,17 +1001,23 @@ def generate(model, input_ids, pixel_values=None, *, max_new_tokens, temperature
     device = next(model.parameters()).device
     limit, longest = model.config.text.max_position_embeddings, max(map(len, input_ids))
     if longest >= limit:
-        raise ValueError(f"the prompt has {longest} tokens, the model's positions end at {limit}: ask a shorter question")
+        raise ValueError(
+            f"the prompt has {longest} tokens, the model's positions end at {limit}: ask a shorter question"
+        )
     if cache is None:
         cache = KVCache(model.config.text.num_hidden_layers, min(longest + max_new_tokens, limit))
     limit = min(limit, max(cache.max_length, longest))
     held = [0] * len(input_ids) if cache.lengths is None else cache.lengths.tolist()
     rest = [row[n:] for row, n in zip(input_ids, held)]
     if not all(rest) or longest > cache.max_length:
-        raise ValueError("a prompt is empty, or the cache holds all of it, or it is longer than the cache")
+        raise ValueError(
+            "a prompt is empty, or the cache holds all of it, or it is longer than the cache"
+        )
     lengths = torch.tensor([len(row) for row in rest], device=device)
     ids = pad_rows(rest, 0).to(device)
-    seen = torch.zeros(len(input_ids), model.config.text.vocab_size, dtype=torch.bool, device=device)
+    seen = torch.zeros(
+        len(input_ids), model.config.text.vocab_size, dtype=torch.bool, device=device
+    )
     for row, prompt in zip(seen, input_ids):
         row[[i for i in set(prompt) if i >= 0]] = True
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -761,16 +1027,27 @@ def generate(model, input_ids, pixel_values=None, *, max_new_tokens, temperature
     for step in range(max_new_tokens):
         if step == 0 and not is_finite(logits):
             check_finite(model)
-            raise ValueError("the model's logits are not finite, though its weights are: try another dtype")
-        logits[:, model.config.n_token_ids:] = -torch.inf
-        ids = sample_next_token(logits, seen, temperature, top_p, top_k, repetition_penalty, generator)  # (B,)
+            raise ValueError(
+                "the model's logits are not finite, though its weights are: try another dtype"
+            )
+        logits[:, model.config.n_token_ids :] = -torch.inf
+        ids = sample_next_token(
+            logits, seen, temperature, top_p, top_k, repetition_penalty, generator
+        )  # (B,)
         seen[torch.arange(len(ids), device=device), ids] = True
         new = [None if end else i for end, i in zip(ended, ids.tolist())]
         yield new
-        ended = [end or i in model.config.end_ids or len(row) + step + 1 >= limit for end, i, row in zip(ended, new, input_ids)]
+        ended = [
+            end or i in model.config.end_ids or len(row) + step + 1 >= limit
+            for end, i, row in zip(ended, new, input_ids)
+        ]
         if stop(ended) or step == max_new_tokens - 1:
             return
-        logits = model(ids[:, None], cache=cache, lengths=torch.tensor([int(not end) for end in ended], device=device))  # one token a row: (B, V)
+        logits = model(
+            ids[:, None],
+            cache=cache,
+            lengths=torch.tensor([int(not end) for end in ended], device=device),
+        )  # one token a row: (B, V)
 
 
 def answer_ids(model, input_ids, pixel_values=None, **options):

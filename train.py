@@ -57,7 +57,7 @@ from training.batches import (
 from training.checkpoints import Checkpoints, Progress, describe_setup, lock
 from training.costs import Sizes, blocks_to_checkpoint, flops
 from training.log import Log, answer_held_out, evaluate
-from training.plan import Fit, LLAMA_SIZES, choose, describe_fit, run_plan, this_machine
+from training.plan import LLAMA_SIZES, Fit, choose, describe_fit, run_plan, this_machine
 from training.ranks import (
     StopRequest,
     gather,
@@ -70,84 +70,292 @@ from training.ranks import (
 )
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports and the loading ends at once and says nothing; the loop answers it with a checkpoint
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # every batch has another length, which fragments fixed segments; read when torch is imported
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C during the imports and the loading ends at once and says nothing; the loop answers it with a checkpoint
+os.environ.setdefault(
+    "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+)  # every batch has another length, which fragments fixed segments; read when torch is imported
 
 
 # --- 1. the two stages ----------------------------------------------------------------------------------------------
 # paper, section 5.2, and the released scripts; every row can be overridden by the option of the same name
 
 STAGES = {
-    1: dict(trained=("mm_projector",), lr=1e-3, batch_size=256, micro_batch_size=32, data="data/chimed/alignment.json", projector=None, out="out/stage1"),
-    2: dict(trained=("mm_projector", "llm"), lr=2e-5, batch_size=128, micro_batch_size=16, data="data/chimed/instruction.json",
-            projector="out/stage1/final/projector.safetensors", out="out/stage2"),
+    1: dict(
+        trained=("mm_projector",),
+        lr=1e-3,
+        batch_size=256,
+        micro_batch_size=32,
+        data="data/chimed/alignment.json",
+        projector=None,
+        out="out/stage1",
+    ),
+    2: dict(
+        trained=("mm_projector", "llm"),
+        lr=2e-5,
+        batch_size=128,
+        micro_batch_size=16,
+        data="data/chimed/instruction.json",
+        projector="out/stage1/final/projector.safetensors",
+        out="out/stage2",
+    ),
 }
-LORA = dict(trained=("mm_projector", "lora"), lr=2e-4)  # in place of stage 2's; ten times its rate is LLaVA's choice for adapters
+LORA = dict(
+    trained=("mm_projector", "lora"), lr=2e-4
+)  # in place of stage 2's; ten times its rate is LLaVA's choice for adapters
 FINAL_FILES = {1: "projector.safetensors", 2: "config.json"}  # in --out/final, of a finished run
-DEFAULT_WEIGHTS = {"llm": "weights/Llama2-Chinese-13b-Chat", "vision": "weights/clip-vit-large-patch14-336"}
+DEFAULT_WEIGHTS = {
+    "llm": "weights/Llama2-Chinese-13b-Chat",
+    "vision": "weights/clip-vit-large-patch14-336",
+}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--stage", type=int, choices=STAGES, help="1: projector on captions; 2: projector and language model on questions")
+    add(
+        "--stage",
+        type=int,
+        choices=STAGES,
+        help="1: projector on captions; 2: projector and language model on questions",
+    )
 
     add = parser.add_argument_group("what is trained on what").add_argument
     add("--llm", default=None, help="LLaMA folder (default weights/Llama2-Chinese-13b-Chat)")
     add("--vision", default=None, help="CLIP folder (default weights/clip-vit-large-patch14-336)")
     add("--model", default=None, help="a whole model to go on from, in place of --llm and --vision")
-    add("--projector", default=None, help="file to start from, or `fresh` (default: the one in --model; else stage 1 fresh, stage 2 out/stage1/final/projector.safetensors)")
-    add("--projector-type", default="linear", choices=("linear", "mlp2x_gelu"), help="of a fresh one: the paper's, or the released weights' (default %(default)s)")
-    add("--data", nargs="+", default=None, help=".json lists or .jsonl of {id, image, conversations}; several are mixed (default by stage: data/chimed/…)")
-    add("--images", default="data/chimed/images", help="folder that the data's picture names are relative to (default %(default)s)")
-    add("--strict", action="store_true", help="stop when a picture does not decode (default: a grey one takes its place and the sample teaches nothing; counted and logged)")
-    add("--max-length", type=int, default=2048, help="tokens of a sample, pictures included; the end of longer ones is cut (default %(default)s)")
-    add("--template", choices=TEMPLATES, default="v1", help="v1: dialogs, as in the paper; plain: picture then caption, the released stage 1")
-    add("--image-mode", choices=("pad", "crop"), default="pad", help="how a picture becomes square (default %(default)s)")
+    add(
+        "--projector",
+        default=None,
+        help="file to start from, or `fresh` (default: the one in --model; else stage 1 fresh, stage 2 out/stage1/final/projector.safetensors)",
+    )
+    add(
+        "--projector-type",
+        default="linear",
+        choices=("linear", "mlp2x_gelu"),
+        help="of a fresh one: the paper's, or the released weights' (default %(default)s)",
+    )
+    add(
+        "--data",
+        nargs="+",
+        default=None,
+        help=".json lists or .jsonl of {id, image, conversations}; several are mixed (default by stage: data/chimed/…)",
+    )
+    add(
+        "--images",
+        default="data/chimed/images",
+        help="folder that the data's picture names are relative to (default %(default)s)",
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="stop when a picture does not decode (default: a grey one takes its place and the sample teaches nothing; counted and logged)",
+    )
+    add(
+        "--max-length",
+        type=int,
+        default=2048,
+        help="tokens of a sample, pictures included; the end of longer ones is cut (default %(default)s)",
+    )
+    add(
+        "--template",
+        choices=TEMPLATES,
+        default="v1",
+        help="v1: dialogs, as in the paper; plain: picture then caption, the released stage 1",
+    )
+    add(
+        "--image-mode",
+        choices=("pad", "crop"),
+        default="pad",
+        help="how a picture becomes square (default %(default)s)",
+    )
 
     add = parser.add_argument_group("how it learns").add_argument
-    add("--batch-size", type=int, default=None, help="samples a step over all ranks (default 256, 128)")
-    add("--lr", type=float, default=None, help="peak learning rate (default 1e-3, 2e-5; with --lora 2e-4)")
-    add("--warmup-ratio", type=float, default=0.03, help="share of the steps before the peak (default %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=None,
+        help="samples a step over all ranks (default 256, 128)",
+    )
+    add(
+        "--lr",
+        type=float,
+        default=None,
+        help="peak learning rate (default 1e-3, 2e-5; with --lora 2e-4)",
+    )
+    add(
+        "--warmup-ratio",
+        type=float,
+        default=0.03,
+        help="share of the steps before the peak (default %(default)s)",
+    )
     add("--weight-decay", type=float, default=0.0, help="(default %(default)s)")
-    add("--max-grad-norm", type=float, default=1.0, help="gradient norm is clipped there, 0: never (default %(default)s)")
-    add("--max-bad-steps", type=int, default=10, help="steps in a row whose loss is not finite or explodes: each is skipped, so many stop the run (default %(default)s)")
+    add(
+        "--max-grad-norm",
+        type=float,
+        default=1.0,
+        help="gradient norm is clipped there, 0: never (default %(default)s)",
+    )
+    add(
+        "--max-bad-steps",
+        type=int,
+        default=10,
+        help="steps in a row whose loss is not finite or explodes: each is skipped, so many stop the run (default %(default)s)",
+    )
     add("--epochs", type=int, default=1, help="(default %(default)s)")
-    add("--max-steps", type=int, default=0, help="stop the run after this many steps; the schedule ends there as well (0: by --epochs)")
-    add("--seed", type=int, default=0, help="of the order of samples and of what starts fresh (default %(default)s)")
-    add("--lora", type=int, default=0, metavar="RANK", help="stage 2: train low-rank adapters of the language model instead of all of it; merged at the end")
-    add("--lora-alpha", type=float, default=None, help="their scale is alpha / rank (default: twice the rank)")
-    add("--quantize", choices=("int8", "int4"), default=None, help="keep the language model's frozen blocks in so many bits, whole on every GPU (stage 1, or --lora)")
+    add(
+        "--max-steps",
+        type=int,
+        default=0,
+        help="stop the run after this many steps; the schedule ends there as well (0: by --epochs)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the order of samples and of what starts fresh (default %(default)s)",
+    )
+    add(
+        "--lora",
+        type=int,
+        default=0,
+        metavar="RANK",
+        help="stage 2: train low-rank adapters of the language model instead of all of it; merged at the end",
+    )
+    add(
+        "--lora-alpha",
+        type=float,
+        default=None,
+        help="their scale is alpha / rank (default: twice the rank)",
+    )
+    add(
+        "--quantize",
+        choices=("int8", "int4"),
+        default=None,
+        help="keep the language model's frozen blocks in so many bits, whole on every GPU (stage 1, or --lora)",
+    )
 
     add = parser.add_argument_group("how it fits (the plan chooses what is not given)").add_argument
-    add("--micro-batch-size", type=int, default=None, help="samples a GPU holds at one time (default: chosen, at most the paper's 32, 16)")
-    add("--checkpoint-layers", type=int, default=None, help="blocks that recompute activations in backward (default: as few as each batch needs)")
-    add("--reshard", choices=("auto", "always", "never"), default="auto", help="free a block's gathered weights between forward and backward (default auto: where memory wants it)")
-    add("--replicate", type=int, default=1, help="HSDP: so many copies of the sharded weights, one a node: only gradients cross nodes (default %(default)s)")
-    add("--compile", action="store_true", help="torch.compile each block: slower start, one recompilation when lengths vary")
-    add("--workers", type=int, default=None, help="processes a rank that decode pictures ahead (default: spare cores, at most 8)")
+    add(
+        "--micro-batch-size",
+        type=int,
+        default=None,
+        help="samples a GPU holds at one time (default: chosen, at most the paper's 32, 16)",
+    )
+    add(
+        "--checkpoint-layers",
+        type=int,
+        default=None,
+        help="blocks that recompute activations in backward (default: as few as each batch needs)",
+    )
+    add(
+        "--reshard",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="free a block's gathered weights between forward and backward (default auto: where memory wants it)",
+    )
+    add(
+        "--replicate",
+        type=int,
+        default=1,
+        help="HSDP: so many copies of the sharded weights, one a node: only gradients cross nodes (default %(default)s)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile each block: slower start, one recompilation when lengths vary",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=None,
+        help="processes a rank that decode pictures ahead (default: spare cores, at most 8)",
+    )
 
     add = parser.add_argument_group("stopping and going on").add_argument
     add("--out", default=None, help="folder to write (default out/stage1, out/stage2)")
-    add("--save-every", type=int, default=500, help="steps between two checkpoints (default %(default)s)")
+    add(
+        "--save-every",
+        type=int,
+        default=500,
+        help="steps between two checkpoints (default %(default)s)",
+    )
     add("--keep", type=int, default=2, help="newest checkpoints kept (default %(default)s)")
-    add("--resume", default="auto", metavar="auto|never|PATH", help="go on from the newest whole checkpoint in --out, from none, or from this one (default auto)")
-    add("--allow-changes", action="store_true", help="resume although data, weights or settings differ from the checkpoint's")
+    add(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the newest whole checkpoint in --out, from none, or from this one (default auto)",
+    )
+    add(
+        "--allow-changes",
+        action="store_true",
+        help="resume although data, weights or settings differ from the checkpoint's",
+    )
 
     add = parser.add_argument_group("what one sees").add_argument
-    add("--val-data", default=None, help="held-out file: its loss is logged, some of its questions are answered")
-    add("--eval-every", type=int, default=500, help="steps between two looks at --val-data (default %(default)s; also before and after)")
-    add("--samples", type=int, default=4, help="questions of --val-data answered at each look (default %(default)s)")
-    add("--log-every", type=int, default=1, help="steps between two printed lines; log.jsonl has every step (default %(default)s)")
-    add("--tensorboard", action="store_true", help="also write --out/tensorboard (pip install tensorboard)")
+    add(
+        "--val-data",
+        default=None,
+        help="held-out file: its loss is logged, some of its questions are answered",
+    )
+    add(
+        "--eval-every",
+        type=int,
+        default=500,
+        help="steps between two looks at --val-data (default %(default)s; also before and after)",
+    )
+    add(
+        "--samples",
+        type=int,
+        default=4,
+        help="questions of --val-data answered at each look (default %(default)s)",
+    )
+    add(
+        "--log-every",
+        type=int,
+        default=1,
+        help="steps between two printed lines; log.jsonl has every step (default %(default)s)",
+    )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="also write --out/tensorboard (pip install tensorboard)",
+    )
 
     add = parser.add_argument_group("before a run").add_argument
-    add("--plan", action="store_true", help="print memory, work, hours and disk, and stop; without weights or data the paper's, saying so")
+    add(
+        "--plan",
+        action="store_true",
+        help="print memory, work, hours and disk, and stop; without weights or data the paper's, saying so",
+    )
     add("--world-size", type=int, default=8, help="GPUs of the plan (default %(default)s)")
-    add("--gpu-memory", type=float, default=None, help="GiB a GPU (default: what is there; for --plan 80)")
-    add("--gpu-tflops", type=float, default=None, help="its peak in bf16 (default: known by its name; for --plan 312, an A100)")
-    add("--size", choices=LLAMA_SIZES, default="13B", help="of the plan where there are no weights (default %(default)s)")
-    add("--smoke", action="store_true", help="train, kill, resume and export a random model on this machine's GPUs (or CPU); a table of what works")
+    add(
+        "--gpu-memory",
+        type=float,
+        default=None,
+        help="GiB a GPU (default: what is there; for --plan 80)",
+    )
+    add(
+        "--gpu-tflops",
+        type=float,
+        default=None,
+        help="its peak in bf16 (default: known by its name; for --plan 312, an A100)",
+    )
+    add(
+        "--size",
+        choices=LLAMA_SIZES,
+        default="13B",
+        help="of the plan where there are no weights (default %(default)s)",
+    )
+    add(
+        "--smoke",
+        action="store_true",
+        help="train, kill, resume and export a random model on this machine's GPUs (or CPU); a table of what works",
+    )
 
     args = parser.parse_args(argv)
     if args.smoke:
@@ -156,32 +364,69 @@ def parse_args(argv=None):
         parser.error("--stage 1 or --stage 2 is needed (or --smoke)")
     stage, most = dict(STAGES[args.stage], **(LORA if args.lora else {})), 10**9
     if args.lora and args.stage != 2:
-        raise ValueError("--lora trains adapters of the language model, which stage 1 leaves alone: give it to --stage 2")
+        raise ValueError(
+            "--lora trains adapters of the language model, which stage 1 leaves alone: give it to --stage 2"
+        )
     if args.quantize and "llm" in stage["trained"]:
-        raise ValueError(f"--quantize {args.quantize} keeps the language model frozen: add --lora RANK")
-    args.trained, args.lora_alpha = stage["trained"], 2.0 * args.lora if args.lora_alpha is None else args.lora_alpha
+        raise ValueError(
+            f"--quantize {args.quantize} keeps the language model frozen: add --lora RANK"
+        )
+    args.trained, args.lora_alpha = (
+        stage["trained"],
+        2.0 * args.lora if args.lora_alpha is None else args.lora_alpha,
+    )
     for name in ("lr", "batch_size", "out"):
         if getattr(args, name) is None:
             setattr(args, name, stage[name])
     args.is_default_data, args.default_weights = args.data is None, DEFAULT_WEIGHTS
     args.data, args.out = args.data or [stage["data"]], Path(args.out)
     if args.model is None:
-        args.llm, args.vision = args.llm or DEFAULT_WEIGHTS["llm"], args.vision or DEFAULT_WEIGHTS["vision"]
+        args.llm, args.vision = (
+            args.llm or DEFAULT_WEIGHTS["llm"],
+            args.vision or DEFAULT_WEIGHTS["vision"],
+        )
         if args.projector is None and stage["projector"]:
             args.projector = stage["projector"]
             if not Path(args.projector).is_file() and not args.plan:
-                raise FileNotFoundError(f"stage {args.stage} starts from {args.projector}, which is not there: run --stage 1, or give --projector FILE or --projector fresh")
-    check_ranges(args, lr=(0, 10), batch_size=(1, most), micro_batch_size=(1, most), epochs=(1, 10**4), max_steps=(0, most), max_length=(2, most), warmup_ratio=(0, 1),
-                 weight_decay=(0, 1), max_grad_norm=(0, most), checkpoint_layers=(0, most), eval_every=(1, most), samples=(0, most), log_every=(1, most), workers=(0, 256),
-                 seed=(0, 2**31), lora=(0, 4096), lora_alpha=(0, most), replicate=(1, most), save_every=(1, most), keep=(1, most), max_bad_steps=(1, most), world_size=(1, 10**5),
-                 gpu_memory=(0.001, 10**5), gpu_tflops=(0.001, 10**6))
+                raise FileNotFoundError(
+                    f"stage {args.stage} starts from {args.projector}, which is not there: run --stage 1, or give --projector FILE or --projector fresh"
+                )
+    check_ranges(
+        args,
+        lr=(0, 10),
+        batch_size=(1, most),
+        micro_batch_size=(1, most),
+        epochs=(1, 10**4),
+        max_steps=(0, most),
+        max_length=(2, most),
+        warmup_ratio=(0, 1),
+        weight_decay=(0, 1),
+        max_grad_norm=(0, most),
+        checkpoint_layers=(0, most),
+        eval_every=(1, most),
+        samples=(0, most),
+        log_every=(1, most),
+        workers=(0, 256),
+        seed=(0, 2**31),
+        lora=(0, 4096),
+        lora_alpha=(0, most),
+        replicate=(1, most),
+        save_every=(1, most),
+        keep=(1, most),
+        max_bad_steps=(1, most),
+        world_size=(1, 10**5),
+        gpu_memory=(0.001, 10**5),
+        gpu_tflops=(0.001, 10**6),
+    )
     return args
 
 
 # --- 2. model: meta device, freeze, shard, load ---------------------------------------------------------------------
 
 
-def shard_model(model, device, trained, compute_dtype, replicate=1, is_kept=False, is_compiled=False):
+def shard_model(
+    model, device, trained, compute_dtype, replicate=1, is_kept=False, is_compiled=False
+):
     """Freeze what is not trained and shard in place with FSDP2: each decoder layer, then the rest in one group.
 
     trained: of PARTS, and "lora". compute_dtype: bf16 on CUDA, float32 on CPU. Trained parameters are float32 and cast when gathered, frozen ones are
@@ -198,10 +443,18 @@ def shard_model(model, device, trained, compute_dtype, replicate=1, is_kept=Fals
     for module in quantized:
         module.scale = module.scale.to(compute_dtype)
     world_size = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (world_size,)) if replicate == 1 else init_device_mesh(
-        device.type, (replicate, world_size // replicate), mesh_dim_names=("replicate", "shard"))
-    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-               ignored_params={*model.vision_tower.parameters(), *(module.weight for module in quantized)})
+    mesh = (
+        init_device_mesh(device.type, (world_size,))
+        if replicate == 1
+        else init_device_mesh(
+            device.type, (replicate, world_size // replicate), mesh_dim_names=("replicate", "shard")
+        )
+    )
+    how = dict(
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        ignored_params={*model.vision_tower.parameters(), *(module.weight for module in quantized)},
+    )
     for layer in model.model.layers:
         if is_compiled:
             layer.compile()  # in place, so that names stay; before sharding, so that gathering is not traced
@@ -212,14 +465,24 @@ def shard_model(model, device, trained, compute_dtype, replicate=1, is_kept=Fals
 def build_model(args, checkpoint, device, is_kept=False):
     """The sharded model with its weights, each rank having read only its own rows. -> (model, line that accounts for all tensors)"""
     config, sources, fresh = checkpoint  # of read_checkpoint
-    config.image_mode = args.image_mode  # goes out with the weights, so that they are asked as they were trained
+    config.image_mode = (
+        args.image_mode
+    )  # goes out with the weights, so that they are asked as they were trained
     with torch.device("meta"):
         model = Qilin(config)
         if args.quantize:
             quantize_linears(model, int(args.quantize[3:]))
         if args.lora:
             add_lora(model, args.lora, args.lora_alpha)
-    model = shard_model(model, device, args.trained, torch.bfloat16 if device.type == "cuda" else torch.float32, args.replicate, is_kept, args.compile)
+    model = shard_model(
+        model,
+        device,
+        args.trained,
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        args.replicate,
+        is_kept,
+        args.compile,
+    )
     return model, load_weights(model, sources, device, fresh, args.seed)
 
 
@@ -237,12 +500,19 @@ def lr_at(step, n_steps, peak, warmup_ratio):
 
 # --- 4. export --------------------------------------------------------------------------------------------------
 
+
 def export(args, model, tokenizer):
     """final/: what the next stage and sample.py read. Tensors are gathered one at a time; bf16 when trained on CUDA."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     final = args.out / "final"
     if args.trained != ("mm_projector",):
-        return save_qilin(model, tokenizer, final, dtype, f"a language model and a projector tuned in stage {args.stage}")
+        return save_qilin(
+            model,
+            tokenizer,
+            final,
+            dtype,
+            f"a language model and a projector tuned in stage {args.stage}",
+        )
     tensors = {"model." + name: full for name, full in full_tensors(model, "mm_projector.", dtype)}
     if dist.get_rank() == 0:
         partial = final.with_name("final.partial")
@@ -261,13 +531,23 @@ def prepare(args):
     if not args.out.name or (args.out.exists() and not args.out.is_dir()):
         raise ValueError(f"--out {str(args.out)!r} is no folder")
     if dist.get_world_size() % args.replicate:
-        raise ValueError(f"--replicate {args.replicate} does not divide {dist.get_world_size()} ranks")
+        raise ValueError(
+            f"--replicate {args.replicate} does not divide {dist.get_world_size()} ranks"
+        )
     check_replaceable(args.out / "final", FINAL_FILES[args.stage])
     if os.path.lexists(args.out / "checkpoints") and not (args.out / "checkpoints").is_dir():
         raise ValueError(f"{args.out / 'checkpoints'} is no folder: remove it")
-    checkpoint = read_checkpoint(args.model, llm=args.llm, vision=args.vision, projector=args.projector, projector_type=args.projector_type)
+    checkpoint = read_checkpoint(
+        args.model,
+        llm=args.llm,
+        vision=args.vision,
+        projector=args.projector,
+        projector_type=args.projector_type,
+    )
     if args.max_length > checkpoint[0].text.max_position_embeddings:
-        raise ValueError(f"--max-length {args.max_length} is more than the model's {checkpoint[0].text.max_position_embeddings} positions")
+        raise ValueError(
+            f"--max-length {args.max_length} is more than the model's {checkpoint[0].text.max_position_embeddings} positions"
+        )
     return checkpoint, Tokenizer(args.llm or args.model)
 
 
@@ -279,11 +559,11 @@ class Run:
     device: torch.device
     dataset: Dialogs
     held_out: Dialogs | None
-    batches: list                 # global batches of the whole run, one a step
-    micro_batches: list           # of each step, this rank's
+    batches: list  # global batches of the whole run, one a step
+    micro_batches: list  # of each step, this rank's
     sizes: Sizes
     fit: Fit
-    blocks_for: object            # slots of a micro-batch -> blocks that must recompute
+    blocks_for: object  # slots of a micro-batch -> blocks that must recompute
     model: Qilin
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
@@ -291,7 +571,7 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     log: Log
-    lock: object                  # an open file: closed, it would let another run in
+    lock: object  # an open file: closed, it would let another run in
 
 
 def start(args):
@@ -300,28 +580,70 @@ def start(args):
     checkpoint, tokenizer = together(prepare, args)
     held = together(lambda: lock(args.out) if rank == 0 else None)
     if on_rank0(lambda: (args.out / "final" / FINAL_FILES[args.stage]).is_file()):
-        print0(f"{args.out / 'final'} is there: this run is finished (another --out, or remove the folder, to train again)")
+        print0(
+            f"{args.out / 'final'} is there: this run is finished (another --out, or remove the folder, to train again)"
+        )
         return None
     config = checkpoint[0]
-    dataset, held_out = (files and Dialogs(files, tokenizer, config.n_image_tokens, config.vision.image_size, args) for files in (args.data, args.val_data and [args.val_data]))
+    dataset, held_out = (
+        files and Dialogs(files, tokenizer, config.n_image_tokens, config.vision.image_size, args)
+        for files in (args.data, args.val_data and [args.val_data])
+    )
     batches = all_batches(args, dataset.lengths)
     sizes = Sizes(config, args.trained, args.lora, args.quantize, 2 if device.type == "cuda" else 4)
     machine, is_peak_known = this_machine(args, device)
-    per_gpu, reshard = math.ceil(max(map(len, batches)) / world_size), {"auto": None, "always": False, "never": True}[args.reshard]
-    fit = on_rank0(choose, sizes, machine, dataset.lengths, batches, args.micro_batch_size, reshard, STAGES[args.stage]["micro_batch_size"])
-    is_tight, fit = fit is None, fit or Fit(args.micro_batch_size or 1, args.reshard == "never", deepest=sizes.L)
+    per_gpu, reshard = (
+        math.ceil(max(map(len, batches)) / world_size),
+        {"auto": None, "always": False, "never": True}[args.reshard],
+    )
+    fit = on_rank0(
+        choose,
+        sizes,
+        machine,
+        dataset.lengths,
+        batches,
+        args.micro_batch_size,
+        reshard,
+        STAGES[args.stage]["micro_batch_size"],
+    )
+    is_tight, fit = (
+        fit is None,
+        fit or Fit(args.micro_batch_size or 1, args.reshard == "never", deepest=sizes.L),
+    )
 
     @functools.cache
-    def blocks_for(slots):  # recompute in as few blocks as this micro-batch's tokens need: most batches are short, and each block spared is a third of its work
+    def blocks_for(
+        slots,
+    ):  # recompute in as few blocks as this micro-batch's tokens need: most batches are short, and each block spared is a third of its work
         if args.checkpoint_layers is not None:
             return args.checkpoint_layers
-        n = blocks_to_checkpoint(sizes, world_size // args.replicate, slots, machine.budget, is_kept=fit.is_kept, is_accumulating=per_gpu > fit.micro_batch_size, n_labels=LOSS_CHUNK)
+        n = blocks_to_checkpoint(
+            sizes,
+            world_size // args.replicate,
+            slots,
+            machine.budget,
+            is_kept=fit.is_kept,
+            is_accumulating=per_gpu > fit.micro_batch_size,
+            n_labels=LOSS_CHUNK,
+        )
         return sizes.L if n is None else n
 
     model, accounting = together(build_model, args, checkpoint, device, fit.is_kept)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
-    checkpoints = Checkpoints(args, model, optimizer, together(describe_setup, args, config, tokenizer, checkpoint[1], dataset.digests))
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=args.lr,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    checkpoints = Checkpoints(
+        args,
+        model,
+        optimizer,
+        together(describe_setup, args, config, tokenizer, checkpoint[1], dataset.digests),
+    )
     progress = checkpoints.resume()
     if progress.step > len(batches):
         leave(2, f"the checkpoint is of step {progress.step}, this run has only {len(batches)}")
@@ -329,30 +651,84 @@ def start(args):
         for dialogs in filter(None, (dataset, held_out)):
             together(dialogs.check_pictures)
     if args.workers is None:
-        args.workers = min(8, max(0, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-    n_params = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in trained)}
-    data = {str(rows.path): sha256 for dialogs in filter(None, (dataset, held_out)) for rows, sha256 in zip(dialogs.files, dialogs.digests)}
-    log = together(Log, args, len(batches), n_params, data, progress.step, machine.flops * world_size if is_peak_known else None)
-    print0(f"stage {args.stage}: {n_params['trained']:,} of {n_params['all']:,} parameters trained; {accounting}")
-    print0(f"{len(dataset):,} samples ({dataset.n_dropped} dropped, {dataset.n_cut} cut), median {int(np.median(dataset.lengths))} tokens; {len(batches)} steps of "
-           f"{args.batch_size} on {world_size} ranks, {device.type}; {describe_fit(fit, sizes.L, per_gpu)}" + "; by --plan this may not fit into memory" * is_tight)
+        args.workers = min(
+            8,
+            max(0, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1),
+        )
+    n_params = {
+        "all": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in trained),
+    }
+    data = {
+        str(rows.path): sha256
+        for dialogs in filter(None, (dataset, held_out))
+        for rows, sha256 in zip(dialogs.files, dialogs.digests)
+    }
+    log = together(
+        Log,
+        args,
+        len(batches),
+        n_params,
+        data,
+        progress.step,
+        machine.flops * world_size if is_peak_known else None,
+    )
+    print0(
+        f"stage {args.stage}: {n_params['trained']:,} of {n_params['all']:,} parameters trained; {accounting}"
+    )
+    print0(
+        f"{len(dataset):,} samples ({dataset.n_dropped} dropped, {dataset.n_cut} cut), median {int(np.median(dataset.lengths))} tokens; {len(batches)} steps of "
+        f"{args.batch_size} on {world_size} ranks, {device.type}; {describe_fit(fit, sizes.L, per_gpu)}"
+        + "; by --plan this may not fit into memory"
+        * is_tight
+    )
     micro_batches = [cut_batch(batch, rank, world_size, fit.micro_batch_size) for batch in batches]
-    return Run(args, device, dataset, held_out, batches, micro_batches, sizes, fit, blocks_for, model, tokenizer, optimizer, trained, checkpoints, progress, log, held)
+    return Run(
+        args,
+        device,
+        dataset,
+        held_out,
+        batches,
+        micro_batches,
+        sizes,
+        fit,
+        blocks_for,
+        model,
+        tokenizer,
+        optimizer,
+        trained,
+        checkpoints,
+        progress,
+        log,
+        held,
+    )
 
 
 def stop_if_needed(run, n, parts):
     """Leave, all ranks in the same step and with a checkpoint: when asked to, when a row cannot be read, when the pictures are gone. n: sums of count() and asked()."""
     is_mostly = n["grey"] > n["pictures"] / 2
     run.progress.n_blind_in_a_row = (run.progress.n_blind_in_a_row + 1) * is_mostly
-    is_blind = is_mostly and (n["grey"] > 4 or run.progress.n_blind_in_a_row >= 3)  # a folder that is not mounted is no picture that does not decode
+    is_blind = is_mostly and (
+        n["grey"] > 4 or run.progress.n_blind_in_a_row >= 3
+    )  # a folder that is not mounted is no picture that does not decode
     if n["errors"] or n["stop_term"] or n["stop_int"] or is_blind:
         run.checkpoints.save(run.progress, wait=True)
         together(check_batches, parts)
         if is_blind:
-            leave(2, f"step {run.progress.step + 1}: {int(n['grey'])} of its samples have no picture that can be read ({parts[0]['grey'][:1]}): is --images {run.args.images} still there?")
-        leave(143 if n["stop_term"] else 130, f"stopped after step {run.progress.step} of {len(run.batches)}; the same command goes on from there")
+            leave(
+                2,
+                f"step {run.progress.step + 1}: {int(n['grey'])} of its samples have no picture that can be read ({parts[0]['grey'][:1]}): is --images {run.args.images} still there?",
+            )
+        leave(
+            143 if n["stop_term"] else 130,
+            f"stopped after step {run.progress.step} of {len(run.batches)}; the same command goes on from there",
+        )
     if n["grey"]:
-        names = [name for rank in gather([name for batch in parts for name in batch["grey"]]) for name in rank]
+        names = [
+            name
+            for rank in gather([name for batch in parts for name in batch["grey"]])
+            for name in rank
+        ]
         run.progress.n_grey += len(names)
         run.log.grey(run.progress.step + 1, names)
 
@@ -362,7 +738,9 @@ def look(run, step):
     if run.held_out:
         run.checkpoints.finish()  # should this end the run, a checkpoint on its way is not lost
         try:
-            run.log.held_out_loss(step, evaluate(run.model, run.held_out, run.fit.micro_batch_size, run.device))
+            run.log.held_out_loss(
+                step, evaluate(run.model, run.held_out, run.fit.micro_batch_size, run.device)
+            )
             answer_held_out(run.model, run.held_out, run.args, step, run.device)
         except ValueError as error:  # the same on all ranks
             run.checkpoints.save(run.progress, wait=True)
@@ -371,8 +749,21 @@ def look(run, step):
 
 def train(run):
     """The loop. One step is one mean over labelled tokens, however its batch is cut into ranks and micro-batches."""
-    args, model, optimizer, progress, world_size = run.args, run.model, run.optimizer, run.progress, dist.get_world_size()
-    stream, stop = load_ahead(run.dataset, [micro for step in run.micro_batches[progress.step :] for micro in step], args.workers), StopRequest()
+    args, model, optimizer, progress, world_size = (
+        run.args,
+        run.model,
+        run.optimizer,
+        run.progress,
+        dist.get_world_size(),
+    )
+    stream, stop = (
+        load_ahead(
+            run.dataset,
+            [micro for step in run.micro_batches[progress.step :] for micro in step],
+            args.workers,
+        ),
+        StopRequest(),
+    )
     model.train()
     for step, batch in enumerate(run.batches[progress.step :], progress.step):
         if step % args.eval_every == 0:
@@ -384,7 +775,9 @@ def train(run):
 
         # labelled tokens are counted over all ranks and micro-batches before the first backward; with them all ranks learn what any one has to say
         parts = [next(stream) for _ in run.micro_batches[step]]
-        n = sum_over_ranks({**count(parts), **stop.asked(), **run.checkpoints.progress()}, run.device)
+        n = sum_over_ranks(
+            {**count(parts), **stop.asked(), **run.checkpoints.progress()}, run.device
+        )
         if n["written"] == world_size:
             run.checkpoints.finish()
         stop_if_needed(run, n, parts)
@@ -393,13 +786,19 @@ def train(run):
         for part in parts:  # each backward sums its gradients over ranks: kept for the last one, they would stand whole on every rank
             model.model.n_checkpointed = run.blocks_for(part["input_ids"].numel())
             loss = model(**to_device(part, run.device), reduction="sum") / max(n["targets"], 1)
-            (loss * world_size).backward()  # FSDP averages gradients over ranks, and we want their sum
+            (
+                loss * world_size
+            ).backward()  # FSDP averages gradients over ranks, and we want their sum
             step_loss += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(run.trained, args.max_grad_norm or math.inf).full_tensor()
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            run.trained, args.max_grad_norm or math.inf
+        ).full_tensor()
         dist.all_reduce(step_loss)
 
         loss, grad_norm = step_loss.item(), grad_norm.item()  # the same numbers on all ranks
-        is_taught = n["targets"] > 0  # not when all its pictures were lost: Adam would move the weights all the same
+        is_taught = (
+            n["targets"] > 0
+        )  # not when all its pictures were lost: Adam would move the weights all the same
         if is_bad := is_taught and progress.is_bad(loss, grad_norm):
             run.log.bad_step(step + 1, loss, grad_norm, run.dataset, batch)
         elif is_taught:
@@ -408,11 +807,16 @@ def train(run):
         progress.step = step + 1
         if is_taught and not is_bad:
             work = flops(run.sizes, run.dataset.lengths[batch], n["pictures"], n["targets"])
-            run.log.step(step + 1, loss, lr, grad_norm, time.perf_counter() - tic, n, work, run.device)
+            run.log.step(
+                step + 1, loss, lr, grad_norm, time.perf_counter() - tic, n, work, run.device
+            )
         if progress.n_bad_in_a_row >= args.max_bad_steps:
             run.checkpoints.finish()
-            leave(1, f"step {step + 1}: {args.max_bad_steps} steps in a row had a loss that is not finite or explodes (now {loss:.4g}, gradient norm {grad_norm:.4g}): "
-                     "stopped, their samples are in log.jsonl (a smaller --lr may help)")
+            leave(
+                1,
+                f"step {step + 1}: {args.max_bad_steps} steps in a row had a loss that is not finite or explodes (now {loss:.4g}, gradient norm {grad_norm:.4g}): "
+                "stopped, their samples are in log.jsonl (a smaller --lr may help)",
+            )
         if progress.step % args.save_every == 0 and progress.step < len(run.batches):
             run.checkpoints.save(progress)
 
@@ -421,12 +825,18 @@ def run_training(args):
     run = start(args)
     if run:
         train(run)
-        run.checkpoints.save(run.progress, wait=True)  # first: an export that fails costs nothing then
+        run.checkpoints.save(
+            run.progress, wait=True
+        )  # first: an export that fails costs nothing then
         export(args, run.model, run.tokenizer)
         look(run, len(run.batches))
         run.log.close()
-        print0(f"done: {args.out / 'final'}, {args.out / 'loss.png'}"
-               + f"; {run.progress.n_bad} steps skipped" * bool(run.progress.n_bad) + f"; {run.progress.n_grey} samples had no picture that decodes" * bool(run.progress.n_grey))
+        print0(
+            f"done: {args.out / 'final'}, {args.out / 'loss.png'}"
+            + f"; {run.progress.n_bad} steps skipped" * bool(run.progress.n_bad)
+            + f"; {run.progress.n_grey} samples had no picture that decodes"
+            * bool(run.progress.n_grey)
+        )
     dist.destroy_process_group()
 
 
@@ -435,17 +845,30 @@ def run_guarded(args):
     try:
         run_training(args)
     except torch.OutOfMemoryError as error:
-        line, hint = one_line(error)[:200], "try a smaller --micro-batch-size, or --checkpoint-layers 999; --plan shows what takes the memory"
+        line, hint = (
+            one_line(error)[:200],
+            "try a smaller --micro-batch-size, or --checkpoint-layers 999; --plan shows what takes the memory",
+        )
     except (dist.DistError, RuntimeError) as error:
         if "DataLoader" in str(error):
-            line, hint = one_line(error)[:200], "a process that decodes pictures is gone or stuck: too little memory, or /dev/shm is small (docker: --shm-size 16g), or try fewer --workers"
-        elif not isinstance(error, dist.DistError) and not re.search("gloo|Connection|peer|NCCL", str(error)):
+            line, hint = (
+                one_line(error)[:200],
+                "a process that decodes pictures is gone or stuck: too little memory, or /dev/shm is small (docker: --shm-size 16g), or try fewer --workers",
+            )
+        elif not isinstance(error, dist.DistError) and not re.search(
+            "gloo|Connection|peer|NCCL", str(error)
+        ):
             raise
         else:
-            line, hint = one_line(error)[:200], "another rank is gone; started again, the run goes on from its newest checkpoint"
+            line, hint = (
+                one_line(error)[:200],
+                "another rank is gone; started again, the run goes on from its newest checkpoint",
+            )
     else:
         return
-    print(f"train.py: rank {os.environ.get('RANK', 0)}: {line}: {hint}", file=sys.stderr, flush=True)
+    print(
+        f"train.py: rank {os.environ.get('RANK', 0)}: {line}: {hint}", file=sys.stderr, flush=True
+    )
     os._exit(1)  # what still waits for the other ranks would wait for ever
 
 
@@ -454,10 +877,15 @@ def main():
         args = parse_args()
         if args.smoke:
             from training.smoke import run_smoke
+
             return run_smoke()
         if args.plan:
             setup_distributed()
-            return run_plan(args, STAGES[args.stage]["micro_batch_size"], args.trained if args.stage == 1 or args.lora else LORA["trained"])
+            return run_plan(
+                args,
+                STAGES[args.stage]["micro_batch_size"],
+                args.trained if args.stage == 1 or args.lora else LORA["trained"],
+            )
         return run_guarded(args)
     try:  # what is wrong with the options rank 0 says, once
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):

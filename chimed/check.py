@@ -25,7 +25,9 @@ def picture_problem(path):
     try:
         open_image(path)
     except ValueError as error:
-        return "picture is a decompression bomb" if "bomb" in str(error) else "picture does not decode"
+        return (
+            "picture is a decompression bomb" if "bomb" in str(error) else "picture does not decode"
+        )
     return None
 
 
@@ -41,12 +43,24 @@ def row_problems(row, root, options, tokenizer=None):
         check_conversation(row.get("conversations"))
     except ValueError as error:
         text = str(error)
-        problems.append("answer is empty" if "empty answer" in text else "question is empty" if "empty question" in text else f"{IMAGE_TOKEN} in an answer" if "is an answer that" in text else "no dialog")
+        problems.append(
+            "answer is empty"
+            if "empty answer" in text
+            else "question is empty"
+            if "empty question" in text
+            else f"{IMAGE_TOKEN} in an answer"
+            if "is an answer that" in text
+            else "no dialog"
+        )
     if not problems:
         try:
             names = picture_names(row)
         except ValueError as error:
-            problems.append("image is no name" if "neither" in str(error) else f"{IMAGE_TOKEN} and pictures do not agree")
+            problems.append(
+                "image is no name"
+                if "neither" in str(error)
+                else f"{IMAGE_TOKEN} and pictures do not agree"
+            )
             names = []
         if problems == [] and len(row["conversations"]) % 2:
             problems.append("last question has no answer")
@@ -63,8 +77,14 @@ def row_problems(row, root, options, tokenizer=None):
         if any(len(text) > options["max_characters"] for text in texts):
             problems.append(f"text longer than {options['max_characters']} characters")
         if tokenizer and not problems:
-            n = len(encode_conversation(row["conversations"], tokenizer, options["n_image_tokens"], max_length=10**9)[0])
-            problems += [f"longer than {options['max_length']} tokens"] if n > options["max_length"] else []
+            n = len(
+                encode_conversation(
+                    row["conversations"], tokenizer, options["n_image_tokens"], max_length=10**9
+                )[0]
+            )
+            problems += (
+                [f"longer than {options['max_length']} tokens"] if n > options["max_length"] else []
+            )
     if not isinstance(row.get("id", ""), (str, int)):
         problems.append("id is no name")
     return problems
@@ -77,7 +97,10 @@ def content_key(row):
     """A key of a row's pictures, questions and answers, the prompts around them left out: they are drawn anew for each row."""
     turns = row.get("conversations") if isinstance(row.get("conversations"), list) else []
     texts = [str(turn.get("value")) if isinstance(turn, dict) else str(turn) for turn in turns]
-    return text_key(json.dumps(row.get("image")), *(own_question(text) if i % 2 == 0 else text for i, text in enumerate(texts)))
+    return text_key(
+        json.dumps(row.get("image")),
+        *(own_question(text) if i % 2 == 0 else text for i, text in enumerate(texts)),
+    )
 
 
 def check_block(start, stop):
@@ -94,7 +117,13 @@ def check_block(start, stop):
             continue
         problems = row_problems(row, root, options, tokenizer)
         keyed = isinstance(row, dict)
-        found.append((problems, text_key(str(row["id"])) if keyed and row.get("id") not in (None, "") else 0, content_key(row) if keyed else 0))
+        found.append(
+            (
+                problems,
+                text_key(str(row["id"])) if keyed and row.get("id") not in (None, "") else 0,
+                content_key(row) if keyed else 0,
+            )
+        )
     return found
 
 
@@ -108,21 +137,42 @@ def repeated(keys):
 
 def check(args):
     global CHECK
-    check_ranges(args, workers=(1, 512), max_length=(1, 10**9), max_characters=(1, 10**9), n_image_tokens=(1, 10**6))
+    check_ranges(
+        args,
+        workers=(1, 512),
+        max_length=(1, 10**9),
+        max_characters=(1, 10**9),
+        n_image_tokens=(1, 10**6),
+    )
     if not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
     bad = Path(args.bad or f"{args.file}.bad.jsonl")
-    if len({path.resolve() for path in (bad, Path(args.file), *([Path(args.fix)] if args.fix else []))}) < (3 if args.fix else 2):
+    if len(
+        {path.resolve() for path in (bad, Path(args.file), *([Path(args.fix)] if args.fix else []))}
+    ) < (3 if args.fix else 2):
         raise ValueError("the file checked, --bad and --fix must be three different files")
     if args.fix and Path(args.fix).suffix != Path(args.file).suffix:
-        raise ValueError(f"--fix {args.fix}: must end in {Path(args.file).suffix}, as the file checked does")
+        raise ValueError(
+            f"--fix {args.fix}: must end in {Path(args.file).suffix}, as the file checked does"
+        )
     rows = Rows(args.file)
     if not len(rows):
         raise ValueError(f"{args.file}: it has no rows")
     known_problem.cache_clear()
-    CHECK = rows, os.path.realpath(args.images), vars(args), Tokenizer(args.tokenizer) if args.tokenizer else None
-    problems, ids, contents = {}, np.zeros(len(rows), dtype=np.uint64), np.zeros(len(rows), dtype=np.uint64)
-    tasks = [(start, min(start + BLOCK // 10, len(rows))) for start in range(0, len(rows), BLOCK // 10)]
+    CHECK = (
+        rows,
+        os.path.realpath(args.images),
+        vars(args),
+        Tokenizer(args.tokenizer) if args.tokenizer else None,
+    )
+    problems, ids, contents = (
+        {},
+        np.zeros(len(rows), dtype=np.uint64),
+        np.zeros(len(rows), dtype=np.uint64),
+    )
+    tasks = [
+        (start, min(start + BLOCK // 10, len(rows))) for start in range(0, len(rows), BLOCK // 10)
+    ]
     with tqdm(total=len(rows), desc="checking", unit=" rows", disable=None) as bar:
         for (start, stop), found in zip(tasks, in_order(check_block, tasks, args.workers)):
             for i, (wrong, id_key, content_key) in enumerate(found, start):
@@ -134,7 +184,10 @@ def check(args):
         for i in np.flatnonzero(again):
             problems.setdefault(int(i), []).append(name)
     partial = bad.with_name(bad.name + ".partial")
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file, open(args.file, "rb") as source:
+    with (
+        open(partial, "w", encoding="utf-8", errors="backslashreplace") as file,
+        open(args.file, "rb") as source,
+    ):
         for i in sorted(problems):
             source.seek(int(rows.ranges[i, 0]))
             raw = source.read(int(rows.ranges[i, 1] - rows.ranges[i, 0]))
@@ -142,7 +195,10 @@ def check(args):
                 row = json.loads(raw)
             except (ValueError, RecursionError):
                 row = raw.decode("utf-8", "replace").strip()
-            file.write(json.dumps({"row": i, "problems": problems[i], "content": row}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"row": i, "problems": problems[i], "content": row}, ensure_ascii=False)
+                + "\n"
+            )
     if problems:
         partial.replace(bad)
     else:

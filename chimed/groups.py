@@ -15,20 +15,27 @@ class Teams:
         order = order[keys[order] != 0]
         new = np.diff(keys[order], prepend=np.uint64(0)) != 0  # where a team begins in `order`
         if limit and len(order):
-            place = np.arange(len(order)) - np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+            place = np.arange(len(order)) - np.maximum.accumulate(
+                np.where(new, np.arange(len(order)), 0)
+            )
             new |= place % limit == 0
         self.follows = np.zeros(len(keys), dtype=bool)
         self.follows[order[~new]] = True
         begins = np.append(np.flatnonzero(new), len(order))
         by_leader = np.argsort(order[begins[:-1]])
-        self.order, self.leaders, self.begins, self.ends = order, order[begins[:-1]][by_leader], begins[:-1][by_leader], begins[1:][by_leader]
+        self.order, self.leaders, self.begins, self.ends = (
+            order,
+            order[begins[:-1]][by_leader],
+            begins[:-1][by_leader],
+            begins[1:][by_leader],
+        )
 
     def of(self, row):
         """The row numbers of the team that `row` leads, itself first."""
         k = np.searchsorted(self.leaders, row)
         if k == len(self.leaders) or self.leaders[k] != row:
             return [row]
-        return [int(r) for r in self.order[self.begins[k]:self.ends[k]]]
+        return [int(r) for r in self.order[self.begins[k] : self.ends[k]]]
 
 
 def connected(ties, counts):
@@ -51,9 +58,15 @@ def held_out(component, keys, fraction, seed):
     """bool a row: whole components, in an order drawn from the seed, taken while they fit into `fraction` of the rows; at least one."""
     roots, inverse, sizes = np.unique(component, return_inverse=True, return_counts=True)
     if fraction and len(roots) < 2:
-        raise ValueError("--val-fraction: all rows share an article or a picture, so none can be held out")
+        raise ValueError(
+            "--val-fraction: all rows share an article or a picture, so none can be held out"
+        )
     taken, left = np.zeros(len(roots), dtype=bool), round(fraction * len(component))
-    for r in sorted(range(len(roots)), key=lambda r: text_key(str(seed), str(keys[roots[r]]))) if fraction else ():
+    for r in (
+        sorted(range(len(roots)), key=lambda r: text_key(str(seed), str(keys[roots[r]])))
+        if fraction
+        else ()
+    ):
         if sizes[r] <= left:
             taken[r], left = True, left - sizes[r]
     if fraction and not taken.any():

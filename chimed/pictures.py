@@ -24,20 +24,34 @@ def join_pictures(images):
 
     The common height (width) is that of the largest, less where the composite's longer side would pass COMPOSITE_SIDE.
     """
+
     def layout(sizes):  # of pictures side by side: (a, b) are along and across
         total = sum(a / b for a, b in sizes)  # the length at height 1
         height = min(max(b for _, b in sizes), COMPOSITE_SIDE / max(total, 1))
-        return [(max(1, round(a / b * height)), max(1, round(height))) for a, b in sizes], max(total, 1 / total)
+        return [(max(1, round(a / b * height)), max(1, round(height))) for a, b in sizes], max(
+            total, 1 / total
+        )
 
-    beside, stacked = layout([image.size for image in images]), layout([image.size[::-1] for image in images])
+    beside, stacked = (
+        layout([image.size for image in images]),
+        layout([image.size[::-1] for image in images]),
+    )
     horizontal = beside[1] <= stacked[1]
     sizes = beside[0] if horizontal else [size[::-1] for size in stacked[0]]
-    if any(abs(w / h / (image.width / image.height) - 1) > 0.1 for (w, h), image in zip(sizes, images)):  # a line a few pixels wide: rounding would bend it
+    if any(
+        abs(w / h / (image.width / image.height) - 1) > 0.1 for (w, h), image in zip(sizes, images)
+    ):  # a line a few pixels wide: rounding would bend it
         raise BadRow("pictures too unlike to be joined")
-    width, height = (sum(w for w, _ in sizes), sizes[0][1]) if horizontal else (sizes[0][0], sum(h for _, h in sizes))
+    width, height = (
+        (sum(w for w, _ in sizes), sizes[0][1])
+        if horizontal
+        else (sizes[0][0], sum(h for _, h in sizes))
+    )
     composite, offset = Image.new("RGB", (width, height)), 0
     for image, size in zip(images, sizes):
-        composite.paste(image.resize(size, Image.Resampling.LANCZOS), (offset, 0) if horizontal else (0, offset))
+        composite.paste(
+            image.resize(size, Image.Resampling.LANCZOS), (offset, 0) if horizontal else (0, offset)
+        )
         offset += size[0] if horizontal else size[1]
     return composite
 
@@ -91,7 +105,9 @@ def place_pictures(names, roots, folder, copy, skip):
         if len(names) > MAX_PICTURES:
             raise BadRow(f"more than {MAX_PICTURES} pictures")
         if skip:
-            return (names[0][0] if len(names) == 1 else composite_name(names, [n[0] for n in names])), None
+            return (
+                names[0][0] if len(names) == 1 else composite_name(names, [n[0] for n in names])
+            ), None
         found = [find_picture(choices, roots) for choices in names]
         paths = [path for path, _ in found]
         if len(found) > 1:
@@ -99,9 +115,13 @@ def place_pictures(names, roots, folder, copy, skip):
             target = Path(folder, name)
             if not is_current(target, paths):
                 composite = join_pictures([decode(path) for path in paths])
-                put_file(lambda partial: composite.save(partial, "JPEG", quality=95, subsampling=0), target, paths)
+                put_file(
+                    lambda partial: composite.save(partial, "JPEG", quality=95, subsampling=0),
+                    target,
+                    paths,
+                )
             return name, None
-        (path, name), = found
+        ((path, name),) = found
         if is_dicom(path):
             name += ".png"
             if not is_current(Path(folder, name), paths):
@@ -118,11 +138,16 @@ def place_pictures(names, roots, folder, copy, skip):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
-        return None, "picture cannot be stored"  # a name too long, or a file where a folder should be
+        return (
+            None,
+            "picture cannot be stored",
+        )  # a name too long, or a file where a folder should be
 
 
 def composite_name(names, found):
-    digest = hashlib.blake2b("\x1f".join(found).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(
+        "\x1f".join(found).encode("utf-8", "surrogatepass"), digest_size=8
+    ).hexdigest()
     return f"composites/{re.sub(r'[^A-Za-z0-9-]+', '_', Path(found[0]).stem)[:40]}-{digest}.jpg"
 
 

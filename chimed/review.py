@@ -22,7 +22,14 @@ from common.rows import BadRow, Records
 from common.text import clean_text
 from model_io.pixels import find_picture, open_image
 
-VERDICTS = {"accept": "accept", "fix": "fix", "reject": "reject", "接受": "accept", "修改": "fix", "拒绝": "reject"}
+VERDICTS = {
+    "accept": "accept",
+    "fix": "fix",
+    "reject": "reject",
+    "接受": "accept",
+    "修改": "fix",
+    "拒绝": "reject",
+}
 COLUMNS = ["sample", "file", "key", "field", "english", "chinese", "verdict", "fixed", "note"]
 THUMBNAIL = 512  # pixels, the longer side, of a picture on the page
 
@@ -69,10 +76,12 @@ document.getElementById("save").addEventListener("click", () => {{
 shown();
 </script></body></html>
 """
-CARD = '<article><small>{sample}. {file}</small>{pictures}{pairs}</article>\n'
-PAIR = ('<div class="pair" data-sample="{sample}" data-file="{file}" data-key="{key}" data-field="{field}" data-chinese="{chinese}"><div><small>{label}</small><div class="en">{english}</div></div>'
-        '<div><textarea lang="zh">{chinese}</textarea><label><input type="radio" name="{sample}-{field}" value="accept">接受</label><label><input type="radio" name="{sample}-{field}" value="fix">修改</label>'
-        '<label><input type="radio" name="{sample}-{field}" value="reject">拒绝</label><input class="note" placeholder="备注"></div></div>')
+CARD = "<article><small>{sample}. {file}</small>{pictures}{pairs}</article>\n"
+PAIR = (
+    '<div class="pair" data-sample="{sample}" data-file="{file}" data-key="{key}" data-field="{field}" data-chinese="{chinese}"><div><small>{label}</small><div class="en">{english}</div></div>'
+    '<div><textarea lang="zh">{chinese}</textarea><label><input type="radio" name="{sample}-{field}" value="accept">接受</label><label><input type="radio" name="{sample}-{field}" value="fix">修改</label>'
+    '<label><input type="radio" name="{sample}-{field}" value="reject">拒绝</label><input class="note" placeholder="备注"></div></div>'
+)
 
 
 def picture_data(names, roots):
@@ -87,7 +96,9 @@ def picture_data(names, roots):
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=85)
-        tags.append(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+        tags.append(
+            f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        )
     return "".join(tags)
 
 
@@ -98,7 +109,9 @@ def journal_of(path, rejected):
     """The journal of a translated file, with the rows that were rejected or without. FileNotFoundError says what to do."""
     journal = Path(f"{path}.journal.jsonl")
     if not Path(path).is_file() or not journal.is_file():
-        raise FileNotFoundError(f"{path} is no file that translate wrote (no {journal.name} beside it): review compares its English with its Chinese")
+        raise FileNotFoundError(
+            f"{path} is no file that translate wrote (no {journal.name} beside it): review compares its English with its Chinese"
+        )
     journal = Journal(journal)
     journal.load(lambda line: rejected or not line["reasons"])
     return journal
@@ -111,7 +124,9 @@ def shares(sizes, n):
     exact = [n * size / total for size in sizes]
     parts = [min(size, max(1, int(x))) if size else 0 for size, x in zip(sizes, exact)]
     while sum(parts) < n:
-        k = max((k for k in range(len(sizes)) if parts[k] < sizes[k]), key=lambda k: exact[k] - parts[k])
+        k = max(
+            (k for k in range(len(sizes)) if parts[k] < sizes[k]), key=lambda k: exact[k] - parts[k]
+        )
         parts[k] += 1
     return parts
 
@@ -124,31 +139,79 @@ def take_sample(args):
         if not Path(root).is_dir():
             raise FileNotFoundError(f"no such image folder: {root}")
     roots = tuple(os.path.realpath(root) for root in args.images)
-    journals = [journal_of(path, rejected=False) for path in args.files]  # rejected rows are not in the files
-    keys = [[int(key) for key, offset in zip(journal.keys, journal.offsets) if offset >= 0] for journal in journals]
+    journals = [
+        journal_of(path, rejected=False) for path in args.files
+    ]  # rejected rows are not in the files
+    keys = [
+        [int(key) for key, offset in zip(journal.keys, journal.offsets) if offset >= 0]
+        for journal in journals
+    ]
     if not any(keys):
         raise ValueError("no translated row in these files")
     rng, rows = random.Random(args.seed), []
-    for path, journal, own, n in zip(args.files, journals, keys, shares([len(own) for own in keys], args.n)):
+    for path, journal, own, n in zip(
+        args.files, journals, keys, shares([len(own) for own in keys], args.n)
+    ):
         rows += [(path, journal.find(key)) for key in rng.sample(own, n)]
     rng.shuffle(rows)
     table, cards = [], []
     for sample, (path, line) in enumerate(rows, 1):
         pairs = []
         for field, english in line["english"].items():
-            table.append([sample, path, f"k{line['key']}", field,  # or a spreadsheet takes 12e45 for a number
-                           english, line["chinese"].get(field, ""), "", "", ""])
-            pairs.append(PAIR.format(sample=sample, label=html.escape(f"{FIELDS.get(field, '')} {field}"),
-                                     **{name: html.escape(str(value)) for name, value in zip(COLUMNS[1:6], table[-1][1:6])}))
-        cards.append(CARD.format(sample=sample, file=html.escape(f"{line['source']}: {path}"), pictures=picture_data(line.get("images", []), roots), pairs="".join(pairs)))
+            table.append(
+                [
+                    sample,
+                    path,
+                    f"k{line['key']}",
+                    field,  # or a spreadsheet takes 12e45 for a number
+                    english,
+                    line["chinese"].get(field, ""),
+                    "",
+                    "",
+                    "",
+                ]
+            )
+            pairs.append(
+                PAIR.format(
+                    sample=sample,
+                    label=html.escape(f"{FIELDS.get(field, '')} {field}"),
+                    **{
+                        name: html.escape(str(value))
+                        for name, value in zip(COLUMNS[1:6], table[-1][1:6])
+                    },
+                )
+            )
+        cards.append(
+            CARD.format(
+                sample=sample,
+                file=html.escape(f"{line['source']}: {path}"),
+                pictures=picture_data(line.get("images", []), roots),
+                pairs="".join(pairs),
+            )
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     stamp = "-".join(sorted(line["key"] for _, line in rows)[:3])
-    write_text(args.out / "review.html", PAGE.format(n=len(rows), cards="".join(cards), columns=json.dumps(COLUMNS), stamp=html.escape(stamp)))
+    write_text(
+        args.out / "review.html",
+        PAGE.format(
+            n=len(rows), cards="".join(cards), columns=json.dumps(COLUMNS), stamp=html.escape(stamp)
+        ),
+    )
     text = io.StringIO(newline="")
     csv.writer(text).writerows([COLUMNS, *table])
-    write_text(args.out / "review.csv", "\ufeff" + text.getvalue())  # Excel takes it for UTF-8 by the mark
-    print(f"{len(rows)} rows of {sum(map(len, keys)):,}: " + ", ".join(f"{Path(path).name} {sum(1 for p, _ in rows if p == path)} of {len(own):,}" for path, own in zip(args.files, keys)))
-    print(f"{args.out / 'review.html'}: to fill in with a browser; {args.out / 'review.csv'}: the same as a table. Then: data_prep.py review {' '.join(args.files)} --import review.csv")
+    write_text(
+        args.out / "review.csv", "\ufeff" + text.getvalue()
+    )  # Excel takes it for UTF-8 by the mark
+    print(
+        f"{len(rows)} rows of {sum(map(len, keys)):,}: "
+        + ", ".join(
+            f"{Path(path).name} {sum(1 for p, _ in rows if p == path)} of {len(own):,}"
+            for path, own in zip(args.files, keys)
+        )
+    )
+    print(
+        f"{args.out / 'review.html'}: to fill in with a browser; {args.out / 'review.csv'}: the same as a table. Then: data_prep.py review {' '.join(args.files)} --import review.csv"
+    )
 
 
 # --- 3. import ------------------------------------------------------------------------------------------------------
@@ -168,21 +231,33 @@ def read_filled(path, files):
     if not lines or lines[0][:8] != COLUMNS[:8]:
         raise ValueError(f"{path}: not a review table (its columns are {', '.join(COLUMNS)})")
     names = Counter(Path(file).name for file in files)
-    known, decided = {str(file): str(file) for file in files} | {Path(file).name: str(file) for file in files if names[Path(file).name] == 1}, {}
+    known, decided = (
+        {str(file): str(file) for file in files}
+        | {Path(file).name: str(file) for file in files if names[Path(file).name] == 1},
+        {},
+    )
     for number, line in enumerate(lines[1:], 2):
         if not any(cell.strip() for cell in line):
             continue
         row = dict(zip(COLUMNS, line))
-        verdict = VERDICTS.get(row.get("verdict", "").strip().lower()) if row.get("verdict", "").strip() else ""
+        verdict = (
+            VERDICTS.get(row.get("verdict", "").strip().lower())
+            if row.get("verdict", "").strip()
+            else ""
+        )
         if verdict is None:
-            raise ValueError(f"{path}: row {number}: verdict {row['verdict']!r} is none of accept, fix, reject (接受， 修改， 拒绝）")
+            raise ValueError(
+                f"{path}: row {number}: verdict {row['verdict']!r} is none of accept, fix, reject (接受， 修改， 拒绝）"
+            )
         row["key"] = row["key"].strip().lower().removeprefix("k")
         file = known.get(row["file"]) or known.get(Path(row["file"]).name)
         if file is None:
             raise ValueError(f"{path}: row {number}: {row['file']} is not among the files named")
         fixed = clean_text(row.get("fixed", ""))
         if fixed and verdict in ("accept", "reject"):
-            raise ValueError(f"{path}: row {number}: a text under 'fixed', but the verdict is {row['verdict'].strip()}: say fix, or empty it")
+            raise ValueError(
+                f"{path}: row {number}: a text under 'fixed', but the verdict is {row['verdict'].strip()}: say fix, or empty it"
+            )
         verdict = "fix" if fixed else verdict
         if verdict == "fix" and not fixed:
             raise ValueError(f"{path}: row {number}: fix without a text under 'fixed'")
@@ -200,7 +275,9 @@ def take_back(args):
     for path in args.files:  # everything is looked at before anything is changed
         journal, lines = journal_of(path, rejected=True), []
         if not journal.header or not Path(journal.header["raw"]).is_file():
-            raise ValueError(f"{path}: the file it was translated from is not at {journal.header and journal.header['raw']}: needed to write it again")
+            raise ValueError(
+                f"{path}: the file it was translated from is not at {journal.header and journal.header['raw']}: needed to write it again"
+            )
         for (file, key), fields in decided.items():
             if file == str(path):
                 line = journal.find(int(key, 16)) if re.fullmatch("[0-9a-f]{1,16}", key) else None
@@ -214,18 +291,41 @@ def take_back(args):
     for path, journal, lines in work:
         for line, fields in lines:
             verdicts = {verdict for verdict, _ in fields.values()}
-            verdict = "reject" if "reject" in verdicts else "open" if "" in verdicts or len(fields) < len(line["english"]) else "fix" if "fix" in verdicts else "accept"
+            verdict = (
+                "reject"
+                if "reject" in verdicts
+                else "open"
+                if "" in verdicts or len(fields) < len(line["english"])
+                else "fix"
+                if "fix" in verdicts
+                else "accept"
+            )
             counts[path][verdict] += 1
             fixed = {field: text for field, (decision, text) in fields.items() if decision == "fix"}
             if verdict == "open" and not fixed:
                 continue
             for reason in quality({field: line["english"][field] for field in fixed}, fixed):
-                print(f"data_prep.py: {path}, {line['key']}: the fix is taken, though the checks say {reason}", file=sys.stderr)
-            journal.add(line | {"chinese": line["chinese"] | fixed, "reasons": ["rejected by the reviewer"] if verdict == "reject" else [], "review": verdict})
+                print(
+                    f"data_prep.py: {path}, {line['key']}: the fix is taken, though the checks say {reason}",
+                    file=sys.stderr,
+                )
+            journal.add(
+                line
+                | {
+                    "chinese": line["chinese"] | fixed,
+                    "reasons": ["rejected by the reviewer"] if verdict == "reject" else [],
+                    "review": verdict,
+                }
+            )
         journal.sync()
         header = journal.header
         journal.file.close()
-        task = Task(header["source"], Records(header["raw"], header["encoding"]), Path(path).parent, {name: tuple(names) for name, names in header["columns"].items()})
+        task = Task(
+            header["source"],
+            Records(header["raw"], header["encoding"]),
+            Path(path).parent,
+            {name: tuple(names) for name, names in header["columns"].items()},
+        )
         task.journal.load()
         task.finish()
         task.journal.file.close()
@@ -234,14 +334,28 @@ def take_back(args):
 
 def report(args, counts):
     total = sum(counts.values(), Counter())
-    lines = ["| file | reviewed | accepted as they are | 95 % interval | fixed | rejected | not decided |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| file | reviewed | accepted as they are | 95 % interval | fixed | rejected | not decided |",
+        "|---|---|---|---|---|---|---|",
+    ]
     result = {}
     for name, n in [*counts.items(), ("all", total)]:
         reviewed = n["accept"] + n["fix"] + n["reject"]
         low, high = wilson(n["accept"], reviewed)
-        result[name] = {"reviewed": reviewed, "accepted": n["accept"], "fixed": n["fix"], "rejected": n["reject"], "open": n["open"],
-                        "acceptance": n["accept"] / reviewed if reviewed else None, "interval": [low, high]}
-        lines.append(f"| {name} | {reviewed} | {n['accept']}" + (f" ({n['accept'] / reviewed:.1%}) | {low:.1%} to {high:.1%}" if reviewed else " | -") + f" | {n['fix']} | {n['reject']} | {n['open']} |")
+        result[name] = {
+            "reviewed": reviewed,
+            "accepted": n["accept"],
+            "fixed": n["fix"],
+            "rejected": n["reject"],
+            "open": n["open"],
+            "acceptance": n["accept"] / reviewed if reviewed else None,
+            "interval": [low, high],
+        }
+        lines.append(
+            f"| {name} | {reviewed} | {n['accept']}"
+            + (f" ({n['accept'] / reviewed:.1%}) | {low:.1%} to {high:.1%}" if reviewed else " | -")
+            + f" | {n['fix']} | {n['reject']} | {n['open']} |"
+        )
     print("\n".join(lines))
     print("fixes and rejections are in the files and their journals")
     write_json(Path(args.filled).with_suffix(".report.json"), result)

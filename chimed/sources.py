@@ -1,10 +1,10 @@
 """The raw sets as they are found: records of a file by byte offset, one Row for each, and the record again with Chinese in it.
 
-    PMC-OA          .jsonl        image, caption [, pmcid, url_name, …]
-    PMC-CaseReport  .csv .json .jsonl  PMC_id, context, question, answer, inline, img_ref (a string that holds a Python list of names)
-    PMC-VQA v1, v2  .csv          Figure_path, Question, Answer (text or letter), Choice A … Choice D [, Answer_label, Caption, index, split]
-    ChiMed-VL       .json .jsonl  id, image, conversations: dialogs already, with a picture or without
-    own             .csv .tsv .json .jsonl  image(s), question, answer or caption; columns named by flags
+PMC-OA          .jsonl        image, caption [, pmcid, url_name, …]
+PMC-CaseReport  .csv .json .jsonl  PMC_id, context, question, answer, inline, img_ref (a string that holds a Python list of names)
+PMC-VQA v1, v2  .csv          Figure_path, Question, Answer (text or letter), Choice A … Choice D [, Answer_label, Caption, index, split]
+ChiMed-VL       .json .jsonl  id, image, conversations: dialogs already, with a picture or without
+own             .csv .tsv .json .jsonl  image(s), question, answer or caption; columns named by flags
 """
 
 import ast
@@ -28,12 +28,20 @@ SOURCES = {  # set: what its records must hold, one of each tuple
     "chimed-instruction": [("conversations",)],
     "own": [],
 }
-COLUMNS = {"image": ("image", "images"), "question": ("question",), "answer": ("answer",), "caption": ("caption",), "id": (), "group": ()}  # of --own, unless named by flags
+COLUMNS = {
+    "image": ("image", "images"),
+    "question": ("question",),
+    "answer": ("answer",),
+    "caption": ("caption",),
+    "id": (),
+    "group": (),
+}  # of --own, unless named by flags
 
 
 @dataclass(slots=True)
 class Row:
     """A row of any set. texts: context, inline, caption, question, answer, choice_a … choice_d, those it has. article: what must stay on one side of a split."""
+
     source: str
     images: list  # names as written; names[i] of candidates() are tried in turn
     texts: dict
@@ -46,7 +54,11 @@ class Row:
 
 def names_in(value, separators=None):
     """Picture names in a value: a list, a string that holds a Python or JSON list, names between `separators`, or one name. BadRow."""
-    if isinstance(value, str) and value.strip()[:1] == "[" and (value.strip()[-1] == "]" or not separators):
+    if (
+        isinstance(value, str)
+        and value.strip()[:1] == "["
+        and (value.strip()[-1] == "]" or not separators)
+    ):
         try:
             value = ast.literal_eval(value.strip()[:100_000])
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
@@ -57,12 +69,16 @@ def names_in(value, separators=None):
         value = [value]
     if value is None or value != value:
         return []
-    if not isinstance(value, (list, tuple)) or not all(isinstance(name, (str, int)) for name in value):
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(name, (str, int)) for name in value
+    ):
         raise BadRow("list of pictures cannot be read")
     if any(isinstance(name, int) and abs(name) > 10**18 for name in value):
         raise BadRow("list of pictures cannot be read")
     names = list(dict.fromkeys(str(name).strip() for name in value if str(name).strip()))
-    if any("\ud800" <= c <= "\udfff" for name in names for c in name):  # half a surrogate pair: no file name
+    if any(
+        "\ud800" <= c <= "\udfff" for name in names for c in name
+    ):  # half a surrogate pair: no file name
         raise BadRow("list of pictures cannot be read")
     return names
 
@@ -78,8 +94,16 @@ def candidates(row, name):
     if row.source != "pmc-casereport":
         return [name]
     whole = re.search(r"\.(?:jpe?g|png|gif|tiff?|webp|bmp)$", name, re.IGNORECASE)
-    stems = [name] if article_of(name) else [f"{row.article}_{name}", f"{row.article.removeprefix('PMC')}_{name}"]
-    return [*stems, name] if whole else [f"{stem}{suffix}" for suffix in (".jpg", "") for stem in stems]
+    stems = (
+        [name]
+        if article_of(name)
+        else [f"{row.article}_{name}", f"{row.article.removeprefix('PMC')}_{name}"]
+    )
+    return (
+        [*stems, name]
+        if whole
+        else [f"{stem}{suffix}" for suffix in (".jpg", "") for stem in stems]
+    )
 
 
 def strip_mark(text, letter):
@@ -94,9 +118,21 @@ def read_choices(record):
         text = clean_text(record.get(f"Choice {letter}"))
         if text:
             choices[letter] = text
-    marks = {letter: re.match(rf"\(?{letter}\s*([:.)\u3001\uff1a\uff0e\uff09])\s*", text, re.IGNORECASE) for letter, text in choices.items()}
-    lettered = all(marks.values())  # a point after a letter is a mark only where all have one: C. albicans keeps its C
-    return {letter: text[mark.end():] if (mark := marks[letter]) and (lettered or mark[1] not in ".\uff0e") and mark.end() < len(text) else text for letter, text in choices.items()}
+    marks = {
+        letter: re.match(rf"\(?{letter}\s*([:.)\u3001\uff1a\uff0e\uff09])\s*", text, re.IGNORECASE)
+        for letter, text in choices.items()
+    }
+    lettered = all(
+        marks.values()
+    )  # a point after a letter is a mark only where all have one: C. albicans keeps its C
+    return {
+        letter: text[mark.end() :]
+        if (mark := marks[letter])
+        and (lettered or mark[1] not in ".\uff0e")
+        and mark.end() < len(text)
+        else text
+        for letter, text in choices.items()
+    }
 
 
 def read_letter(record, choices):
@@ -109,50 +145,103 @@ def read_letter(record, choices):
                 raise BadRow("answer letter names no choice")
             return match[1].upper()
     answer = open_answer(record)
-    return next((letter for letter, text in choices.items() if text.casefold() == answer.casefold()), "")
+    return next(
+        (letter for letter, text in choices.items() if text.casefold() == answer.casefold()), ""
+    )
 
 
 def open_answer(record):
     """A PMC-VQA answer given as a text: `B: text` and `text` alike."""
-    return re.sub(r"^\(?[A-D]\s*[:)\uff1a]\s*", "", clean_text(record.get("Answer", record.get("Anwser"))))
+    return re.sub(
+        r"^\(?[A-D]\s*[:)\uff1a]\s*", "", clean_text(record.get("Answer", record.get("Anwser")))
+    )
 
 
 def read_row(source, record, columns=COLUMNS):
     """The Row of a record of `source`. BadRow names what is wrong with it."""
+
     def get(*names):
         return next((record[name] for name in names if record.get(name) not in (None, "")), "")
 
     if source.startswith("chimed"):
-        return Row(source, names_in(get("image")), {}, article_of(get("image")), id=clean_text(get("id")), conversations=record.get("conversations"))
+        return Row(
+            source,
+            names_in(get("image")),
+            {},
+            article_of(get("image")),
+            id=clean_text(get("id")),
+            conversations=record.get("conversations"),
+        )
     if source == "pmc-oa":
         images = names_in(get("image"))
-        return Row(source, images, {"caption": clean_text(get("caption"))}, article_of(get("pmcid")) or article_of(f"PMC{get('pmcid')}") or article_of(images[:1]))
+        return Row(
+            source,
+            images,
+            {"caption": clean_text(get("caption"))},
+            article_of(get("pmcid")) or article_of(f"PMC{get('pmcid')}") or article_of(images[:1]),
+        )
     if source == "pmc-casereport":
         number = re.sub(r"\.0$", "", str(get("PMC_id")).strip())  # as pandas writes a number
         inline = get("inline")
-        if isinstance(inline, (list, str)) and str(inline).strip().startswith("["):  # several sentences about the same figures
+        if isinstance(inline, (list, str)) and str(inline).strip().startswith(
+            "["
+        ):  # several sentences about the same figures
             try:
                 inline = " ".join(names_in(inline))
             except BadRow:
                 pass  # a sentence may begin with a bracket
-        texts = {"context": clean_text(get("context")), "inline": clean_text(inline), "question": strip_mark(clean_text(get("question")), "Q|问|问题"),
-                 "answer": strip_mark(clean_text(get("answer")), "A|答|答案|回答")}
-        return Row(source, names_in(get("img_ref")), texts, article_of(number) or (f"PMC{number}" if number.isdigit() else number))
+        texts = {
+            "context": clean_text(get("context")),
+            "inline": clean_text(inline),
+            "question": strip_mark(clean_text(get("question")), "Q|问|问题"),
+            "answer": strip_mark(clean_text(get("answer")), "A|答|答案|回答"),
+        }
+        return Row(
+            source,
+            names_in(get("img_ref")),
+            texts,
+            article_of(number) or (f"PMC{number}" if number.isdigit() else number),
+        )
     if source == "pmc-vqa":
         choices = read_choices(record)
         letter = read_letter(record, choices)
-        texts = {"caption": clean_text(get("Caption")), "question": clean_text(get("Question")), "answer": choices[letter] if letter else open_answer(record),
-                 **{f"choice_{letter.lower()}": text for letter, text in choices.items()}}
+        texts = {
+            "caption": clean_text(get("Caption")),
+            "question": clean_text(get("Question")),
+            "answer": choices[letter] if letter else open_answer(record),
+            **{f"choice_{letter.lower()}": text for letter, text in choices.items()},
+        }
         images = names_in(get("Figure_path"))
-        return Row(source, images, texts, article_of(images[:1]), letter, test=clean_text(get("split")).lower() == "test")
+        return Row(
+            source,
+            images,
+            texts,
+            article_of(images[:1]),
+            letter,
+            test=clean_text(get("split")).lower() == "test",
+        )
     texts = {name: clean_text(get(*columns[name])) for name in ("question", "answer", "caption")}
-    group = re.sub(r"\.0$", "", clean_text(get(*columns["group"])).casefold()) if columns["group"] else ""
-    return Row(source, names_in(get(*columns["image"]), r"[;|]"), texts, f"own {group}" if group else "", id=clean_text(get(*columns["id"])) if columns["id"] else "")
+    group = (
+        re.sub(r"\.0$", "", clean_text(get(*columns["group"])).casefold())
+        if columns["group"]
+        else ""
+    )
+    return Row(
+        source,
+        names_in(get(*columns["image"]), r"[;|]"),
+        texts,
+        f"own {group}" if group else "",
+        id=clean_text(get(*columns["id"])) if columns["id"] else "",
+    )
 
 
 def to_translate(row):
     """The texts of a row that a translator is sent: an answer that is one of the choices is translated as that choice, or it would get two names."""
-    return {name: text for name, text in row.texts.items() if text and not (name == "answer" and row.letter)}
+    return {
+        name: text
+        for name, text in row.texts.items()
+        if text and not (name == "answer" and row.letter)
+    }
 
 
 def put_texts(source, record, row, chinese, columns=COLUMNS):
@@ -168,9 +257,19 @@ def put_texts(source, record, row, chinese, columns=COLUMNS):
     for name, text in chinese.items():
         if name.startswith("choice_"):
             letter = name[-1].upper()
-            marked = re.match(rf"\(?{letter}\s*[:.)\u3001\uff1a\uff0e\uff09]", clean_text(record.get(f"Choice {letter}")), re.IGNORECASE)
-            put(f"{letter}: {text}" if marked else text, f"Choice {letter}")  # or `A. fumigatus` would lose its A when read again
-            if row.letter == letter and clean_text(record.get("Answer", record.get("Anwser"))).strip("()[]:. ").upper() != row.letter:
+            marked = re.match(
+                rf"\(?{letter}\s*[:.)\u3001\uff1a\uff0e\uff09]",
+                clean_text(record.get(f"Choice {letter}")),
+                re.IGNORECASE,
+            )
+            put(
+                f"{letter}: {text}" if marked else text, f"Choice {letter}"
+            )  # or `A. fumigatus` would lose its A when read again
+            if (
+                row.letter == letter
+                and clean_text(record.get("Answer", record.get("Anwser"))).strip("()[]:. ").upper()
+                != row.letter
+            ):
                 put(text, "Answer", "Anwser")
         elif source == "pmc-vqa":
             put(text, *{"answer": ("Answer", "Anwser")}.get(name, (name.capitalize(),)))
@@ -181,25 +280,42 @@ def put_texts(source, record, row, chinese, columns=COLUMNS):
 
 def add_source_flags(parser, *names):
     """--pmc-oa FILE … and the like, the same for every command."""
-    about = {"pmc-oa": "PMC-OA, .jsonl", "pmc-casereport": "PMC-CaseReport, .csv .json .jsonl", "pmc-vqa": "PMC-VQA v1 or v2, .csv",
-             "chimed-alignment": "dialogs for stage 1: ChiMed-VL-Alignment.jsonl, or your own", "chimed-instruction": "dialogs for stage 2: ChiMed-VL-Instruction.json, -Chat.json",
-             "own": "your own .csv .tsv .json .jsonl: image(s) and question + answer, or caption, or both"}
-    group = parser.add_argument_group("the raw sets (several files each; translated ones have the same form)")
+    about = {
+        "pmc-oa": "PMC-OA, .jsonl",
+        "pmc-casereport": "PMC-CaseReport, .csv .json .jsonl",
+        "pmc-vqa": "PMC-VQA v1 or v2, .csv",
+        "chimed-alignment": "dialogs for stage 1: ChiMed-VL-Alignment.jsonl, or your own",
+        "chimed-instruction": "dialogs for stage 2: ChiMed-VL-Instruction.json, -Chat.json",
+        "own": "your own .csv .tsv .json .jsonl: image(s) and question + answer, or caption, or both",
+    }
+    group = parser.add_argument_group(
+        "the raw sets (several files each; translated ones have the same form)"
+    )
     for name in names:
         group.add_argument(f"--{name}", nargs="+", default=[], metavar="FILE", help=about[name])
     if "own" in names:
         own = parser.add_argument_group("columns of --own, where they are named otherwise")
         for name, usual in COLUMNS.items():
-            own.add_argument(f"--{name}-column", metavar="NAME", help={
-                "id": "where a row's id stands (default: rows are numbered)",
-                "image": "several in one field: a.png;b.png, or a list (default image or images)",
-                "group": "what must stay on one side of --val-fraction, e.g. the patient (default: the pictures)"}.get(name, f"(default {' or '.join(usual)})"))
-        own.add_argument("--encoding", default="utf-8", help="of tables that are not UTF-8, e.g. gb18030")
+            own.add_argument(
+                f"--{name}-column",
+                metavar="NAME",
+                help={
+                    "id": "where a row's id stands (default: rows are numbered)",
+                    "image": "several in one field: a.png;b.png, or a list (default image or images)",
+                    "group": "what must stay on one side of --val-fraction, e.g. the patient (default: the pictures)",
+                }.get(name, f"(default {' or '.join(usual)})"),
+            )
+        own.add_argument(
+            "--encoding", default="utf-8", help="of tables that are not UTF-8, e.g. gb18030"
+        )
 
 
 def named_columns(args):
     """COLUMNS with the flags' names in place."""
-    return {name: (given,) if (given := getattr(args, f"{name}_column", None)) else usual for name, usual in COLUMNS.items()}
+    return {
+        name: (given,) if (given := getattr(args, f"{name}_column", None)) else usual
+        for name, usual in COLUMNS.items()
+    }
 
 
 def open_sources(args, names):
@@ -214,7 +330,9 @@ def open_sources(args, names):
             needed = list(SOURCES[source])
             if source == "own":
                 asked = [name for name in columns if getattr(args, f"{name}_column", None)]
-                needed += [columns[name] for name in dict.fromkeys(["image", *asked])] + ([(*columns["question"], *columns["caption"])])
+                needed += [columns[name] for name in dict.fromkeys(["image", *asked])] + (
+                    [(*columns["question"], *columns["caption"])]
+                )
             records.require(needed, f"--{source}")
             opened.append((source, records))
     if not opened:
@@ -222,7 +340,10 @@ def open_sources(args, names):
     return opened
 
 
-PROMPTS = sorted((tuple(template.split("{question}")) for template in VQA if template != "{question}"), key=lambda parts: -len("".join(parts)))
+PROMPTS = sorted(
+    (tuple(template.split("{question}")) for template in VQA if template != "{question}"),
+    key=lambda parts: -len("".join(parts)),
+)
 
 
 def own_question(text):
@@ -231,7 +352,11 @@ def own_question(text):
     if text in CAPTION or text in CONTEXT:
         return ""
     for before, after in PROMPTS:
-        if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
-            text = text[len(before):len(text) - len(after)]
+        if (
+            text.startswith(before)
+            and text.endswith(after)
+            and len(text) > len(before) + len(after)
+        ):
+            text = text[len(before) : len(text) - len(after)]
             break
     return text.split("\n")[0]

@@ -41,19 +41,34 @@ def read_answer(text, english):
     """{field: Chinese} of what the model wrote: a JSON object, perhaps in a fence or with words around. ValueError."""
     start, stop = text.find("{"), text.rfind("}")
     try:
-        answer = json.loads(text[start:stop + 1], strict=False)  # a line break inside a text is forgiven
+        answer = json.loads(
+            text[start : stop + 1], strict=False
+        )  # a line break inside a text is forgiven
     except (ValueError, RecursionError):
-        raise ValueError("refusal" if REFUSAL.search(text) else "answer is no JSON object") from None
-    if not isinstance(answer, dict) or not all(isinstance(answer.get(name), str) and answer[name].strip() for name in english):
+        raise ValueError(
+            "refusal" if REFUSAL.search(text) else "answer is no JSON object"
+        ) from None
+    if not isinstance(answer, dict) or not all(
+        isinstance(answer.get(name), str) and answer[name].strip() for name in english
+    ):
         raise ValueError("answer lacks a field")
     return {name: clean_text(answer[name]) for name in english}
 
 
 async def translate_row(endpoint, english, glossary, attempts):
     """(chinese, reasons): the best of up to `attempts` translations; each that fails the rules is sent back with what is wrong."""
-    terms = {term: accepted[0] for term, accepted, pattern in glossary if any(pattern.search(text) for text in english.values())}
-    system = TRANSLATE.replace("{fields}", "\uff0c".join(f"{name}\uff1a{FIELDS[name]}" for name in english)) + (GLOSSARY + json.dumps(terms, ensure_ascii=False) if terms else "")
-    ask = [{"role": "system", "content": system}, {"role": "user", "content": json.dumps(english, ensure_ascii=False)}]
+    terms = {
+        term: accepted[0]
+        for term, accepted, pattern in glossary
+        if any(pattern.search(text) for text in english.values())
+    }
+    system = TRANSLATE.replace(
+        "{fields}", "\uff0c".join(f"{name}\uff1a{FIELDS[name]}" for name in english)
+    ) + (GLOSSARY + json.dumps(terms, ensure_ascii=False) if terms else "")
+    ask = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": json.dumps(english, ensure_ascii=False)},
+    ]
     best, more = None, []
     for _ in range(attempts):
         try:
@@ -67,7 +82,19 @@ async def translate_row(endpoint, english, glossary, attempts):
             best = chinese, reasons
         if not reasons:
             break
-        more = [{"role": "assistant", "content": json.dumps(chinese, ensure_ascii=False)}, {"role": "user", "content": AGAIN.format(reasons="\uff1b".join(f"{name}\uff1a{REASONS[reason_name(reason)]}" for reason in reasons for name in [reason.split(": ")[1].split(",")[0]]))}]
+        more = [
+            {"role": "assistant", "content": json.dumps(chinese, ensure_ascii=False)},
+            {
+                "role": "user",
+                "content": AGAIN.format(
+                    reasons="\uff1b".join(
+                        f"{name}\uff1a{REASONS[reason_name(reason)]}"
+                        for reason in reasons
+                        for name in [reason.split(": ")[1].split(",")[0]]
+                    )
+                ),
+            },
+        ]
     return best
 
 
@@ -78,7 +105,13 @@ class Task:
     """One raw file on its way to Chinese: its records, their keys, its journal and its output."""
 
     def __init__(self, source, records, out, columns, glossary_digest=""):
-        self.source, self.records, self.columns, self.fields, self.glossary_digest = source, records, columns, set(), glossary_digest
+        self.source, self.records, self.columns, self.fields, self.glossary_digest = (
+            source,
+            records,
+            columns,
+            set(),
+            glossary_digest,
+        )
         self.out = out / records.path.name
         if self.out.resolve() == records.path.resolve():
             raise ValueError(f"--out {out} holds {records.path} itself: name another folder")
@@ -86,7 +119,12 @@ class Task:
 
     def sign(self):
         """Notes in the journal where its rows come from: what review --import writes the file from."""
-        header = {"raw": os.path.realpath(self.records.path), "source": self.source, "encoding": self.records.encoding, "columns": self.columns}
+        header = {
+            "raw": os.path.realpath(self.records.path),
+            "source": self.source,
+            "encoding": self.records.encoding,
+            "columns": self.columns,
+        }
         if self.journal.header is None or json.dumps(self.journal.header) != json.dumps(header):
             self.journal.add(header)
 
@@ -98,7 +136,10 @@ class Task:
             raise BadRow("no text")
         for name in ("context", "inline", "caption"):  # an answer may well be a number
             if name in english and (reason := impractical(english[name])):
-                if len([n for n in ("context", "inline", "caption", "question") if n in english]) == 1:
+                if (
+                    len([n for n in ("context", "inline", "caption", "question") if n in english])
+                    == 1
+                ):
                     raise BadRow(reason)
                 del english[name]  # the rest of the row is worth having
         return row, english
@@ -113,7 +154,10 @@ class Task:
 
     def survey(self, progress):
         """Of every row a key (uint64), 0 for those that are not translated, and how many characters it has (int64)."""
-        keys, sizes = np.zeros(len(self.records), dtype=np.uint64), np.zeros(len(self.records), dtype=np.int64)
+        keys, sizes = (
+            np.zeros(len(self.records), dtype=np.uint64),
+            np.zeros(len(self.records), dtype=np.int64),
+        )
         for i, raw in self.records.read(0, len(self.records)):
             try:
                 _, english = self.row(self.records.parse(raw))
@@ -128,7 +172,10 @@ class Task:
     def finish(self):
         """Writes the translated file and the rejected rows. Counts of what became of the rows, and of the reasons."""
         counts, dropped = Counter(), Counter()
-        partial, rejected = (path.with_name(path.name + ".partial") for path in (self.out, self.out.with_name(self.out.name + ".rejected.jsonl")))
+        partial, rejected = (
+            path.with_name(path.name + ".partial")
+            for path in (self.out, self.out.with_name(self.out.name + ".rejected.jsonl"))
+        )
 
         def rows(rejects):
             for i, raw in self.records.read(0, len(self.records)):
@@ -153,7 +200,10 @@ class Task:
                     counts["translated"] += 1
                     yield put_texts(self.source, record, row, line["chinese"], self.columns)
 
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as out, open(rejected, "w", encoding="utf-8", errors="backslashreplace") as rejects:
+        with (
+            open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as out,
+            open(rejected, "w", encoding="utf-8", errors="backslashreplace") as rejects,
+        ):
             self.records.write(out, rows(rejects))
         partial.replace(self.out)
         rejected.replace(self.out.with_name(self.out.name + ".rejected.jsonl"))
@@ -166,18 +216,36 @@ def given_translations(path, tasks, encoding):
     path: rows {english, chinese}, each a text or {field: text} (a journal is such a file), or the raw file itself with Chinese in place, row by row."""
     records = Records(path, encoding)
     samples = (_try(records, i) or {} for i in range(min(len(records), 100)))
-    sample = next((record for record in samples if {"english", "chinese"} <= {name.lower() for name in record}), {})
+    sample = next(
+        (
+            record
+            for record in samples
+            if {"english", "chinese"} <= {name.lower() for name in record}
+        ),
+        {},
+    )
     names = {name.lower(): name for name in sample}
 
     def pairs(record):
         """[(English, Chinese)] of one record."""
         english, chinese = record.get(names["english"]), record.get(names["chinese"])
         if isinstance(english, dict) and isinstance(chinese, dict):
-            return [(clean_text(text), clean_text(chinese[name])) for name, text in english.items() if isinstance(text, str) and isinstance(chinese.get(name), str)]
-        return [(clean_text(english), clean_text(chinese))] if isinstance(english, str) and isinstance(chinese, str) else []
+            return [
+                (clean_text(text), clean_text(chinese[name]))
+                for name, text in english.items()
+                if isinstance(text, str) and isinstance(chinese.get(name), str)
+            ]
+        return (
+            [(clean_text(english), clean_text(chinese))]
+            if isinstance(english, str) and isinstance(chinese, str)
+            else []
+        )
 
     if names:
-        found, rows = array("Q"), array("q")  # key of each English text, and the record it stands in
+        found, rows = (
+            array("Q"),
+            array("q"),
+        )  # key of each English text, and the record it stands in
         for i in range(len(records)):
             for english, _ in pairs(_try(records, i) or {}):
                 found.append(text_key(english))
@@ -189,21 +257,31 @@ def given_translations(path, tasks, encoding):
             chinese = {}
             for name, text in english.items():
                 k = int(np.searchsorted(keys, np.uint64(text_key(text))))
-                chinese[name] = dict(pairs(records[int(rows[k])])).get(text) if k < len(keys) else None
+                chinese[name] = (
+                    dict(pairs(records[int(rows[k])])).get(text) if k < len(keys) else None
+                )
             return None if None in chinese.values() else chinese
+
         return by_text
     if len(tasks) != 1 or len(records) != len(tasks[0].records):
-        raise ValueError(f"{path}: finished translations are rows of `english` and `chinese`, or the one raw file itself, row by row, with Chinese in place")
+        raise ValueError(
+            f"{path}: finished translations are rows of `english` and `chinese`, or the one raw file itself, row by row, with Chinese in place"
+        )
 
     def same_row(task, i, english):
         try:
-            row, raw = (read_row(task.source, one[i], task.columns) for one in (records, task.records))
+            row, raw = (
+                read_row(task.source, one[i], task.columns) for one in (records, task.records)
+            )
         except BadRow:
             return None
         if row.images != raw.images:
-            raise ValueError(f"{path}: row {i} has other pictures ({', '.join(row.images)}) than the same row of {task.records.path}: the rows must stand in the same order")
+            raise ValueError(
+                f"{path}: row {i} has other pictures ({', '.join(row.images)}) than the same row of {task.records.path}: the rows must stand in the same order"
+            )
         chinese = row.texts
         return {name: chinese.get(name, "") for name in english}
+
     return same_row
 
 
@@ -215,7 +293,17 @@ def _try(records, i):
 
 
 def journal_line(task, key, i, english, chinese, reasons, by):
-    return {"key": f"{key:016x}", "source": task.source, "row": i, "images": task.images(i), "english": english, "chinese": chinese, "reasons": reasons, "by": by, "glossary": task.glossary_digest}
+    return {
+        "key": f"{key:016x}",
+        "source": task.source,
+        "row": i,
+        "images": task.images(i),
+        "english": english,
+        "chinese": chinese,
+        "reasons": reasons,
+        "by": by,
+        "glossary": task.glossary_digest,
+    }
 
 
 async def run_requests(endpoint, todo, glossary, args, bar, any_done):
@@ -225,7 +313,12 @@ async def run_requests(endpoint, todo, glossary, args, bar, any_done):
     failed, refused = Counter(), []
 
     async def worker():
-        for task, key, i, english in todo:  # one iterator, shared: the next row goes to whoever is free
+        for (
+            task,
+            key,
+            i,
+            english,
+        ) in todo:  # one iterator, shared: the next row goes to whoever is free
             try:
                 chinese, reasons = await translate_row(endpoint, english, glossary, args.attempts)
             except RequestFailed as error:
@@ -234,7 +327,9 @@ async def run_requests(endpoint, todo, glossary, args, bar, any_done):
                 else:
                     failed[one_line(error)] += 1
             else:
-                task.journal.add(journal_line(task, key, i, english, chinese, reasons, endpoint.model))
+                task.journal.add(
+                    journal_line(task, key, i, english, chinese, reasons, endpoint.model)
+                )
             bar.update()
             bar.set_postfix_str(endpoint.status())
 
@@ -248,7 +343,11 @@ async def run_requests(endpoint, todo, glossary, args, bar, any_done):
         finally:
             for task, key, i, english, reason in refused:
                 if endpoint.answered or any_done:
-                    task.journal.add(journal_line(task, key, i, english, {}, [f"not translated: {reason}"], endpoint.model))
+                    task.journal.add(
+                        journal_line(
+                            task, key, i, english, {}, [f"not translated: {reason}"], endpoint.model
+                        )
+                    )
                 else:  # where nothing was ever answered, the fault is not the row's
                     failed[reason] += 1
     return failed
@@ -262,7 +361,9 @@ def translate(args):
     opened = open_sources(args, RAW)
     names = [records.path.name for _, records in opened]
     if len(set(names)) < len(names):
-        raise ValueError(f"two files are named {max(names, key=names.count)}: translate them into two folders")
+        raise ValueError(
+            f"two files are named {max(names, key=names.count)}: translate them into two folders"
+        )
     out.mkdir(parents=True, exist_ok=True)
     tasks = [Task(source, records, out, columns, digest) for source, records in opened]
     try:
@@ -274,22 +375,42 @@ def translate(args):
 
 def translate_files(args, tasks, glossary, digest):
     names = [task.records.path.name for task in tasks]
-    given = given_translations(args.translations, tasks, args.encoding) if args.translations else None
-    ask = bool(args.base_url or not given)  # translations given are all there is, unless an endpoint is named with them
+    given = (
+        given_translations(args.translations, tasks, args.encoding) if args.translations else None
+    )
+    ask = bool(
+        args.base_url or not given
+    )  # translations given are all there is, unless an endpoint is named with them
 
     def keeps_glossary(line):
-        return (line.get("glossary") == digest or "review" in line or bool(line["reasons"])
-                or not any(glossary_breaks(text, line["chinese"].get(name, ""), glossary) for name, text in line["english"].items()))
+        return (
+            line.get("glossary") == digest
+            or "review" in line
+            or bool(line["reasons"])
+            or not any(
+                glossary_breaks(text, line["chinese"].get(name, ""), glossary)
+                for name, text in line["english"].items()
+            )
+        )
 
     plan, n_done, characters = [], 0, 0  # plan: (task, keys, numbers of the rows to translate)
-    with tqdm(total=sum(len(task.records) for task in tasks), desc="reading", unit=" rows", disable=None) as bar:
+    with tqdm(
+        total=sum(len(task.records) for task in tasks), desc="reading", unit=" rows", disable=None
+    ) as bar:
         for task in tasks:
-            task.journal.load(lambda line: keeps_glossary(line) and not (args.retry_rejected and line["reasons"]))
+            task.journal.load(
+                lambda line: keeps_glossary(line) and not (args.retry_rejected and line["reasons"])
+            )
             task.sign()
             if task.journal.damaged:
-                print(f"{task.journal.path}: {task.journal.damaged} damaged lines: their rows are translated again", file=sys.stderr)
+                print(
+                    f"{task.journal.path}: {task.journal.damaged} damaged lines: their rows are translated again",
+                    file=sys.stderr,
+                )
             keys, sizes = task.survey(bar)
-            first = np.unique(keys, return_index=True)[1]  # equal texts are translated once, and alike
+            first = np.unique(keys, return_index=True)[
+                1
+            ]  # equal texts are translated once, and alike
             first = first[keys[first] != 0]
             done = task.journal.has(keys[first])
             # in any order: rows that an endpoint refuses often stand together, and must not look like an endpoint that refuses all
@@ -305,40 +426,88 @@ def translate_files(args, tasks, glossary, digest):
     todo = [rows for *_, rows in plan]
     if given:
         todo, open_rows = [], {task: array("q") for task in tasks}
-        for task, key, i, english in tqdm(rows_of([rows for *_, rows in plan]), total=sum(len(rows) for *_, rows in plan), desc="taking", unit=" rows", disable=None):
+        for task, key, i, english in tqdm(
+            rows_of([rows for *_, rows in plan]),
+            total=sum(len(rows) for *_, rows in plan),
+            desc="taking",
+            unit=" rows",
+            disable=None,
+        ):
             chinese = given(task, i, english)
             reasons = quality(english, chinese, glossary) if chinese else None
             if chinese is None or (reasons and ask):
                 open_rows[task].append(i)
             else:
-                task.journal.add(journal_line(task, key, i, english, chinese, reasons, Path(args.translations).name))
+                task.journal.add(
+                    journal_line(
+                        task, key, i, english, chinese, reasons, Path(args.translations).name
+                    )
+                )
         todo = [open_rows[task] for task in tasks]
     failed, fault, n_todo = Counter(), None, sum(map(len, todo))
     if n_todo and ask:
         endpoint = Endpoint(args)
-        said = ", ".join(sorted(set().union(*(task.fields for task in tasks)), key=list(FIELDS).index))
-        endpoint.confirm(f"the texts ({said}) of {n_todo:,} rows of {', '.join(names)}, some {characters:,} characters{', and glossary terms' if glossary else ''}. "
-                         "No pictures, ids or file names are sent.")
-        with tqdm(total=n_todo + n_done, initial=n_done, desc="translating", unit=" rows", disable=None, smoothing=0.05) as bar:
+        said = ", ".join(
+            sorted(set().union(*(task.fields for task in tasks)), key=list(FIELDS).index)
+        )
+        endpoint.confirm(
+            f"the texts ({said}) of {n_todo:,} rows of {', '.join(names)}, some {characters:,} characters{', and glossary terms' if glossary else ''}. "
+            "No pictures, ids or file names are sent."
+        )
+        with tqdm(
+            total=n_todo + n_done,
+            initial=n_done,
+            desc="translating",
+            unit=" rows",
+            disable=None,
+            smoothing=0.05,
+        ) as bar:
             try:
-                failed = asyncio.run(run_requests(endpoint, rows_of(todo), glossary, args, bar, bool(n_done)))
+                failed = asyncio.run(
+                    run_requests(endpoint, rows_of(todo), glossary, args, bar, bool(n_done))
+                )
             except EndpointFailed as error:
                 fault = error
-        print(f"{endpoint.tokens_in:,} tokens read, {endpoint.tokens_out:,} written" + (f", cost {endpoint.cost:.4f}" if endpoint.cost else "")
-              + (f"; retried: {', '.join(f'{reason} x {n}' for reason, n in endpoint.faults.most_common())}" if endpoint.faults else ""), file=sys.stderr)
+        print(
+            f"{endpoint.tokens_in:,} tokens read, {endpoint.tokens_out:,} written"
+            + (f", cost {endpoint.cost:.4f}" if endpoint.cost else "")
+            + (
+                f"; retried: {', '.join(f'{reason} x {n}' for reason, n in endpoint.faults.most_common())}"
+                if endpoint.faults
+                else ""
+            ),
+            file=sys.stderr,
+        )
     for task in tasks:
         task.journal.sync()
         task.journal.load(keeps_glossary)
     if fault or failed:
         n = sum(int((~task.journal.has(keys[rows])).sum()) for task, keys, rows in plan)
-        why = one_line(fault) if fault else ", ".join(f"{reason} ({k})" for reason, k in failed.most_common(3))
-        print(f"data_prep.py: {n:,} rows are still to be translated: {why}. What is finished is kept: run the same command again", file=sys.stderr)
+        why = (
+            one_line(fault)
+            if fault
+            else ", ".join(f"{reason} ({k})" for reason, k in failed.most_common(3))
+        )
+        print(
+            f"data_prep.py: {n:,} rows are still to be translated: {why}. What is finished is kept: run the same command again",
+            file=sys.stderr,
+        )
         return 2 if fault and not n_done and not endpoint.answered else 1
     for task in tasks:
         counts, dropped = task.finish()
-        print(f"{task.out}: {counts['translated'] + counts['chinese']:,} rows of {len(task.records):,}"
-              + (f" ({counts['chinese']:,} were Chinese already)" if counts["chinese"] else "")
-              + (f"; {counts['undone']:,} without a translation given" if counts["undone"] else "")
-              + (f"; {counts['rejected']:,} rejected (in {task.out.name}.rejected.jsonl)" if counts["rejected"] else "")
-              + (f"; left out, by reason: {', '.join(f'{reason} {n:,}' for reason, n in dropped.most_common())}" if dropped else ""))
+        print(
+            f"{task.out}: {counts['translated'] + counts['chinese']:,} rows of {len(task.records):,}"
+            + (f" ({counts['chinese']:,} were Chinese already)" if counts["chinese"] else "")
+            + (f"; {counts['undone']:,} without a translation given" if counts["undone"] else "")
+            + (
+                f"; {counts['rejected']:,} rejected (in {task.out.name}.rejected.jsonl)"
+                if counts["rejected"]
+                else ""
+            )
+            + (
+                f"; left out, by reason: {', '.join(f'{reason} {n:,}' for reason, n in dropped.most_common())}"
+                if dropped
+                else ""
+            )
+        )
     return 0

@@ -13,10 +13,12 @@ BLOCK = 1000  # rows a worker takes at a time
 
 def end_with(parent):
     """In a worker: ends it when its parent is gone, killed, and nobody will ever ask it for anything again."""
+
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -25,7 +27,12 @@ def in_order(work, tasks, workers):
     if workers < 2:
         yield from (work(*task) for task in tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=end_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=end_with,
+        initargs=(os.getpid(),),
+    ) as pool:
         waiting = deque()
         try:
             for task in tasks:
@@ -35,6 +42,8 @@ def in_order(work, tasks, workers):
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise ValueError("a worker process died (out of memory?): try fewer --workers") from None
+            raise ValueError(
+                "a worker process died (out of memory?): try fewer --workers"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -31,7 +31,11 @@ def run_cli(main):
         sys.exit(141)
     except USER_ERRORS as error:
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG) else 2)
+        sys.exit(
+            1
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+            else 2
+        )
     except torch.OutOfMemoryError:
         print(f"{Path(sys.argv[0]).name}: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(1)
@@ -42,21 +46,31 @@ def run_cli(main):
 
 def one_line(error):
     """The message of an exception on a single line."""
-    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    text = (
+        f"{error.strerror}: {error.filename}"
+        if isinstance(error, OSError) and error.filename
+        else str(error)
+    )
     return " ".join(text.split()) or type(error).__name__
 
 
 def check_ranges(options, **ranges):
     """ValueError unless each named option lies in its (low, high); what was not given (None) passes."""
     for name, (low, high) in ranges.items():
-        if getattr(options, name) is not None and not low <= getattr(options, name) <= high:  # also catches nan
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be from {low} to {high}")
+        if (
+            getattr(options, name) is not None and not low <= getattr(options, name) <= high
+        ):  # also catches nan
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: must be from {low} to {high}"
+            )
 
 
 def read_json(path):
     """The content of a JSON file; ValueError names the file when it is empty or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: some releases carry a byte-order mark
+        return json.loads(
+            Path(path).read_text(encoding="utf-8-sig")
+        )  # -sig: some releases carry a byte-order mark
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from None
 
@@ -85,14 +99,27 @@ def replace_folder(partial, path):
 def check_replaceable(path, mark):
     """ValueError when `path` is there and is no folder of the kind that holds a file `mark`, which alone may be replaced."""
     path = Path(path)
-    if not path.name or path.is_symlink() or (path.exists() and not (path.is_dir() and ((path / mark).is_file() or not any(path.iterdir())))):
-        raise ValueError(f"{path or repr('')} is there and holds something else: give another name, or remove it")
+    if (
+        not path.name
+        or path.is_symlink()
+        or (
+            path.exists()
+            and not (path.is_dir() and ((path / mark).is_file() or not any(path.iterdir())))
+        )
+    ):
+        raise ValueError(
+            f"{path or repr('')} is there and holds something else: give another name, or remove it"
+        )
 
 
 def model_folder(path):
     """The folder that holds a model: a train.py --out folder keeps it in final/."""
     path = Path(path)
-    return path / "final" if (path / "final").is_dir() and not (path / "config.json").exists() else path
+    return (
+        path / "final"
+        if (path / "final").is_dir() and not (path / "config.json").exists()
+        else path
+    )
 
 
 def hold(folder):

@@ -11,7 +11,9 @@ def bootstrap(sums, counts, combine, seed=0):
     for _ in range(N_BOOTSTRAP if n > 1 else 0):
         weights = np.bincount(rng.integers(n, size=n), minlength=n)
         values.append(combine(weights @ sums, weights @ counts))
-    return tuple(np.quantile(values, (0.025, 0.975)).tolist()) if values else (None, None)  # of one picture nothing is known
+    return (
+        tuple(np.quantile(values, (0.025, 0.975)).tolist()) if values else (None, None)
+    )  # of one picture nothing is known
 
 
 def wilson(k, n, z=1.959964):

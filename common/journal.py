@@ -34,7 +34,10 @@ class Finished:
 
     def add(self, key, text, **more):
         self.lines[key] = {"key": key, "text": text, **more}
-        self.file.write(json.dumps(self.lines[key], ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self.file.write(
+            json.dumps(self.lines[key], ensure_ascii=False).encode("utf-8", "backslashreplace")
+            + b"\n"
+        )
         self.file.flush()  # a kill after this loses nothing
 
 
@@ -64,17 +67,25 @@ class Journal:
                 if "raw" in line:  # where its rows come from
                     self.header, position = line, position + len(raw)
                     continue
-                texts = [text for name in ("english", "chinese") for text in line[name].values()] + line["reasons"]
+                texts = [
+                    text for name in ("english", "chinese") for text in line[name].values()
+                ] + line["reasons"]
                 complete = line["reasons"] or line["chinese"].keys() == line["english"].keys()
                 pictures = [name for names in line["images"] for name in names] + [line["source"]]
-                if len(line["key"]) != 16 or not complete or not all(isinstance(text, str) for text in texts + pictures):
+                if (
+                    len(line["key"]) != 16
+                    or not complete
+                    or not all(isinstance(text, str) for text in texts + pictures)
+                ):
                     raise ValueError
                 offsets.append(position if is_good(line) else -1)
                 found.append(int(line["key"], 16))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self.damaged += 1
             position += len(raw)
-        self.keys, last = np.unique(np.array(found, dtype=np.uint64)[::-1], return_index=True)  # of the lines of a key the last
+        self.keys, last = np.unique(
+            np.array(found, dtype=np.uint64)[::-1], return_index=True
+        )  # of the lines of a key the last
         self.offsets = np.array(offsets, dtype=np.int64)[::-1][last]
 
     def find(self, key):
@@ -88,10 +99,16 @@ class Journal:
     def has(self, keys):
         """bool per key (uint64 array)."""
         i = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys) - 1, 0))
-        return (self.keys[i] == keys) & (self.offsets[i] >= 0) if len(self.keys) else np.zeros(len(keys), dtype=bool)
+        return (
+            (self.keys[i] == keys) & (self.offsets[i] >= 0)
+            if len(self.keys)
+            else np.zeros(len(keys), dtype=bool)
+        )
 
     def add(self, line):
-        self.file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self.file.write(
+            json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        )
         self.file.flush()  # safe from a kill at once, from a power cut after at most 100 rows
         self.unsynced += 1
         if self.unsynced >= 100:

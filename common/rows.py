@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-csv.field_size_limit(2**24)  # a context of 16 MB is none: a quote that never closes ends here instead of in memory
+csv.field_size_limit(
+    2**24
+)  # a context of 16 MB is none: a quote that never closes ends here instead of in memory
 
-ROW_STEP = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}])', re.DOTALL)  # to the next bracket that stands in no string
+ROW_STEP = re.compile(
+    rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}])', re.DOTALL
+)  # to the next bracket that stands in no string
 
 
 def find_rows(path):
@@ -25,7 +29,9 @@ def find_rows(path):
         raise FileNotFoundError(f"no such data file: {path}")
     rows = array("q")
     with open(path, "rb") as file:
-        position = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # some releases carry a byte-order mark
+        position = (
+            3 if file.read(3) == b"\xef\xbb\xbf" else 0
+        )  # some releases carry a byte-order mark
         if path.suffix == ".jsonl":
             file.seek(position)
             for line in file:
@@ -36,17 +42,25 @@ def find_rows(path):
         if path.stat().st_size <= position:
             raise ValueError(f"{path}: not a JSON file (it is empty)")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            depth, end, released = 0, position, 0  # end: of what has been accounted for; released: what need not stay in memory
+            depth, end, released = (
+                0,
+                position,
+                0,
+            )  # end: of what has been accounted for; released: what need not stay in memory
             while match := ROW_STEP.match(data, position):
                 bracket, position = match.start(1), match.end()
                 depth += 1 if data[bracket] in b"[{" else -1
                 if depth == 1 and data[bracket] in b"[{":
                     if data[bracket] != ord("[") or data[end:bracket].strip():
-                        raise ValueError(f"{path}: not a list of rows (one object a line is .jsonl)")
+                        raise ValueError(
+                            f"{path}: not a list of rows (one object a line is .jsonl)"
+                        )
                     end = position
                 elif depth == 2 and data[bracket] in b"[{":
                     if data[end:bracket].strip() != (b"," if rows else b""):
-                        raise ValueError(f"{path}: what stands before row {len(rows) // 2} is no object, or no comma: {bytes(data[end:bracket][:40])!r}")
+                        raise ValueError(
+                            f"{path}: what stands before row {len(rows) // 2} is no object, or no comma: {bytes(data[end:bracket][:40])!r}"
+                        )
                     rows.extend((bracket, 0))
                 elif depth == 1:
                     rows[-1] = end = position
@@ -56,9 +70,15 @@ def find_rows(path):
                 elif depth == 0:
                     break
             if depth or end == 0 or not match:
-                raise ValueError(f"{path}: not a JSON file ({f'it breaks off, or is damaged, in row {(len(rows) - 1) // 2}' if rows else 'no list begins in it'})")
-            if data[end:match.start(1)].strip() or data[position:].strip():
-                raise ValueError(f"{path}: " + (f"after row {len(rows) // 2 - 1}" if rows else "where row 0 should be") + " stands something that is no row, so this is no list of objects")
+                raise ValueError(
+                    f"{path}: not a JSON file ({f'it breaks off, or is damaged, in row {(len(rows) - 1) // 2}' if rows else 'no list begins in it'})"
+                )
+            if data[end : match.start(1)].strip() or data[position:].strip():
+                raise ValueError(
+                    f"{path}: "
+                    + (f"after row {len(rows) // 2 - 1}" if rows else "where row 0 should be")
+                    + " stands something that is no row, so this is no list of objects"
+                )
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 
@@ -73,11 +93,15 @@ class Rows:
         return len(self.ranges)
 
     def __getitem__(self, i):
-        start, stop = (int(n) for n in self.ranges[i])  # IndexError past the last, which ends a for loop
+        start, stop = (
+            int(n) for n in self.ranges[i]
+        )  # IndexError past the last, which ends a for loop
         with open(self.path, "rb") as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != self.stamp:
-                raise ValueError(f"{self.path}: the file changed while it was in use: its rows are no longer where they were")
+                raise ValueError(
+                    f"{self.path}: the file changed while it was in use: its rows are no longer where they were"
+                )
             file.seek(start)
             raw = file.read(stop - start)
         try:
@@ -118,7 +142,9 @@ class Records:
                 self.encoding, self.columns = encoding, None
                 self.ranges = self._find_lines()
         else:
-            raise ValueError(f"{path}: a data file ends in {', '.join((*TABLE_SUFFIXES, *JSON_SUFFIXES))}")
+            raise ValueError(
+                f"{path}: a data file ends in {', '.join((*TABLE_SUFFIXES, *JSON_SUFFIXES))}"
+            )
         if not len(self.ranges):
             raise ValueError(f"{path}: it has no rows")
         self.stamp = self._status()
@@ -134,14 +160,18 @@ class Records:
         """Where each record of a table lies: a quoted text may run over several lines, so the csv module decides."""
         ranges, position, line = array("q"), 0, 0
         with open(self.path, "rb") as file:
+
             def lines():
                 nonlocal position, line
                 for raw in file:
                     position, line = position + len(raw), line + 1
                     yield self._decode(raw, line).removeprefix("\ufeff" if line == 1 else "")
+
             start = 0
             try:
-                for values in csv.reader(lines(), delimiter=TABLE_SUFFIXES[self.path.suffix], strict=True):
+                for values in csv.reader(
+                    lines(), delimiter=TABLE_SUFFIXES[self.path.suffix], strict=True
+                ):
                     if self.columns is None and values:
                         self.columns = [name.strip() for name in values]
                     elif values:
@@ -159,7 +189,9 @@ class Records:
         try:
             return raw.decode(self.encoding)
         except UnicodeDecodeError:
-            raise NotEncoded(f"{self.path}: line {line} is not {self.encoding} (a table saved by Excel in Chinese is often `--encoding gb18030`)") from None
+            raise NotEncoded(
+                f"{self.path}: line {line} is not {self.encoding} (a table saved by Excel in Chinese is often `--encoding gb18030`)"
+            ) from None
 
     def parse(self, raw):
         """The dict of a record's bytes. BadRow."""
@@ -171,7 +203,12 @@ class Records:
             if not isinstance(record, dict):
                 raise BadRow("not an object")
             return record
-        values = next(csv.reader(re.split(r"(?<=\n)", self._decode(raw, "?").removeprefix("\ufeff")), delimiter=TABLE_SUFFIXES[self.path.suffix]))
+        values = next(
+            csv.reader(
+                re.split(r"(?<=\n)", self._decode(raw, "?").removeprefix("\ufeff")),
+                delimiter=TABLE_SUFFIXES[self.path.suffix],
+            )
+        )
         if len(values) != len(self.columns):
             raise BadRow("wrong number of columns")
         return dict(zip(self.columns, values))
@@ -179,7 +216,9 @@ class Records:
     def read(self, start, stop):
         """(number, bytes) of records start to stop, in one go through the file."""
         if self._status() != self.stamp:
-            raise ValueError(f"{self.path}: the file changed while it was in use: its rows are no longer where they were")
+            raise ValueError(
+                f"{self.path}: the file changed while it was in use: its rows are no longer where they were"
+            )
         with open(self.path, "rb") as file:
             for i in range(start, min(stop, len(self))):
                 first, last = (int(n) for n in self.ranges[i])
@@ -199,17 +238,25 @@ class Records:
                 pass
         for names in needed:
             if not seen & set(names):
-                raise ValueError(f"{self.path}: no {' or '.join(map(repr, names))} in it, which {what} has (found: {', '.join(sorted(seen)) or 'nothing readable'})")
+                raise ValueError(
+                    f"{self.path}: no {' or '.join(map(repr, names))} in it, which {what} has (found: {', '.join(sorted(seen)) or 'nothing readable'})"
+                )
 
     def write(self, out, records):
         """Records (dicts) to `out` in the form of this file: same columns, list or lines. The caller renames."""
         if self.columns is not None:
-            writer = csv.writer(out, delimiter=TABLE_SUFFIXES[self.path.suffix], lineterminator="\r\n")  # so that a \r inside a text is quoted, too
+            writer = csv.writer(
+                out, delimiter=TABLE_SUFFIXES[self.path.suffix], lineterminator="\r\n"
+            )  # so that a \r inside a text is quoted, too
             writer.writerow(self.columns)
             writer.writerows([record[name] for name in self.columns] for record in records)
             return
         lines = self.path.suffix == ".jsonl"
         out.write("" if lines else "[\n")
         for i, record in enumerate(records):
-            out.write((",\n" if i and not lines else "") + json.dumps(record, ensure_ascii=False) + ("\n" if lines else ""))
+            out.write(
+                (",\n" if i and not lines else "")
+                + json.dumps(record, ensure_ascii=False)
+                + ("\n" if lines else "")
+            )
         out.write("" if lines else "\n]\n")

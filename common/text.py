@@ -10,7 +10,9 @@ from qilin_min import IMAGE_TOKEN
 
 CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LATIN = re.compile(r"[A-Za-z]")
-WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])")  # an ordinary word: CT, HER2 and pH are none
+WORD = re.compile(
+    r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])"
+)  # an ordinary word: CT, HER2 and pH are none
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 
 
@@ -34,7 +36,9 @@ def chinese_share(text):
 
 def is_untranslated(text):
     """True for a text of ordinary Latin words with little Chinese; names like MRI or HER2 alone need no translation."""
-    return (bool(WORD.search(text)) or len(re.findall("[A-Za-z]{4,}", text)) > 3) and chinese_share(text) < 0.3  # four long words, though in capitals
+    return (bool(WORD.search(text)) or len(re.findall("[A-Za-z]{4,}", text)) > 3) and chinese_share(
+        text
+    ) < 0.3  # four long words, though in capitals
 
 
 def text_length(text):
@@ -42,7 +46,9 @@ def text_length(text):
     return len(CJK.findall(text)) + 2 * len(re.findall(r"[A-Za-z0-9][A-Za-z0-9.\-]*", text))
 
 
-LINK = re.compile(r"(?:https?://|www\.|doi:)\S+|(?<![A-Za-z0-9._+-])[A-Za-z0-9._+-]++@[A-Za-z0-9.-]+")
+LINK = re.compile(
+    r"(?:https?://|www\.|doi:)\S+|(?<![A-Za-z0-9._+-])[A-Za-z0-9._+-]++@[A-Za-z0-9.-]+"
+)
 SEQUENCE = re.compile(r"[A-Z*-]{40,}")
 MAX_CHARACTERS = 40_000  # of one text; the longest context of the paper has 2,576 tokens
 
@@ -65,4 +71,12 @@ def impractical(text):
 
 def text_key(*parts):
     """A 64-bit key of some texts, never 0: equal texts, equal key."""
-    return int.from_bytes(hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") or 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(
+                "\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=8
+            ).digest(),
+            "big",
+        )
+        or 1
+    )

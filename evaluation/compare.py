@@ -42,9 +42,13 @@ from model_io.tokens import Tokenizer, encode_prompt
 from qilin_min import answer_ids
 
 SENT, SHOWN = 2048, 640  # pixels, the longer side, of a picture as it is sent, and on a page
-MAX_SENT_BYTES = 4 * 2**20  # of one picture: some endpoints take no more than 5 MB; a larger one goes as JPEG
-GLOSS = ("You translate Chinese medical text into English for a table in a paper. Reply with the translation of the user's message and nothing else: "
-         "no notes, no correction of what is wrong in it, and no answer to what it asks.")
+MAX_SENT_BYTES = (
+    4 * 2**20
+)  # of one picture: some endpoints take no more than 5 MB; a larger one goes as JPEG
+GLOSS = (
+    "You translate Chinese medical text into English for a table in a paper. Reply with the translation of the user's message and nothing else: "
+    "no notes, no correction of what is wrong in it, and no answer to what it asks."
+)
 
 # --- 1. systems and questions -----------------------------------------------------------------------------------------
 
@@ -52,6 +56,7 @@ GLOSS = ("You translate Chinese medical text into English for a table in a paper
 @dataclass
 class System:
     """One of those that are asked: a folder, or an endpoint."""
+
     name: str
     folder: Path | None
     endpoint: Endpoint | None
@@ -65,27 +70,49 @@ class System:
 def check_text(question):
     for text in (str(question.id), wording(question), question.truth):
         if "\0" in text or text != text.encode("utf-8", "replace").decode():
-            raise ValueError("a text holds a NUL character or half a surrogate pair: no text that anybody wrote")
+            raise ValueError(
+                "a text holds a NUL character or half a surrogate pair: no text that anybody wrote"
+            )
 
 
 def choose(args, questions):
     """Those that --ids names, else --n drawn by --seed, in the order of the file, and the digests of their pictures. Each picture is decoded before anything is asked."""
     if args.ids:
         wanted = [name.strip() for name in args.ids.split(",") if name.strip()]
-        if missing := [name for name in wanted if name not in {str(question.id) for question in questions}]:
+        if missing := [
+            name for name in wanted if name not in {str(question.id) for question in questions}
+        ]:
             raise ValueError(f"--ids {missing[0]}: no question has this id")
-        chosen = [question for name in dict.fromkeys(wanted) for question in questions if str(question.id) == name]
+        chosen = [
+            question
+            for name in dict.fromkeys(wanted)
+            for question in questions
+            if str(question.id) == name
+        ]
     else:
-        chosen = [questions[i] for i in sorted(random.Random(args.seed).sample(range(len(questions)), min(args.n, len(questions))))]
+        chosen = [
+            questions[i]
+            for i in sorted(
+                random.Random(args.seed).sample(range(len(questions)), min(args.n, len(questions)))
+            )
+        ]
     good, digests = [], []
     for question in tqdm(chosen, desc="reading pictures", disable=None):
         try:
             check_text(question)
-            digests.append([hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in question.pictures if open_image(path)])
+            digests.append(
+                [
+                    hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                    for path in question.pictures
+                    if open_image(path)
+                ]
+            )
             good.append(question)
         except USER_ERRORS as error:
             if not args.skip_bad:
-                raise ValueError(f"{args.file}: question {question.id}: {one_line(error)} (--skip-bad leaves such rows out)") from None
+                raise ValueError(
+                    f"{args.file}: question {question.id}: {one_line(error)} (--skip-bad leaves such rows out)"
+                ) from None
             print(f"left out: question {question.id}: {one_line(error)}", file=sys.stderr)
     if not good:
         raise ValueError(f"{args.file}: no question in it can be asked")
@@ -98,20 +125,49 @@ def read_system(text, args):
     name, is_url = name.strip(), place.startswith(("https://", "http://"))
     base, _, model = place.partition("#")
     if not name or not place or not name.isprintable() or len(name) > 60 or (is_url and not model):
-        raise ValueError(f"--system {name or repr('')}: must be NAME=FOLDER or NAME=https://host/v1#model-name")
+        raise ValueError(
+            f"--system {name or repr('')}: must be NAME=FOLDER or NAME=https://host/v1#model-name"
+        )
     try:
         if is_url:
-            key = os.environ.get(re.sub("[^A-Z0-9]", "_", name.upper()) + "_API_KEY")  # else $OPENAI_API_KEY
-            length = {} if "max_completion_tokens" in args.extra_body else {"max_tokens": args.max_new_tokens}  # newer models of OpenAI know only the former
-            endpoint = Endpoint(argparse.Namespace(**{**vars(args), "base_url": base, "endpoint_model": model, "api_key": key, "extra_body": length | args.extra_body}))
-            return System(name, None, endpoint, [name, endpoint.url, model, endpoint.args.extra_body])
+            key = os.environ.get(
+                re.sub("[^A-Z0-9]", "_", name.upper()) + "_API_KEY"
+            )  # else $OPENAI_API_KEY
+            length = (
+                {}
+                if "max_completion_tokens" in args.extra_body
+                else {"max_tokens": args.max_new_tokens}
+            )  # newer models of OpenAI know only the former
+            endpoint = Endpoint(
+                argparse.Namespace(
+                    **{
+                        **vars(args),
+                        "base_url": base,
+                        "endpoint_model": model,
+                        "api_key": key,
+                        "extra_body": length | args.extra_body,
+                    }
+                )
+            )
+            return System(
+                name, None, endpoint, [name, endpoint.url, model, endpoint.args.extra_body]
+            )
         read_checkpoint(place)
         Tokenizer(place)
     except USER_ERRORS as error:
         raise ValueError(f"--system {name}: {one_line(error)}") from None
     folder = model_folder(place)
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in ([folder] if folder.is_file() else folder.iterdir()) if file.is_file())
-    return System(name, Path(place), None, [name, os.path.realpath(folder), files, args.dtype, args.quantize, args.max_new_tokens])
+    files = sorted(
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in ([folder] if folder.is_file() else folder.iterdir())
+        if file.is_file()
+    )
+    return System(
+        name,
+        Path(place),
+        None,
+        [name, os.path.realpath(folder), files, args.dtype, args.quantize, args.max_new_tokens],
+    )
 
 
 def read_systems(args):
@@ -122,7 +178,14 @@ def read_systems(args):
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--system {twice[0]}: two systems have this name")
     if len(systems) > len(LABELS) or len(systems) < 1 + args.blind:
-        raise ValueError(f"{len(systems)} systems: " + (f"at most {len(LABELS)} fit on a page" if len(systems) > 1 else "--blind wants two at least, or there is nothing to rank"))
+        raise ValueError(
+            f"{len(systems)} systems: "
+            + (
+                f"at most {len(LABELS)} fit on a page"
+                if len(systems) > 1
+                else "--blind wants two at least, or there is nothing to rank"
+            )
+        )
     return systems
 
 
@@ -150,26 +213,62 @@ def vision_messages(question):
         content = []
         for path in pictures:
             raw = picture_bytes(path, SENT, "PNG")
-            content.append({"type": "image_url", "image_url": {"url": data_url(raw if len(raw) <= MAX_SENT_BYTES else picture_bytes(path, SENT, "JPEG", quality=95))}})
+            content.append(
+                {
+                    "type": "image_url",
+                    "image_url": {
+                        "url": data_url(
+                            raw
+                            if len(raw) <= MAX_SENT_BYTES
+                            else picture_bytes(path, SENT, "JPEG", quality=95)
+                        )
+                    },
+                }
+            )
         content += [{"type": "text", "text": text}] * bool(text)
-        messages.append({"role": "user" if who == "human" else "assistant", "content": content if pictures else text})
+        messages.append(
+            {
+                "role": "user" if who == "human" else "assistant",
+                "content": content if pictures else text,
+            }
+        )
     return messages
 
 
 def ask_folder(system, todo, args, keep, bar):
     """The same for a folder: loaded, asked in batches, and freed when this returns."""
-    model, tokenizer, _ = model_from_flags(argparse.Namespace(model=str(system.folder), llm=None, vision=None, projector=None, device=args.device, dtype=args.dtype,
-                                                              quantize=args.quantize, compile=False))
+    model, tokenizer, _ = model_from_flags(
+        argparse.Namespace(
+            model=str(system.folder),
+            llm=None,
+            vision=None,
+            projector=None,
+            device=args.device,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            compile=False,
+        )
+    )
     config, failed = model.config, {}
     limit = config.text.max_position_embeddings
 
     def prepared():
         for key, question in todo.items():
             try:
-                prompt = encode_prompt(question.conversation, tokenizer, config.n_image_tokens, n_images=question.n_images)
+                prompt = encode_prompt(
+                    question.conversation,
+                    tokenizer,
+                    config.n_image_tokens,
+                    n_images=question.n_images,
+                )
                 if len(prompt) >= limit:
-                    raise ValueError(f"the question takes {len(prompt)} tokens, the model's positions end at {limit}")
-                pixels = [preprocess_image(path, config.vision.image_size, config.image_mode) for path in question.pictures]
+                    raise ValueError(
+                        f"the question takes {len(prompt)} tokens, the model's positions end at {limit}"
+                    )
+                pixels = [
+                    preprocess_image(path, config.vision.image_size, config.image_mode)
+                    for path in question.pictures
+                ]
             except ValueError as error:
                 failed[key] = one_line(error)
                 bar.update()
@@ -179,9 +278,21 @@ def ask_folder(system, todo, args, keep, bar):
     rest = prepared()
     while batch := list(islice(rest, args.batch_size)):
         pixels = [picture for *_, pictures in batch for picture in pictures]
-        answers = answer_ids(model, [prompt for _, _, prompt, _ in batch], torch.stack(pixels) if pixels else None, max_new_tokens=args.max_new_tokens)
+        answers = answer_ids(
+            model,
+            [prompt for _, _, prompt, _ in batch],
+            torch.stack(pixels) if pixels else None,
+            max_new_tokens=args.max_new_tokens,
+        )
         for (key, question, prompt, _), ids in zip(batch, answers):
-            keep(key, question, (tokenizer.decode(ids), len(ids) == args.max_new_tokens or len(prompt) + len(ids) >= limit))
+            keep(
+                key,
+                question,
+                (
+                    tokenizer.decode(ids),
+                    len(ids) == args.max_new_tokens or len(prompt) + len(ids) >= limit,
+                ),
+            )
         bar.update(len(batch))
     return failed
 
@@ -190,12 +301,30 @@ def ask_system(system, todo, n_done, args, finished):
     """Every open question of one system. -> {key: why there is no answer}; a fault of the whole system is said, and is every question's reason."""
 
     def keep(key, question, answer):
-        finished.add(key, clean(answer[0]), cut=answer[1], system=system.name, where=system.where, id=question.id, question=wording(question))
+        finished.add(
+            key,
+            clean(answer[0]),
+            cut=answer[1],
+            system=system.name,
+            where=system.where,
+            id=question.id,
+            question=wording(question),
+        )
 
     with tqdm(total=len(todo) + n_done, initial=n_done, desc=system.name, disable=None) as bar:
         try:
             if system.endpoint:
-                return asyncio.run(ask_many(system.endpoint, todo, vision_messages, keep, bar, accept=lambda text, cut: (text, cut), allow_cut=True))
+                return asyncio.run(
+                    ask_many(
+                        system.endpoint,
+                        todo,
+                        vision_messages,
+                        keep,
+                        bar,
+                        accept=lambda text, cut: (text, cut),
+                        allow_cut=True,
+                    )
+                )
             return ask_folder(system, todo, args, keep, bar)
         except (ValueError, torch.OutOfMemoryError) as error:
             fault = one_line(error)
@@ -226,11 +355,24 @@ def add_glosses(endpoint, texts, finished):
     todo, failed = {key: text for text, key in keys.items() if key not in finished.lines}, {}
     with tqdm(total=len(keys), initial=len(keys) - len(todo), desc="gloss", disable=None) as bar:
         try:
-            failed = asyncio.run(ask_many(endpoint, todo, lambda text: [{"role": "system", "content": GLOSS}, {"role": "user", "content": text}],
-                                          lambda key, text, english: finished.add(key, english, chinese=text), bar, accept=accept_gloss))
+            failed = asyncio.run(
+                ask_many(
+                    endpoint,
+                    todo,
+                    lambda text: [
+                        {"role": "system", "content": GLOSS},
+                        {"role": "user", "content": text},
+                    ],
+                    lambda key, text, english: finished.add(key, english, chinese=text),
+                    bar,
+                    accept=accept_gloss,
+                )
+            )
         except EndpointFailed as error:
             failed = {key: one_line(error) for key in todo if key not in finished.lines}
-    return {text: finished.lines[key]["text"] for text, key in keys.items() if key in finished.lines}, list(failed.values())
+    return {
+        text: finished.lines[key]["text"] for text, key in keys.items() if key in finished.lines
+    }, list(failed.values())
 
 
 # --- 4. compare -------------------------------------------------------------------------------------------------------
@@ -238,19 +380,61 @@ def add_glosses(endpoint, texts, finished):
 
 def add_compare_flags(parser):
     add = parser.add_argument
-    add("--system", action="append", required=True, metavar="NAME=PLACE",
-        help="a model's folder, or https://host/v1#model-name (key: $NAME_API_KEY, else $OPENAI_API_KEY); once for each system")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the pages, answers.jsonl and pictures/")
-    add("--n", type=int, default=20, help="questions drawn from the file (default %(default)s: a page for eyes)")
+    add(
+        "--system",
+        action="append",
+        required=True,
+        metavar="NAME=PLACE",
+        help="a model's folder, or https://host/v1#model-name (key: $NAME_API_KEY, else $OPENAI_API_KEY); once for each system",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the pages, answers.jsonl and pictures/",
+    )
+    add(
+        "--n",
+        type=int,
+        default=20,
+        help="questions drawn from the file (default %(default)s: a page for eyes)",
+    )
     add("--ids", default=None, metavar="A,B", help="these questions instead")
-    add("--seed", type=int, default=0, help="of the draw, and of the order of a blind page (default %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the draw, and of the order of a blind page (default %(default)s)",
+    )
     add("--blind", action="store_true", help="a page without names, to be ranked, instead")
-    add("--gloss", action="store_true", help="English beneath the Chinese, from the endpoint that --base-url and --model name")
+    add(
+        "--gloss",
+        action="store_true",
+        help="English beneath the Chinese, from the endpoint that --base-url and --model name",
+    )
     add("--max-new-tokens", type=int, default=256, help="of an answer (default %(default)s)")
-    add("--batch-size", type=int, default=4, help="questions that a folder answers at a time (default %(default)s)")
-    add("--device", default=None, help="for folders: cuda, mps or cpu (default: the first there is)")
-    add("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="for folders (default: what the device does best)")
-    add("--quantize", default=None, choices=("int8", "int4"), help="for folders: keep the language model in 8 or 4 bits")
+    add(
+        "--batch-size",
+        type=int,
+        default=4,
+        help="questions that a folder answers at a time (default %(default)s)",
+    )
+    add(
+        "--device", default=None, help="for folders: cuda, mps or cpu (default: the first there is)"
+    )
+    add(
+        "--dtype",
+        default=None,
+        choices=("float32", "bfloat16", "float16"),
+        help="for folders (default: what the device does best)",
+    )
+    add(
+        "--quantize",
+        default=None,
+        choices=("int8", "int4"),
+        help="for folders: keep the language model in 8 or 4 bits",
+    )
     add_endpoint_flags(parser)
 
 
@@ -260,53 +444,125 @@ def compare(args, questions):
     systems, glosser = read_systems(args), Endpoint(args) if args.gloss else None
     questions, digests = choose(args, questions)
     args.out.mkdir(parents=True, exist_ok=True)
-    finished, english = Finished(args.out / "answers.jsonl"), Finished(args.out / "glosses.jsonl") if glosser else None
-    keys = [[digest(system.settings, [turn["value"] for turn in question.conversation], question.n_images, own) for system in systems] for question, own in zip(questions, digests)]
-    todo = [{own[k]: question for own, question in zip(keys, questions) if own[k] not in finished.lines} for k in range(len(systems))]
-    for system, part in zip(systems, todo):  # all is agreed to before the first is asked, so that nobody has to wait for a question
+    finished, english = (
+        Finished(args.out / "answers.jsonl"),
+        Finished(args.out / "glosses.jsonl") if glosser else None,
+    )
+    keys = [
+        [
+            digest(
+                system.settings,
+                [turn["value"] for turn in question.conversation],
+                question.n_images,
+                own,
+            )
+            for system in systems
+        ]
+        for question, own in zip(questions, digests)
+    ]
+    todo = [
+        {own[k]: question for own, question in zip(keys, questions) if own[k] not in finished.lines}
+        for k in range(len(systems))
+    ]
+    for system, part in zip(
+        systems, todo
+    ):  # all is agreed to before the first is asked, so that nobody has to wait for a question
         if system.endpoint and part:
             n = sum(len(question.pictures) for question in part.values())
-            system.endpoint.confirm(f"for {system.name}, {len(part)} questions and {n} pictures. "
-                                    "Of a picture the pixels alone, with whatever is written in them: no file names, no metadata.")
+            system.endpoint.confirm(
+                f"for {system.name}, {len(part)} questions and {n} pictures. "
+                "Of a picture the pixels alone, with whatever is written in them: no file names, no metadata."
+            )
     if glosser:
         texts = {text for question in questions for text in (wording(question), question.truth)}
-        texts |= {finished.lines[key]["text"] for own in keys for key in own if key in finished.lines}
-        if n := sum(gloss_key(glosser, text) not in english.lines for text in texts if CJK.search(text)) + sum(map(len, todo)):
-            glosser.confirm(f"for English beneath the Chinese, up to {n} texts: questions, answers, ground truths. No pictures, ids or file names.")
+        texts |= {
+            finished.lines[key]["text"] for own in keys for key in own if key in finished.lines
+        }
+        if n := sum(
+            gloss_key(glosser, text) not in english.lines for text in texts if CJK.search(text)
+        ) + sum(map(len, todo)):
+            glosser.confirm(
+                f"for English beneath the Chinese, up to {n} texts: questions, answers, ground truths. No pictures, ids or file names."
+            )
     failed = {}
     for system, part in zip(systems, todo):
         if part:
             failed |= ask_system(system, part, len(questions) - len(part), args, finished)
     answers = [[finished.lines.get(key) or {"fault": failed[key]} for key in own] for own in keys]
-    faults = Counter(f"{system.name}: {line['fault']}" for lines in answers for system, line in zip(systems, lines) if "fault" in line)
+    faults = Counter(
+        f"{system.name}: {line['fault']}"
+        for lines in answers
+        for system, line in zip(systems, lines)
+        if "fault" in line
+    )
     if faults.total() == len(questions) * len(systems):
         raise ValueError(f"nobody answered anything: {faults.most_common(1)[0][0]}")
     glosses = {}
     if glosser:
-        texts = [text for question, lines in zip(questions, answers) for text in (wording(question), *(line.get("text", "") for line in lines), question.truth)]
+        texts = [
+            text
+            for question, lines in zip(questions, answers)
+            for text in (
+                wording(question),
+                *(line.get("text", "") for line in lines),
+                question.truth,
+            )
+        ]
         glosses, reasons = add_glosses(glosser, dict.fromkeys(texts), english)
         faults.update(f"gloss: {reason}" for reason in reasons)
-    shown = [[picture_bytes(path, SHOWN, "JPEG", quality=85) for path in question.pictures] for question in questions]
-    print((write_blind if args.blind else write_pages)(args, systems, questions, answers, glosses, shown))
-    for name, endpoint in [(system.name, system.endpoint) for system in systems] + [("gloss", glosser)]:
+    shown = [
+        [picture_bytes(path, SHOWN, "JPEG", quality=85) for path in question.pictures]
+        for question in questions
+    ]
+    print(
+        (write_blind if args.blind else write_pages)(
+            args, systems, questions, answers, glosses, shown
+        )
+    )
+    for name, endpoint in [(system.name, system.endpoint) for system in systems] + [
+        ("gloss", glosser)
+    ]:
         if endpoint and endpoint.answered:
-            print(f"{name}: {endpoint.tokens_in:,} tokens read, {endpoint.tokens_out:,} written" + (f", cost {endpoint.cost:.4f}" if endpoint.cost else "")
-                  + (f"; retried: {', '.join(f'{reason} x {n}' for reason, n in endpoint.faults.most_common())}" if endpoint.faults else ""), file=sys.stderr)
+            print(
+                f"{name}: {endpoint.tokens_in:,} tokens read, {endpoint.tokens_out:,} written"
+                + (f", cost {endpoint.cost:.4f}" if endpoint.cost else "")
+                + (
+                    f"; retried: {', '.join(f'{reason} x {n}' for reason, n in endpoint.faults.most_common())}"
+                    if endpoint.faults
+                    else ""
+                ),
+                file=sys.stderr,
+            )
     if faults:
         why = ", ".join(f"{reason} ({n})" for reason, n in faults.most_common(5))
-        print(f"{faults.total()} texts are missing: {why}. What is answered is kept: run the same command again", file=sys.stderr)
+        print(
+            f"{faults.total()} texts are missing: {why}. What is answered is kept: run the same command again",
+            file=sys.stderr,
+        )
     return 1 if faults else 0
 
 
 def main():
     """`evaluate.py compare …` and `evaluate.py rank …`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    asked = commands.add_parser("compare", help="the same questions to several systems, side by side")
+    asked = commands.add_parser(
+        "compare", help="the same questions to several systems, side by side"
+    )
     asked.add_argument("file", help="test set: PMC-VQA, SLAKE, VQA-RAD, dialogs or your own")
-    asked.add_argument("--images", required=True, metavar="DIR", help="folder that picture names are relative to")
-    asked.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used instead of stopping")
-    asked.add_argument("--encoding", default="utf-8", help="of a .csv or .tsv file (default %(default)s)")
+    asked.add_argument(
+        "--images", required=True, metavar="DIR", help="folder that picture names are relative to"
+    )
+    asked.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out rows that cannot be used instead of stopping",
+    )
+    asked.add_argument(
+        "--encoding", default="utf-8", help="of a .csv or .tsv file (default %(default)s)"
+    )
     add_compare_flags(asked)
     add_rank_flags(commands.add_parser("rank", help="what the doctors gave back"))
     args = parser.parse_args()

@@ -23,8 +23,20 @@ def turns(question):
     """[(who, text, pictures)] of what is asked: mostly one turn. Where <image> stands for a picture it is taken out of the text."""
     rest, found = iter(question.pictures), []
     for i, turn in enumerate(question.conversation):
-        n = turn["value"].count(IMAGE_TOKEN) if question.n_images is None else question.n_images * (i == 0)
-        found.append((turn["from"], turn["value"].replace(IMAGE_TOKEN, "").strip() if question.n_images is None else turn["value"], list(islice(rest, n))))
+        n = (
+            turn["value"].count(IMAGE_TOKEN)
+            if question.n_images is None
+            else question.n_images * (i == 0)
+        )
+        found.append(
+            (
+                turn["from"],
+                turn["value"].replace(IMAGE_TOKEN, "").strip()
+                if question.n_images is None
+                else turn["value"],
+                list(islice(rest, n)),
+            )
+        )
     return found
 
 
@@ -102,16 +114,24 @@ load();
 
 def visible(text):
     """Text for a page: what no eye sees becomes a mark."""
-    return "".join(c if c in "\n\u3000" or c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+    return "".join(
+        c if c in "\n\u3000" or c.isprintable() else " " if c.isspace() else "\ufffd" for c in text
+    )
 
 
 def html_text(text, glosses, cut=False):
-    english = f'<span class="en">{html.escape(visible(glosses[text]))}</span>' if text in glosses else ""
+    english = (
+        f'<span class="en">{html.escape(visible(glosses[text]))}</span>' if text in glosses else ""
+    )
     return f'<div class="text">{html.escape(visible(text)) or "<small>（空 empty）</small>"}{" …" if cut else ""}{english}</div>'
 
 
 def html_answer(line, glosses):
-    return html_text(line["text"], glosses, line.get("cut")) if "text" in line else f'<div class="fault">没有回答 no answer: {html.escape(visible(line["fault"]))}</div>'
+    return (
+        html_text(line["text"], glosses, line.get("cut"))
+        if "text" in line
+        else f'<div class="fault">没有回答 no answer: {html.escape(visible(line["fault"]))}</div>'
+    )
 
 
 def html_pictures(raws):
@@ -120,83 +140,185 @@ def html_pictures(raws):
 
 def markdown_text(text, glosses, cut=False):
     """Text for a cell of a Markdown table: nothing in it is markup, fetches anything or ends the cell."""
+
     def plain(text):
-        return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(visible(text), quote=False)).replace("\n", "<br>")
-    return (plain(text) or "(empty)") + " …" * bool(cut) + (f"<br><sub>{plain(glosses[text])}</sub>" if text in glosses else "")
+        return re.sub(
+            r"([\\`*_\[\]|~$])", r"\\\1", html.escape(visible(text), quote=False)
+        ).replace("\n", "<br>")
+
+    return (
+        (plain(text) or "(empty)")
+        + " …" * bool(cut)
+        + (f"<br><sub>{plain(glosses[text])}</sub>" if text in glosses else "")
+    )
 
 
 def write_pages(args, systems, questions, answers, glosses, shown):
     """compare.html, and compare.md with pictures/ beside it. answers: of each question a line (text, cut, or fault) for each system; shown: its pictures' bytes."""
+
     def row(*cells):
         return f"| {' | '.join(cells)} |"
 
     def markdown_answer(line):
-        return markdown_text(line["text"], glosses, line.get("cut")) if "text" in line else "*no answer:* " + markdown_text(line["fault"], {})
+        return (
+            markdown_text(line["text"], glosses, line.get("cut"))
+            if "text" in line
+            else "*no answer:* " + markdown_text(line["fault"], {})
+        )
 
-    title, note = Path(args.file).name, f"{len(questions)} questions. … : cut at {args.max_new_tokens} tokens."
-    names, marked = [html.escape(system.name) for system in systems], [markdown_text(system.name, {}) for system in systems]
-    places = "".join(f"<tr><th>{name}</th><td><small>{html.escape(system.where)}</small></td></tr>" for name, system in zip(names, systems))
-    sections = [f"# {markdown_text(title, {})}", "", f"{note} Research only: no answer here is medical advice.", "", row("system", ""), row("---", "---")]
-    sections += [row(name, markdown_text(system.where, {})) for name, system in zip(marked, systems)]
+    title, note = (
+        Path(args.file).name,
+        f"{len(questions)} questions. … : cut at {args.max_new_tokens} tokens.",
+    )
+    names, marked = (
+        [html.escape(system.name) for system in systems],
+        [markdown_text(system.name, {}) for system in systems],
+    )
+    places = "".join(
+        f"<tr><th>{name}</th><td><small>{html.escape(system.where)}</small></td></tr>"
+        for name, system in zip(names, systems)
+    )
+    sections = [
+        f"# {markdown_text(title, {})}",
+        "",
+        f"{note} Research only: no answer here is medical advice.",
+        "",
+        row("system", ""),
+        row("---", "---"),
+    ]
+    sections += [
+        row(name, markdown_text(system.where, {})) for name, system in zip(marked, systems)
+    ]
     cards = []
     (args.out / "pictures").mkdir(exist_ok=True)
     for i, (question, lines, raws) in enumerate(zip(questions, answers, shown), 1):
-        rows = [("问题 <small>question</small>", html_text(wording(question), glosses)), *((name, html_answer(line, glosses)) for name, line in zip(names, lines))]
+        rows = [
+            ("问题 <small>question</small>", html_text(wording(question), glosses)),
+            *((name, html_answer(line, glosses)) for name, line in zip(names, lines)),
+        ]
         table = "".join(f"<tr><th>{name}</th><td>{cell}</td></tr>" for name, cell in rows)
         truth = f'<tr class="truth"><th>参考答案 <small>ground truth</small></th><td>{html_text(question.truth, glosses)}</td></tr>'
         about = " · ".join(map(str, (question.id, *question.kinds.values())))
-        cards.append(f"<article><h2>{i} <small>{html.escape(visible(about))}</small></h2>{html_pictures(raws)}<table>{table}{truth}</table></article>")
+        cards.append(
+            f"<article><h2>{i} <small>{html.escape(visible(about))}</small></h2>{html_pictures(raws)}<table>{table}{truth}</table></article>"
+        )
         files = [f"pictures/{i:03d}{f'-{k}' if k > 1 else ''}.jpg" for k in range(1, len(raws) + 1)]
         for file, raw in zip(files, raws):
             (args.out / file).write_bytes(raw)
-        sections += ["", f"## {i}. {markdown_text(about, {})}", "", *(f"![]({file})" for file in files), "", row("", ""), row("---", "---"),
-                     row("question", markdown_text(wording(question), glosses)), *(row(name, markdown_answer(line)) for name, line in zip(marked, lines)),
-                     row("**ground truth**", markdown_text(question.truth, glosses))]
+        sections += [
+            "",
+            f"## {i}. {markdown_text(about, {})}",
+            "",
+            *(f"![]({file})" for file in files),
+            "",
+            row("", ""),
+            row("---", "---"),
+            row("question", markdown_text(wording(question), glosses)),
+            *(row(name, markdown_answer(line)) for name, line in zip(marked, lines)),
+            row("**ground truth**", markdown_text(question.truth, glosses)),
+        ]
     top = f"<h1>{html.escape(title)}</h1><table>{places}</table><p>共 {len(questions)} 题。 <small>{note}</small></p>"
     write_text(args.out / "compare.md", "\n".join(sections) + "\n")
-    write_text(args.out / "compare.html", PAGE.substitute(title="问答对照 side by side", style=STYLE, top=top, caution=CAUTION, cards="\n".join(cards), script=""))
+    write_text(
+        args.out / "compare.html",
+        PAGE.substitute(
+            title="问答对照 side by side",
+            style=STYLE,
+            top=top,
+            caution=CAUTION,
+            cards="\n".join(cards),
+            script="",
+        ),
+    )
     return f"{args.out / 'compare.html'}, {args.out / 'compare.md'}: {len(questions)} questions, {len(systems)} systems"
 
 
 def write_blind(args, systems, questions, answers, glosses, shown):
     """blind.html, without a trace of which system said what, and blind_key.json, which says it. Questions with fewer than two answers are left out."""
-    given = {word for system in systems for word in (system.name, *((system.endpoint.model, system.endpoint.model.split("/")[-1]) if system.endpoint else ()))}
-    words = sorted((word for word in given if len(word) > 2 or CJK.search(word)), key=len, reverse=True)  # shorter ones stand in words that mean something else
-    names = re.compile("|".join(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])" for word in words) or "(?!)", re.IGNORECASE)
+    given = {
+        word
+        for system in systems
+        for word in (
+            system.name,
+            *(
+                (system.endpoint.model, system.endpoint.model.split("/")[-1])
+                if system.endpoint
+                else ()
+            ),
+        )
+    }
+    words = sorted(
+        (word for word in given if len(word) > 2 or CJK.search(word)), key=len, reverse=True
+    )  # shorter ones stand in words that mean something else
+    names = re.compile(
+        "|".join(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])" for word in words) or "(?!)",
+        re.IGNORECASE,
+    )
     hidden, cards, key, said = 0, [], {}, []
 
     def without_names(text):
         return names.sub("▇▇▇", text)
 
     for question, lines, raws in zip(questions, answers, shown):
-        order = sorted((system.name, line) for system, line in zip(systems, lines) if "text" in line)  # whatever the order on the command line
+        order = sorted(
+            (system.name, line) for system, line in zip(systems, lines) if "text" in line
+        )  # whatever the order on the command line
         if len(order) < 2:
             continue
         random.Random(f"{args.seed}/{question.id}").shuffle(order)
-        number, boxes = f"q{len(key) + 1}", []  # not the id, of which a spreadsheet would make a date or a number
-        key[number] = {"id": question.id, "labels": {label: name for label, (name, _) in zip(LABELS, order)}}
+        number, boxes = (
+            f"q{len(key) + 1}",
+            [],
+        )  # not the id, of which a spreadsheet would make a date or a number
+        key[number] = {
+            "id": question.id,
+            "labels": {label: name for label, (name, _) in zip(LABELS, order)},
+        }
         ranks = "".join(f"<option>{i + 1}</option>" for i in range(len(order)))
         for label, (_, line) in zip(LABELS, order):
             text, gloss = without_names(line["text"]), without_names(glosses.get(line["text"], ""))
             hidden += text != line["text"]
             said.append(line["text"])
-            boxes.append(f'<div class="answer" data-question="{number}" data-label="{label}"><b>{label}</b>{html_text(text, {text: gloss} if gloss else {}, line.get("cut"))}'
-                         f'<label>名次 rank <select><option value=""></option>{ranks}</select></label> <input placeholder="备注 note" aria-label="note"></div>')
-        cards.append(f'<article><h2>{len(key)}</h2>{html_pictures(raws)}<div><b>问题 <small>question</small></b>{html_text(wording(question), glosses)}{"".join(boxes)}'
-                     f'<details><summary>参考答案 <small>ground truth</small></summary>{html_text(question.truth, glosses)}</details></div></article>')
+            boxes.append(
+                f'<div class="answer" data-question="{number}" data-label="{label}"><b>{label}</b>{html_text(text, {text: gloss} if gloss else {}, line.get("cut"))}'
+                f'<label>名次 rank <select><option value=""></option>{ranks}</select></label> <input placeholder="备注 note" aria-label="note"></div>'
+            )
+        cards.append(
+            f"<article><h2>{len(key)}</h2>{html_pictures(raws)}<div><b>问题 <small>question</small></b>{html_text(wording(question), glosses)}{''.join(boxes)}"
+            f"<details><summary>参考答案 <small>ground truth</small></summary>{html_text(question.truth, glosses)}</details></div></article>"
+        )
     if not key:
         raise ValueError("no question has two answers: nothing to rank")
     stamp, path = f"s{digest(key, said)[:12]}", args.out / "blind_key.json"
-    if path.is_file() and (old := read_key(path)["stamp"]) != stamp:  # rankings of the page before may still come
+    if (
+        path.is_file() and (old := read_key(path)["stamp"]) != stamp
+    ):  # rankings of the page before may still come
         path.rename(args.out / f"blind_key-{old}.json")
-    write_json(path, {"stamp": stamp, "systems": sorted(system.name for system in systems), "questions": key})
-    write_text(args.out / "blind.html", PAGE.substitute(
-        title="盲评 blind ranking", style=STYLE, top=BLIND_TOP.substitute(n=len(key)), caution=CAUTION, cards='<fieldset id="all">' + "\n".join(cards) + "</fieldset>",
-        script=BLIND_SCRIPT.substitute(stamp=stamp, columns=json.dumps(COLUMNS))))
-    left_out = f" ({len(questions) - len(key)} with fewer than two answers left out)" if len(key) < len(questions) else ""
+    write_json(
+        path,
+        {"stamp": stamp, "systems": sorted(system.name for system in systems), "questions": key},
+    )
+    write_text(
+        args.out / "blind.html",
+        PAGE.substitute(
+            title="盲评 blind ranking",
+            style=STYLE,
+            top=BLIND_TOP.substitute(n=len(key)),
+            caution=CAUTION,
+            cards='<fieldset id="all">' + "\n".join(cards) + "</fieldset>",
+            script=BLIND_SCRIPT.substitute(stamp=stamp, columns=json.dumps(COLUMNS)),
+        ),
+    )
+    left_out = (
+        f" ({len(questions) - len(key)} with fewer than two answers left out)"
+        if len(key) < len(questions)
+        else ""
+    )
     named = f"; {hidden} answers named a system: hidden there" if hidden else ""
-    return (f"{args.out / 'blind.html'}: {len(key)} questions for the doctors{left_out}{named}. "
-            f"Keep {path.name} and the rest of the folder back. Then: evaluate.py rank {args.out} ranking.csv")
+    return (
+        f"{args.out / 'blind.html'}: {len(key)} questions for the doctors{left_out}{named}. "
+        f"Keep {path.name} and the rest of the folder back. Then: evaluate.py rank {args.out} ranking.csv"
+    )
 
 
 def read_key(path):

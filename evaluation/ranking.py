@@ -17,9 +17,13 @@ from evaluation.pages import COLUMNS, markdown_text, read_key
 
 def read_keys(folder):
     """{stamp: key} of the blind pages made in a folder, older ones too."""
-    keys = {key["stamp"]: key for key in map(read_key, sorted(Path(folder).glob("blind_key*.json")))}
+    keys = {
+        key["stamp"]: key for key in map(read_key, sorted(Path(folder).glob("blind_key*.json")))
+    }
     if not keys:
-        raise FileNotFoundError(f"no blind_key.json in {folder}: rank wants the --out folder of compare --blind")
+        raise FileNotFoundError(
+            f"no blind_key.json in {folder}: rank wants the --out folder of compare --blind"
+        )
     return keys
 
 
@@ -28,14 +32,18 @@ def read_table(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such ranking: {path}")
     raw = Path(path).read_bytes()
-    for encoding in ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "gb18030"):  # Excel in Chinese, saving as plain CSV
+    for encoding in (
+        ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "gb18030")
+    ):  # Excel in Chinese, saving as plain CSV
         try:
             text = raw.decode(encoding)
             break
         except UnicodeDecodeError:
             pass
     else:
-        raise ValueError(f"{path}: neither UTF-8 nor GBK: not a table that the page or a spreadsheet wrote")
+        raise ValueError(
+            f"{path}: neither UTF-8 nor GBK: not a table that the page or a spreadsheet wrote"
+        )
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     try:
         lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
@@ -43,9 +51,21 @@ def read_table(path):
         raise ValueError(f"{path}: no table ({error})") from None
     names = [name.strip().lower() for name in lines[0]] if lines else []
     if missing := [name for name in COLUMNS if name not in names and name != "note"]:
-        raise ValueError(f"{path}: not a ranking: no column {missing[0]!r} (its columns are {', '.join(COLUMNS)})")
-    return [(i, {"note": ""} | {name: (cell if name == "note" else unicodedata.normalize("NFKC", cell)).strip() for name, cell in zip(names, line)})
-            for i, line in enumerate(lines[1:], 2) if any(map(str.strip, line))]
+        raise ValueError(
+            f"{path}: not a ranking: no column {missing[0]!r} (its columns are {', '.join(COLUMNS)})"
+        )
+    return [
+        (
+            i,
+            {"note": ""}
+            | {
+                name: (cell if name == "note" else unicodedata.normalize("NFKC", cell)).strip()
+                for name, cell in zip(names, line)
+            },
+        )
+        for i, line in enumerate(lines[1:], 2)
+        if any(map(str.strip, line))
+    ]
 
 
 def read_rankings(paths, keys):
@@ -58,17 +78,37 @@ def read_rankings(paths, keys):
                     raise ValueError(f"it ends before {missing[0]!r}")
                 key = key or keys.get(row["sample"])
                 if key is None or row["sample"] != key["stamp"]:
-                    raise ValueError(f"sample {row['sample']!r} is of another page than " + (f"the rows before ({key['stamp']})" if key else f"those made here ({', '.join(keys)})"))
+                    raise ValueError(
+                        f"sample {row['sample']!r} is of another page than "
+                        + (
+                            f"the rows before ({key['stamp']})"
+                            if key
+                            else f"those made here ({', '.join(keys)})"
+                        )
+                    )
                 question = key["questions"].get(row["question"].lower())
                 system = question and question["labels"].get(row["label"].upper())
                 if system is None:
-                    raise ValueError(f"the page has no answer {row['label']!r} of question {row['question']!r}")
+                    raise ValueError(
+                        f"the page has no answer {row['label']!r} of question {row['question']!r}"
+                    )
                 if row["note"]:
-                    notes.append({"question": question["id"], "system": system, "rater": row["rater"], "note": row["note"]})
+                    notes.append(
+                        {
+                            "question": question["id"],
+                            "system": system,
+                            "rater": row["rater"],
+                            "note": row["note"],
+                        }
+                    )
                 if not row["rank"]:
                     continue
-                if not re.fullmatch(r"\d{1,3}(\.0+)?", row["rank"]) or not 1 <= float(row["rank"]) <= len(question["labels"]):
-                    raise ValueError(f"rank {row['rank']!r}: must be a whole number from 1 to {len(question['labels'])}")
+                if not re.fullmatch(r"\d{1,3}(\.0+)?", row["rank"]) or not 1 <= float(
+                    row["rank"]
+                ) <= len(question["labels"]):
+                    raise ValueError(
+                        f"rank {row['rank']!r}: must be a whole number from 1 to {len(question['labels'])}"
+                    )
                 if not row["rater"]:
                     raise ValueError("no rater")
                 own = ranks[row["rater"], row["question"].lower()]
@@ -89,9 +129,20 @@ def interval(by_question, share=True):
         return None
     values = np.array([np.mean(own) for own in by_question.values()])
     means = values[np.random.default_rng(0).integers(0, len(values), (2000, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5]) if np.ptp(values) else wilson(values.sum(), len(values)) if share else (None, None)
-    return {"mean": float(values.mean()), "low": low if low is None else float(low), "high": high if high is None else float(high),
-            "questions": len(values), "ratings": sum(map(len, by_question.values()))}
+    low, high = (
+        np.percentile(means, [2.5, 97.5])
+        if np.ptp(values)
+        else wilson(values.sum(), len(values))
+        if share
+        else (None, None)
+    )
+    return {
+        "mean": float(values.mean()),
+        "low": low if low is None else float(low),
+        "high": high if high is None else float(high),
+        "questions": len(values),
+        "ratings": sum(map(len, by_question.values())),
+    }
 
 
 def agreement(ranks):
@@ -99,21 +150,39 @@ def agreement(ranks):
     taus, same, n_pairs = [], [], 0
     for a, b in combinations(sorted({rater for rater, _ in ranks}), 2):
         signs = []  # of every two answers that both ranked: how either ordered them, -1, 0 or 1
-        for question in {question for rater, question in ranks if rater == a and (b, question) in ranks}:
+        for question in {
+            question for rater, question in ranks if rater == a and (b, question) in ranks
+        }:
             one, other = ranks[a, question], ranks[b, question]
-            signs += [[np.sign(own[x] - own[y]) for own in (one, other)] for x, y in combinations(sorted(one.keys() & other.keys()), 2)]
+            signs += [
+                [np.sign(own[x] - own[y]) for own in (one, other)]
+                for x, y in combinations(sorted(one.keys() & other.keys()), 2)
+            ]
         if signs:
             x, y = np.array(signs).T
             n_pairs += len(signs)
             same.append(float((x == y).mean()))
             if x.any() and y.any():
                 taus.append(float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())))
-    return {"pairs_of_raters": len(same), "pairs_of_answers": n_pairs, "tau_b": float(np.mean(taus)) if taus else None, "same_order": float(np.mean(same))} if same else None
+    return (
+        {
+            "pairs_of_raters": len(same),
+            "pairs_of_answers": n_pairs,
+            "tau_b": float(np.mean(taus)) if taus else None,
+            "same_order": float(np.mean(same)),
+        }
+        if same
+        else None
+    )
 
 
 def summarise(key, ranks):
     """What rank.json holds, from {(rater, question): {system: rank}}. Mean rank and first place count where a rater ranked all systems, win rates wherever two were."""
-    places, firsts, wins = defaultdict(lambda: defaultdict(list)), defaultdict(lambda: defaultdict(list)), defaultdict(lambda: defaultdict(list))
+    places, firsts, wins = (
+        defaultdict(lambda: defaultdict(list)),
+        defaultdict(lambda: defaultdict(list)),
+        defaultdict(lambda: defaultdict(list)),
+    )
     ranks = {who: own for who, own in sorted(ranks.items()) if len(own) > 1}
     for (_, question), own in ranks.items():
         for a, b in combinations(key["systems"], 2):
@@ -122,12 +191,30 @@ def summarise(key, ranks):
         if len(own) == len(key["systems"]):
             best = [name for name in own if own[name] == min(own.values())]
             for name, rank in own.items():
-                above, level = (sum(test(other) for other in own.values()) for test in (lambda other: other < rank, lambda other: other == rank))
-                places[name][question].append(above + (level + 1) / 2)  # those who tie share the places they take: 1, 1, 3 and 1, 1, 2 are the same
+                above, level = (
+                    sum(test(other) for other in own.values())
+                    for test in (lambda other: other < rank, lambda other: other == rank)
+                )
+                places[name][question].append(
+                    above + (level + 1) / 2
+                )  # those who tie share the places they take: 1, 1, 3 and 1, 1, 2 are the same
                 firsts[name][question].append(1 / len(best) if name in best else 0.0)
-    return {"sample": key["stamp"], "questions": len({question for _, question in ranks}), "raters": len({rater for rater, _ in ranks}), "rankings": len(ranks),
-            "systems": {name: {"rank": interval(places[name], share=False), "first": interval(firsts[name])} for name in key["systems"]},
-            "wins": [{"system": a, "against": b, **interval(wins[a, b])} for a, b in combinations(key["systems"], 2) if wins[a, b]], "agreement": agreement(ranks)}
+    return {
+        "sample": key["stamp"],
+        "questions": len({question for _, question in ranks}),
+        "raters": len({rater for rater, _ in ranks}),
+        "rankings": len(ranks),
+        "systems": {
+            name: {"rank": interval(places[name], share=False), "first": interval(firsts[name])}
+            for name in key["systems"]
+        },
+        "wins": [
+            {"system": a, "against": b, **interval(wins[a, b])}
+            for a, b in combinations(key["systems"], 2)
+            if wins[a, b]
+        ],
+        "agreement": agreement(ranks),
+    }
 
 
 def rank_report(result):
@@ -135,28 +222,62 @@ def rank_report(result):
         return "-" if value is None else format(value, form)
 
     def cell(found, form):
-        return "- | - | 0" if found is None else (f"{found['mean']:{form}} | " + ("-" if found["low"] is None else f"{found['low']:{form}} to {found['high']:{form}}")
-                                                  + f" | {found['questions']} questions, {found['ratings']} ratings")
+        return (
+            "- | - | 0"
+            if found is None
+            else (
+                f"{found['mean']:{form}} | "
+                + (
+                    "-"
+                    if found["low"] is None
+                    else f"{found['low']:{form}} to {found['high']:{form}}"
+                )
+                + f" | {found['questions']} questions, {found['ratings']} ratings"
+            )
+        )
 
     def name(text):
         return markdown_text(text, {})
 
-    lines = [f"# Blind ranking: {result['questions']} questions, {result['raters']} raters, {result['rankings']} rankings", "",
-             "| system | mean rank (1 is best) | 95 % interval | n | ranked first | 95 % interval | n |", "|---|---|---|---|---|---|---|"]
-    for system, own in sorted(result["systems"].items(), key=lambda item: item[1]["rank"]["mean"] if item[1]["rank"] else 99):
-        lines.append(f"| {name(system)} | {cell(own['rank'], '.2f')} | {cell(own['first'], '.1%')} |")
+    lines = [
+        f"# Blind ranking: {result['questions']} questions, {result['raters']} raters, {result['rankings']} rankings",
+        "",
+        "| system | mean rank (1 is best) | 95 % interval | n | ranked first | 95 % interval | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for system, own in sorted(
+        result["systems"].items(),
+        key=lambda item: item[1]["rank"]["mean"] if item[1]["rank"] else 99,
+    ):
+        lines.append(
+            f"| {name(system)} | {cell(own['rank'], '.2f')} | {cell(own['first'], '.1%')} |"
+        )
     lines += ["", "| system | against | wins | 95 % interval | n |", "|---|---|---|---|---|"]
-    lines += [f"| {name(own['system'])} | {name(own['against'])} | {cell(own, '.1%')} |" for own in result["wins"]]
+    lines += [
+        f"| {name(own['system'])} | {name(own['against'])} | {cell(own, '.1%')} |"
+        for own in result["wins"]
+    ]
     if own := result["agreement"]:
-        lines += ["", f"Raters: Kendall's tau-b {shown(own['tau_b'], '.2f')}, the same order in {own['same_order']:.1%} of the pairs of answers that two ranked "
-                  f"({own['pairs_of_raters']} pairs of raters, {own['pairs_of_answers']} pairs of answers)."]
-    return lines + ["", "Ties count half. Mean rank and first place: where a rater ranked every system. Each question counts once; intervals by bootstrap over questions "
-                    "(Wilson's where all of them agree). Research only: no medical advice."]
+        lines += [
+            "",
+            f"Raters: Kendall's tau-b {shown(own['tau_b'], '.2f')}, the same order in {own['same_order']:.1%} of the pairs of answers that two ranked "
+            f"({own['pairs_of_raters']} pairs of raters, {own['pairs_of_answers']} pairs of answers).",
+        ]
+    return lines + [
+        "",
+        "Ties count half. Mean rank and first place: where a rater ranked every system. Each question counts once; intervals by bootstrap over questions "
+        "(Wilson's where all of them agree). Research only: no medical advice.",
+    ]
 
 
 def add_rank_flags(parser):
     parser.add_argument("dir", type=Path, help="the --out folder of compare --blind")
-    parser.add_argument("rankings", nargs="+", metavar="RANKING.csv", help="what the page's button gave; one file or several for each rater")
+    parser.add_argument(
+        "rankings",
+        nargs="+",
+        metavar="RANKING.csv",
+        help="what the page's button gave; one file or several for each rater",
+    )
 
 
 def rank(args):

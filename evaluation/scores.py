@@ -15,7 +15,10 @@ def normalise(text):
 
 def words(text):
     """What F1, BLEU and ROUGE count: a Chinese character, a Latin word, a number; case and punctuation dropped."""
-    return re.findall(rf"{CJK.pattern}|[^\W_]+?(?={CJK.pattern}|[\W_]|$)", unicodedata.normalize("NFKC", text).casefold())
+    return re.findall(
+        rf"{CJK.pattern}|[^\W_]+?(?={CJK.pattern}|[\W_]|$)",
+        unicodedata.normalize("NFKC", text).casefold(),
+    )
 
 
 def token_f1(answer, truth):
@@ -27,6 +30,7 @@ def token_f1(answer, truth):
 
 class Words:
     """For rouge-score, whose own tokenizer knows Latin letters only."""
+
     tokenize = staticmethod(words)
 
 
@@ -50,14 +54,31 @@ def text_metrics():
         return [s.sys_len, s.ref_len, *s.counts, *s.totals]
 
     def corpus_bleu(total, order):
-        return BLEU.compute_bleu(total[2 : 2 + order].tolist(), total[6 : 6 + order].tolist(), int(total[0]), int(total[1]), smooth_method="exp", max_ngram_order=order).score / 100
+        return (
+            BLEU.compute_bleu(
+                total[2 : 2 + order].tolist(),
+                total[6 : 6 + order].tolist(),
+                int(total[0]),
+                int(total[1]),
+                smooth_method="exp",
+                max_ngram_order=order,
+            ).score
+            / 100
+        )
 
     return rouge_l, ngrams, corpus_bleu
 
 
 ALONE = r"(?![A-Za-z0-9])(?!\s*[、,/&和或及]\s*[A-D](?![A-Za-z\u4e00-\u9fff]))"  # a letter that begins no word and is not one of two
-NAMED = re.compile(r"(?:the |my |so |我|本题|正确|最佳|应该?|因此|所以|correct |right |best )*(?:answer|option|choice|答案|选项|选择|选)(?: is|应?[是为])?[\s:(\[*\"'“]*([A-D])" + ALONE, re.IGNORECASE)
-ALONE_IN_FRONT = re.compile(r"[\s(\[*\"'“]*([A-D])(?=\s*(?:$|[.:)\]、,。;*\"'”\n])|\s+(?:is|because|since)\b)" + ALONE, re.IGNORECASE)
+NAMED = re.compile(
+    r"(?:the |my |so |我|本题|正确|最佳|应该?|因此|所以|correct |right |best )*(?:answer|option|choice|答案|选项|选择|选)(?: is|应?[是为])?[\s:(\[*\"'“]*([A-D])"
+    + ALONE,
+    re.IGNORECASE,
+)
+ALONE_IN_FRONT = re.compile(
+    r"[\s(\[*\"'“]*([A-D])(?=\s*(?:$|[.:)\]、,。;*\"'”\n])|\s+(?:is|because|since)\b)" + ALONE,
+    re.IGNORECASE,
+)
 
 
 def read_choice(text, choices):
@@ -72,18 +93,37 @@ def read_choice(text, choices):
     plain, inside = " ".join(text.casefold().split()), []
     for letter, option in choices.items():
         option = " ".join(unicodedata.normalize("NFKC", option).casefold().split()).rstrip(".。")
-        if re.search(rf"(?<![a-z0-9]){re.escape(option)}(?![a-z0-9])" if option.isascii() else re.escape(option), plain):  # no is not in abnormal, nor CT in fracture
+        if re.search(
+            rf"(?<![a-z0-9]){re.escape(option)}(?![a-z0-9])"
+            if option.isascii()
+            else re.escape(option),
+            plain,
+        ):  # no is not in abnormal, nor CT in fracture
             inside.append((letter, option))
-    inside = [letter for letter, option in inside if not any(option != other and option in other for _, other in inside)]
+    inside = [
+        letter
+        for letter, option in inside
+        if not any(option != other and option in other for _, other in inside)
+    ]
     return inside[0] if len(inside) == 1 else ""
 
 
 def judge(question, said):
     """Scores of one answer by name, as numbers."""
-    scores = {"exact match": float(normalise(said["answer"]) == normalise(question.truth)), "token F1": token_f1(said["answer"], question.truth)}
+    scores = {
+        "exact match": float(normalise(said["answer"]) == normalise(question.truth)),
+        "token F1": token_f1(said["answer"], question.truth),
+    }
     if question.choices:
         letters, pairs = list(question.choices), said["likelihood"][1:]
-        scores["choice by likelihood"] = float(letters[max(range(len(letters)), key=lambda i: pairs[i][0] / pairs[i][1])] == question.letter)
-        scores["choice by likelihood, summed"] = float(letters[max(range(len(letters)), key=lambda i: pairs[i][0])] == question.letter)
-        scores["choice by answer"] = float(read_choice(said["choice_answer"], question.choices) == question.letter)
+        scores["choice by likelihood"] = float(
+            letters[max(range(len(letters)), key=lambda i: pairs[i][0] / pairs[i][1])]
+            == question.letter
+        )
+        scores["choice by likelihood, summed"] = float(
+            letters[max(range(len(letters)), key=lambda i: pairs[i][0])] == question.letter
+        )
+        scores["choice by answer"] = float(
+            read_choice(said["choice_answer"], question.choices) == question.letter
+        )
     return scores

@@ -17,32 +17,63 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, in_features, out_features, bits):
         super().__init__()
-        self.shape, self.bits, self.group = (out_features, in_features), bits, in_features if bits == 8 else math.gcd(in_features, 64)
+        self.shape, self.bits, self.group = (
+            (out_features, in_features),
+            bits,
+            in_features if bits == 8 else math.gcd(in_features, 64),
+        )
         if in_features * bits % 8:
-            raise ValueError(f"int4 packs two numbers a byte, but a layer has {in_features} inputs: use int8")
-        self.weight = nn.Parameter(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("scale", torch.empty(out_features, in_features // self.group), persistent=False)  # made from the weights anew, in no checkpoint
+            raise ValueError(
+                f"int4 packs two numbers a byte, but a layer has {in_features} inputs: use int8"
+            )
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features * bits // 8, dtype=torch.int8),
+            requires_grad=False,
+        )
+        self.register_buffer(
+            "scale", torch.empty(out_features, in_features // self.group), persistent=False
+        )  # made from the weights anew, in no checkpoint
 
     def quantize_(self, weight):
         """Take over a float weight (out, in)."""
         largest = 2 ** (self.bits - 1) - 1
-        groups = weight.to(self.weight.device).float().unflatten(1, (-1, self.group))  # (out, in / group, group)
+        groups = (
+            weight.to(self.weight.device).float().unflatten(1, (-1, self.group))
+        )  # (out, in / group, group)
         self.scale.copy_(groups.abs().amax(-1).clamp_min(1e-12) / largest)
-        x = (groups / self.scale.float()[..., None]).round().clamp(-largest, largest).to(torch.int8).flatten(1)  # (out, in)
+        x = (
+            (groups / self.scale.float()[..., None])
+            .round()
+            .clamp(-largest, largest)
+            .to(torch.int8)
+            .flatten(1)
+        )  # (out, in)
         self.weight.copy_(x if self.bits == 8 else (x[:, ::2] & 15) | (x[:, 1::2] << 4))
 
     def dequantize(self, dtype):
         """The weight as floats (out, in), as close as its bits allow."""
         weight = self.weight
         if self.bits == 4:
-            weight = torch.stack((weight << 4 >> 4, weight >> 4), dim=-1).flatten(1)  # (out, in): shifts of int8 keep the sign
-        weight = weight.to(dtype).unflatten(1, (-1, self.group)) * self.scale[..., None]  # (out, in / group, group): scaled before the sum, which would leave float16's range
+            weight = torch.stack((weight << 4 >> 4, weight >> 4), dim=-1).flatten(
+                1
+            )  # (out, in): shifts of int8 keep the sign
+        weight = (
+            weight.to(dtype).unflatten(1, (-1, self.group)) * self.scale[..., None]
+        )  # (out, in / group, group): scaled before the sum, which would leave float16's range
         return weight.flatten(1)
 
     def forward(self, x):
         # torch's kernel reads 32 inputs at a time, past the end of a row that holds no multiple of them
-        if self.bits == 8 and x.shape[-2] == 1 and x.device.type == "cpu" and x.shape[-1] % 32 == 0 and not torch.is_grad_enabled():
-            y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).bfloat16(), self.weight, self.scale.flatten().bfloat16())  # (B, out)
+        if (
+            self.bits == 8
+            and x.shape[-2] == 1
+            and x.device.type == "cpu"
+            and x.shape[-1] % 32 == 0
+            and not torch.is_grad_enabled()
+        ):
+            y = torch._weight_int8pack_mm(
+                x.reshape(-1, x.shape[-1]).bfloat16(), self.weight, self.scale.flatten().bfloat16()
+            )  # (B, out)
             return y.to(x.dtype).reshape(*x.shape[:-1], -1)  # (B, 1, out)
         return QuantizedProduct.apply(x, self)
 
@@ -75,7 +106,16 @@ def add_lora(model, rank, alpha):
     """
     for block in model.model.layers:
         for linear in (*block.self_attn.children(), *block.mlp.children()):
-            out_features, in_features = linear.shape if isinstance(linear, QuantizedLinear) else linear.weight.shape
-            linear.lora_A, linear.lora_B = nn.Parameter(torch.empty(rank, in_features)), nn.Parameter(torch.zeros(out_features, rank))
+            out_features, in_features = (
+                linear.shape if isinstance(linear, QuantizedLinear) else linear.weight.shape
+            )
+            linear.lora_A, linear.lora_B = (
+                nn.Parameter(torch.empty(rank, in_features)),
+                nn.Parameter(torch.zeros(out_features, rank)),
+            )
             linear.lora_scale = alpha / rank
-            linear.register_forward_hook(lambda layer, x, y: y + layer.lora_scale * F.linear(F.linear(x[0], layer.lora_A), layer.lora_B))
+            linear.register_forward_hook(
+                lambda layer, x, y: (
+                    y + layer.lora_scale * F.linear(F.linear(x[0], layer.lora_A), layer.lora_B)
+                )
+            )

@@ -8,9 +8,14 @@ import sentencepiece
 from common.files import model_folder
 from qilin_min import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, generate
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-TEMPLATES = ("v1", "plain")  # v1: dialogs (paper, both stages; released stage 2). plain: picture, caption (released stage 1)
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TEMPLATES = (
+    "v1",
+    "plain",
+)  # v1: dialogs (paper, both stages; released stage 2). plain: picture, caption (released stage 1)
 PICTURE, END = object(), object()  # what stands between two texts of a prompt
 
 
@@ -23,12 +28,18 @@ class Tokenizer:
         path = path.parent if path.suffix in (".safetensors", ".bin") else path
         self.path = path if path.is_file() else path / "tokenizer.model"
         if not self.path.is_file():
-            raise FileNotFoundError(f"no tokenizer: {self.path} does not exist (it comes with the LLaMA weights)")
+            raise FileNotFoundError(
+                f"no tokenizer: {self.path} does not exist (it comes with the LLaMA weights)"
+            )
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError):
             raise ValueError(f"{self.path}: not a sentencepiece model") from None
-        self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+        self.vocab_size, self.bos_id, self.eos_id = (
+            self.sp.vocab_size(),
+            self.sp.bos_id(),
+            self.sp.eos_id(),
+        )
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{self.path}: a tokenizer without ids for begin and end of text")
 
@@ -50,10 +61,10 @@ class Tokenizer:
             # a cut character shows as up to 3 replacement marks; more than that is no character, and waiting would never end
             stable = text if len(text) - len(text.rstrip("\ufffd")) > 3 else text.rstrip("\ufffd")
             if len(stable) > len(shown):
-                yield stable[len(shown):]
+                yield stable[len(shown) :]
                 shown = stable
         if seen and len(self.decode(seen)) > len(shown):
-            yield self.decode(seen)[len(shown):]
+            yield self.decode(seen)[len(shown) :]
 
 
 def pictures_before(i, n_images):
@@ -73,7 +84,9 @@ def check_conversation(conversation, n_images=None):
             raise ValueError(f"turn {i} is not an object with text under 'value'")
         if turn.get("from") != role:
             raise ValueError(f"turn {i} is from {turn.get('from')!r}, expected {role!r}")
-        if not turn["value"].strip() and not pictures_before(i, n_images):  # a picture alone may be a question
+        if not turn["value"].strip() and not pictures_before(
+            i, n_images
+        ):  # a picture alone may be a question
             raise ValueError(f"turn {i} is an empty {'question' if role == 'human' else 'answer'}")
         if role == "gpt" and n_images is None and IMAGE_TOKEN in turn["value"]:
             raise ValueError(f"turn {i} is an answer that holds {IMAGE_TOKEN}")
@@ -103,7 +116,10 @@ def build_prompt(conversation, template="v1", n_images=None):
     for i, turn in enumerate(conversation):
         value = turn["value"]
         if turn["from"] == "gpt":
-            parts += [(value, True), (END, True)]  # the blank after "ASSISTANT:" is the one that sentencepiece puts in front of every text
+            parts += [
+                (value, True),
+                (END, True),
+            ]  # the blank after "ASSISTANT:" is the one that sentencepiece puts in front of every text
             continue
         n = value.count(IMAGE_TOKEN) if n_images is None else pictures_before(i, n_images)
         if n:
@@ -132,7 +148,9 @@ def _encode_parts(parts, tokenizer, n_image_tokens):
     return ids, labels
 
 
-def encode_conversation(conversation, tokenizer, n_image_tokens, template="v1", max_length=2048, n_images=None):
+def encode_conversation(
+    conversation, tokenizer, n_image_tokens, template="v1", max_length=2048, n_images=None
+):
     """(input_ids, labels) of a dialog for training: lists of int of the same length, at most max_length tokens.
 
     n_images: None counts the <image> in the text (data files); an int puts that many pictures in front of the first turn, a list as many
@@ -142,7 +160,9 @@ def encode_conversation(conversation, tokenizer, n_image_tokens, template="v1", 
     check_conversation(conversation, n_images)
     if conversation[-1]["from"] != "gpt":
         raise ValueError("the conversation ends with a question: nothing to learn from")
-    ids, labels = _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)
+    ids, labels = _encode_parts(
+        build_prompt(conversation, template, n_images), tokenizer, n_image_tokens
+    )
     if IMAGE_TOKEN_INDEX in ids[max_length:]:
         return [], []
     return ids[:max_length], labels[:max_length]
@@ -153,7 +173,9 @@ def encode_prompt(conversation, tokenizer, n_image_tokens, template="v1", n_imag
     check_conversation(conversation, n_images)
     if conversation[-1]["from"] != "human":
         raise ValueError("the conversation ends with an answer: nothing to ask")
-    return _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)[0]
+    return _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)[
+        0
+    ]
 
 
 class StreamedAnswer:
@@ -167,7 +189,9 @@ class StreamedAnswer:
         self.ids, self.n_new, self.finish_reason = [], 0, "length"
         self.interrupted = False  # set it, from any thread, to end the answer at the next token
         self._decode = tokenizer.decode
-        self._text = self._until_stop(tokenizer.decode_stream(self._new_ids(model, prompt, pixel_values, options)), stop)
+        self._text = self._until_stop(
+            tokenizer.decode_stream(self._new_ids(model, prompt, pixel_values, options)), stop
+        )
 
     def __iter__(self):
         return self._text
@@ -190,12 +214,16 @@ class StreamedAnswer:
             found = min((at for s in stop if (at := text.find(s)) >= 0), default=-1)
             if found >= 0:
                 self.finish_reason = "stop"
-                while self.ids and len(self._decode(self.ids)) > n_shown + found:  # a dialog must not go on from what nobody saw
+                while (
+                    self.ids and len(self._decode(self.ids)) > n_shown + found
+                ):  # a dialog must not go on from what nobody saw
                     self.ids.pop()
                 yield text[:found]
                 return
-            n_held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)  # may become a stop text
+            n_held = max(
+                (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
+            )  # may become a stop text
             yield text[: len(text) - n_held]
             n_shown += len(text) - n_held
-            text = text[len(text) - n_held:]
+            text = text[len(text) - n_held :]
         yield text

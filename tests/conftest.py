@@ -12,9 +12,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background of a shell ignores Ctrl-C, and so would every program that the tests start
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a run in the background of a shell ignores Ctrl-C, and so would every program that the tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent / "tools")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent.parent),
+    str(Path(__file__).resolve().parent / "tools"),
+]
 
 import numpy as np
 import pytest
@@ -28,7 +33,9 @@ from model_io.export import save_qilin
 from model_io.load import load_qilin
 from model_io.tokens import Tokenizer
 
-transformers_module.MistralCommonBackend = type("MistralCommonBackend", (), {})  # mistral-common is installed for one file, without what its import needs
+transformers_module.MistralCommonBackend = type(
+    "MistralCommonBackend", (), {}
+)  # mistral-common is installed for one file, without what its import needs
 ROOT = Path(__file__).resolve().parent.parent
 N_IMAGE = 16  # 56 / 14 squared
 
@@ -39,7 +46,9 @@ def report(record_property):
 
     def add(name, value, limit):
         line = f"parity: {name}: max difference {float(value):.1e} (limit {limit:.0e})"
-        record_property("parity", line)  # travels from a worker of pytest-xdist to where the summary is printed
+        record_property(
+            "parity", line
+        )  # travels from a worker of pytest-xdist to where the summary is printed
         print(line)
         assert float(value) <= limit, line  # also false for nan
 
@@ -68,13 +77,32 @@ def randomise(model, seed=0):
 
 
 def hf_llama(seed=0, **changes):
-    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                 max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager")
+    sizes = dict(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
     return randomise(LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})), seed)
 
 
 def hf_clip_config(**changes):
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14, attn_implementation="eager")
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+        attn_implementation="eager",
+    )
     return CLIPVisionConfig(**{**sizes, **changes})
 
 
@@ -106,7 +134,9 @@ def llama_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def spm_path():
     try:
-        path = importlib.metadata.distribution("mistral-common").locate_file("mistral_common/data/tokenizer.model.v1")
+        path = importlib.metadata.distribution("mistral-common").locate_file(
+            "mistral_common/data/tokenizer.model.v1"
+        )
     except importlib.metadata.PackageNotFoundError:
         pytest.fail("mistral-common is not installed: pip install -r tests/requirements.txt")
     return Path(path)
@@ -119,16 +149,41 @@ def tokenizer(spm_path):
 
 def make_qilin(projector_type="mlp2x_gelu", text=None, vision=None, n_token_ids=300, seed=3):
     """A Qilin with random weights; n_token_ids below vocab_size so that ids past the tokenizer exist."""
-    text = q.TextConfig(**{**dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                                  num_key_value_heads=2, max_position_embeddings=256), **(text or {})})
-    vision = q.VisionConfig(**{**dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14),
-                               **(vision or {})})
+    text = q.TextConfig(
+        **{
+            **dict(
+                vocab_size=320,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+            ),
+            **(text or {}),
+        }
+    )
+    vision = q.VisionConfig(
+        **{
+            **dict(
+                hidden_size=48,
+                intermediate_size=80,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                image_size=56,
+                patch_size=14,
+            ),
+            **(vision or {}),
+        }
+    )
     return randomise(q.Qilin(q.QilinConfig(text, vision, projector_type, n_token_ids)), seed)
 
 
 def words(n, seed, n_token_ids=300):
     """n ids of words, no control id among them."""
-    return torch.randint(3, n_token_ids, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        3, n_token_ids, (n,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def pictures(n, seed=5, size=56):
@@ -136,7 +191,11 @@ def pictures(n, seed=5, size=56):
 
 
 IMG = [q.IMAGE_TOKEN_INDEX] * N_IMAGE
-ROWS = [[1] + words(9, 1), [1] + words(3, 2) + IMG + words(7, 3), [1] + words(2, 4) + IMG + words(4, 5) + IMG + words(6, 6)]  # 0, 1, 2 pictures
+ROWS = [
+    [1] + words(9, 1),
+    [1] + words(3, 2) + IMG + words(7, 3),
+    [1] + words(2, 4) + IMG + words(4, 5) + IMG + words(6, 6),
+]  # 0, 1, 2 pictures
 ROW_PICTURES = [slice(0, 0), slice(0, 1), slice(1, 3)]  # of pictures(3)
 
 
@@ -181,10 +240,33 @@ def free_port():
 def toy(tmp_path_factory):
     """A toy world of a few dozen pictures."""
     out = tmp_path_factory.mktemp("world") / "toy"
-    subprocess.run([sys.executable, "-m", "demo.toy", out, "--language", "24", "--alignment", "24", "--instruction", "24", "--heldout", "4"], check=True, cwd=ROOT)
-    mixed = json.loads((out / "instruction.json").read_text())[:14] + json.loads((out / "language.json").read_text())[:9]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "demo.toy",
+            out,
+            "--language",
+            "24",
+            "--alignment",
+            "24",
+            "--instruction",
+            "24",
+            "--heldout",
+            "4",
+        ],
+        check=True,
+        cwd=ROOT,
+    )
+    mixed = (
+        json.loads((out / "instruction.json").read_text())[:14]
+        + json.loads((out / "language.json").read_text())[:9]
+    )
     two = dict(mixed[0], id="two", image=[mixed[0]["image"], mixed[1]["image"]])
-    two["conversations"] = [dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗？"), {"from": "gpt", "value": "不相同。"}]
+    two["conversations"] = [
+        dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗？"),
+        {"from": "gpt", "value": "不相同。"},
+    ]
     (out / "mixed.json").write_text(json.dumps(mixed + [two], ensure_ascii=False))
     (out / "text.json").write_text(json.dumps(mixed[14:], ensure_ascii=False))
     (out / "one.json").write_text(json.dumps(mixed[:1], ensure_ascii=False))
@@ -193,10 +275,48 @@ def toy(tmp_path_factory):
 
 def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
     """One train.py run; -> (losses, gradient norms) of its steps, or the finished process with check=False."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())] if ranks > 1 else [sys.executable]
-    command += [ROOT / "train.py", "--stage", stage, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
-                "--data", toy / data, "--out", out, "--lr", "2e-3", "--workers", "0", *options]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    command = (
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
+        if ranks > 1
+        else [sys.executable]
+    )
+    command += [
+        ROOT / "train.py",
+        "--stage",
+        stage,
+        "--llm",
+        toy / "llama",
+        "--vision",
+        toy / "clip",
+        "--projector",
+        "fresh",
+        "--images",
+        toy / "images",
+        "--data",
+        toy / data,
+        "--out",
+        out,
+        "--lr",
+        "2e-3",
+        "--workers",
+        "0",
+        *options,
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
     if not check:
         return done
     assert done.returncode == 0, done.stderr[-3000:]

@@ -29,7 +29,9 @@ def model(spm_path):
 
 def whole(model, tokenizer, ids, x, n):
     """The answer to a prompt read from its first token."""
-    return [i for (i,) in q.generate(model, [ids], x, max_new_tokens=n) if i not in model.config.end_ids]
+    return [
+        i for (i,) in q.generate(model, [ids], x, max_new_tokens=n) if i not in model.config.end_ids
+    ]
 
 
 def test_each_turn_is_answered_as_if_all_were_read_anew(model, tokenizer, monkeypatch):
@@ -42,12 +44,24 @@ def test_each_turn_is_answered_as_if_all_were_read_anew(model, tokenizer, monkey
         return encode(pixels)
 
     monkeypatch.setattr(model, "encode_images", counted)
-    monkeypatch.setattr(model.model, "forward", lambda x, cache=None: computed.append(x.shape[1]) or forward(x, cache))
+    monkeypatch.setattr(
+        model.model,
+        "forward",
+        lambda x, cache=None: computed.append(x.shape[1]) or forward(x, cache),
+    )
     chat, ids = sample.Chat(model, tokenizer, x), []
     for turn, question in enumerate(("图中有什么？", "<image>在哪里？</s>", "多大？")):
         text = "".join(chat.ask(question, max_new_tokens=6))
-        ids = ids + [2] + tokenizer.encode(f"USER: {question} ASSISTANT:") if turn else encode_prompt([{"from": "human", "value": question}], tokenizer, 16, n_images=2)
-        assert text == tokenizer.decode(chat.answer.ids) and n_towers == 2 and (not turn or max(computed) < 40)
+        ids = (
+            ids + [2] + tokenizer.encode(f"USER: {question} ASSISTANT:")
+            if turn
+            else encode_prompt([{"from": "human", "value": question}], tokenizer, 16, n_images=2)
+        )
+        assert (
+            text == tokenizer.decode(chat.answer.ids)
+            and n_towers == 2
+            and (not turn or max(computed) < 40)
+        )
         monkeypatch.setattr(model, "encode_images", encode)
         want = whole(model, tokenizer, ids, x, 6)
         monkeypatch.setattr(model, "encode_images", counted)
@@ -55,14 +69,29 @@ def test_each_turn_is_answered_as_if_all_were_read_anew(model, tokenizer, monkey
         ids += want
         computed.clear()
     chat.reset()  # what was said goes, the pictures' keys and values stay
-    assert "".join(chat.ask("图中有什么？", max_new_tokens=6)) == tokenizer.decode(whole_first := chat.answer.ids) and n_towers == 2
+    assert (
+        "".join(chat.ask("图中有什么？", max_new_tokens=6))
+        == tokenizer.decode(whole_first := chat.answer.ids)
+        and n_towers == 2
+    )
     monkeypatch.setattr(model, "encode_images", encode)
-    assert whole_first == whole(model, tokenizer, encode_prompt([{"from": "human", "value": "图中有什么？"}], tokenizer, 16, n_images=2), x, 6)
+    assert whole_first == whole(
+        model,
+        tokenizer,
+        encode_prompt([{"from": "human", "value": "图中有什么？"}], tokenizer, 16, n_images=2),
+        x,
+        6,
+    )
 
 
 def test_prompts_of_a_dialog_are_those_of_training(model, tokenizer):
     """Turns put together in the chat give, id by id, what encode_conversation trains on."""
-    dialog = [{"from": "human", "value": "<image>\n图中有什么？"}, {"from": "gpt", "value": "左肺结节。"}, {"from": "human", "value": "多大？"}, {"from": "gpt", "value": "3毫米。"}]
+    dialog = [
+        {"from": "human", "value": "<image>\n图中有什么？"},
+        {"from": "gpt", "value": "左肺结节。"},
+        {"from": "human", "value": "多大？"},
+        {"from": "gpt", "value": "3毫米。"},
+    ]
     trained, _ = encode_conversation(dialog, tokenizer, 16)
     chat = sample.Chat(model, tokenizer, pictures(1))
     list(chat.ask("图中有什么？", max_new_tokens=1))
@@ -105,12 +134,25 @@ def test_a_kept_cache_changes_no_answer(model):
         q.answer_ids(model, ROWS, max_new_tokens=8, cache=cache)  # it holds more than all of them
 
 
-@pytest.mark.parametrize("stop, shown, reason", [(["c"], "ab", "stop"), (["bc"], "a", "stop"), (["x", "cd"], "ab", "stop"), (["de"], "abcd", "length"), ([], "abcd", "length"), (["abcde"], "abcd", "length"), (["d", "b"], "a", "stop")])
+@pytest.mark.parametrize(
+    "stop, shown, reason",
+    [
+        (["c"], "ab", "stop"),
+        (["bc"], "a", "stop"),
+        (["x", "cd"], "ab", "stop"),
+        (["de"], "abcd", "length"),
+        ([], "abcd", "length"),
+        (["abcde"], "abcd", "length"),
+        (["d", "b"], "a", "stop"),
+    ],
+)
 def test_stop_texts_are_never_shown(stop, shown, reason):
     """Whole texts are found across tokens; what only begins like one is shown in the end."""
     answer = StreamedAnswer.__new__(StreamedAnswer)
     answer.finish_reason, answer.ids = "length", []
-    assert "".join(answer._until_stop(iter("abcd"), stop)) == shown and answer.finish_reason == reason
+    assert (
+        "".join(answer._until_stop(iter("abcd"), stop)) == shown and answer.finish_reason == reason
+    )
 
 
 def test_a_stop_text_is_no_part_of_the_dialog(model, tokenizer):
@@ -121,9 +163,14 @@ def test_a_stop_text_is_no_part_of_the_dialog(model, tokenizer):
     chat.reset()
     shown = "".join(chat.ask("图中有什么？", max_new_tokens=9, stop=[stop]))
     assert shown == whole_text.partition(stop)[0] and chat.answer.finish_reason == "stop"
-    assert len(tokenizer.decode(chat.answer.ids)) <= len(shown) and chat.said[-len(chat.answer.ids) :] == chat.answer.ids
+    assert (
+        len(tokenizer.decode(chat.answer.ids)) <= len(shown)
+        and chat.said[-len(chat.answer.ids) :] == chat.answer.ids
+    )
     list(chat.ask("多大？", max_new_tokens=4))
-    assert chat.answer.ids == whole(model, tokenizer, chat.said[: -len(chat.answer.ids)], pictures(1), 4)
+    assert chat.answer.ids == whole(
+        model, tokenizer, chat.said[: -len(chat.answer.ids)], pictures(1), 4
+    )
 
 
 @torch.no_grad()
@@ -131,19 +178,29 @@ def test_attention_equals_transformers(tmp_path, report):
     """Rows of the heatmap's attention are those of transformers' eager softmax, averaged over heads and layers, and each sums to 1."""
     model = make_qilin()
     save_qilin(model, None, tmp_path / "out")
-    hf = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    hf = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
     prompt, answer, x = ROWS[2], [17, 23, 99, 5], pictures(2)
     ids = torch.tensor([prompt + answer])
-    all_layers = hf(input_ids=ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, hf.config.image_token_id), pixel_values=x, output_attentions=True).attentions
+    all_layers = hf(
+        input_ids=ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, hf.config.image_token_id),
+        pixel_values=x,
+        output_attentions=True,
+    ).attentions
     for layers in (range(0, 1), range(1, 2), range(0, 2)):
         got = sample.answer_attention(model, prompt + answer, len(prompt), x, layers)
         want = torch.stack([all_layers[i] for i in layers]).mean((0, 2))[0, len(prompt) - 1 : -1]
         report("attention of an answer", (got - want).abs().max(), 1e-5)
-        assert got.shape == want.shape == (4, ids.shape[1]) and torch.allclose(got.sum(-1), torch.ones(4), atol=1e-5)
+        assert got.shape == want.shape == (4, ids.shape[1]) and torch.allclose(
+            got.sum(-1), torch.ones(4), atol=1e-5
+        )
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("size, mode", [((80, 40), "pad"), ((40, 80), "pad"), ((80, 40), "crop"), ((600, 300), "pad")])
+@pytest.mark.parametrize(
+    "size, mode", [((80, 40), "pad"), ((40, 80), "pad"), ((80, 40), "crop"), ((600, 300), "pad")]
+)
 def test_heat_lies_where_the_patch_was(size, mode):
     """One hot patch of 4 x 4 colours its own place of the picture, through the squaring, and leaves the far side as it was."""
     image, heat = Image.new("RGB", size, (100, 100, 100)), np.zeros((4, 4), np.float32)
@@ -157,23 +214,67 @@ def test_heat_lies_where_the_patch_was(size, mode):
     centre = (height - side) / 2 + 1.5 * side / 4, (width - side) / 2 + 0.5 * side / 4
     ys, xs = np.nonzero(changed)
     if len(ys):  # in a padded wide picture row 1 of 4 is partly picture
-        assert abs(xs.mean() - max(centre[1], 0)) < side / 5 and abs(ys.mean() - centre[0]) < side / 5
+        assert (
+            abs(xs.mean() - max(centre[1], 0)) < side / 5 and abs(ys.mean() - centre[0]) < side / 5
+        )
     assert not changed[:, -width // 4 :].any() and (len(ys) or size == (40, 80))
 
 
 def test_heatmap_of_a_command(toy, toy_model, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *sorted((toy / "images").glob("heldout*"))[:2], "两张图相同吗？", "--model", toy_model, "--max-new-tokens", "4", "--heatmap", tmp_path / "heat.png", "--heatmap-layers", "1-2"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "of the attention went to the picture" in done.stderr and "layers 1 to 2" in done.stderr, done.stderr
-    assert Image.open(tmp_path / "heat.png").size[1] > 1000 and [p.name for p in tmp_path.iterdir()] == ["heat.png"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "sample.py",
+            *sorted((toy / "images").glob("heldout*"))[:2],
+            "两张图相同吗？",
+            "--model",
+            toy_model,
+            "--max-new-tokens",
+            "4",
+            "--heatmap",
+            tmp_path / "heat.png",
+            "--heatmap-layers",
+            "1-2",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 0
+        and "of the attention went to the picture" in done.stderr
+        and "layers 1 to 2" in done.stderr
+    ), done.stderr
+    assert Image.open(tmp_path / "heat.png").size[1] > 1000 and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["heat.png"]
 
 
 def test_a_person_at_a_terminal(toy, toy_model):
     """Through a pseudo-terminal: prompt, answer, Ctrl-C during an answer goes back to the prompt, Ctrl-C at the prompt ends with 130."""
     picture = next((toy / "images").glob("heldout*"))
     master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--chat", str(picture), "--model", str(toy_model), "--max-new-tokens", "100000", "--temperature", "5", "--seed", "1"],
-                               stdin=slave, stdout=slave, stderr=subprocess.STDOUT, env=dict(os.environ, TERM="dumb"), start_new_session=True, close_fds=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "sample.py"),
+            "--chat",
+            str(picture),
+            "--model",
+            str(toy_model),
+            "--max-new-tokens",
+            "100000",
+            "--temperature",
+            "5",
+            "--seed",
+            "1",
+        ],
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.STDOUT,
+        env=dict(os.environ, TERM="dumb"),
+        start_new_session=True,
+        close_fds=True,
+    )
     os.close(slave)
     seen = b""
 
@@ -201,7 +302,9 @@ def test_a_person_at_a_terminal(toy, toy_model):
         os.write(master, b"/nonsense\n")
         until(b"/reset and /quit")
         until(b"> ")
-        time.sleep(0.5)  # a signal between the prompt and readline's wait is noticed with the next key only
+        time.sleep(
+            0.5
+        )  # a signal between the prompt and readline's wait is noticed with the next key only
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     finally:
@@ -209,8 +312,25 @@ def test_a_person_at_a_terminal(toy, toy_model):
         os.close(master)
 
 
-@pytest.mark.skipif(not os.environ.get("LONG") or not shutil.which("c++"), reason="a minute of compilation, and a C++ compiler (--long)")
+@pytest.mark.skipif(
+    not os.environ.get("LONG") or not shutil.which("c++"),
+    reason="a minute of compilation, and a C++ compiler (--long)",
+)
 def test_compiled_it_says_the_same(toy, toy_model):
-    words = [sys.executable, ROOT / "sample.py", next((toy / "images").glob("heldout*")), "病灶在哪里？", "--model", toy_model, "--max-new-tokens", "8"]
-    plain, compiled = (subprocess.run([*map(str, words), *more], capture_output=True, text=True) for more in ([], ["--compile"]))
-    assert compiled.returncode == 0 and compiled.stdout == plain.stdout != "\n", compiled.stderr[-2000:]
+    words = [
+        sys.executable,
+        ROOT / "sample.py",
+        next((toy / "images").glob("heldout*")),
+        "病灶在哪里？",
+        "--model",
+        toy_model,
+        "--max-new-tokens",
+        "8",
+    ]
+    plain, compiled = (
+        subprocess.run([*map(str, words), *more], capture_output=True, text=True)
+        for more in ([], ["--compile"])
+    )
+    assert compiled.returncode == 0 and compiled.stdout == plain.stdout != "\n", compiled.stderr[
+        -2000:
+    ]

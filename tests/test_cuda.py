@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, ROWS, make_qilin, pictures, run
 
 import qilin_min as q
-from conftest import ROOT, make_qilin, pictures, ROWS, run
 from training.costs import GIB, Sizes, memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -23,20 +23,66 @@ def test_answers_on_cuda_are_those_on_the_cpu(report):
     ids = q.pad_rows(prompts, 0)
     logits = model(ids, pixels)
     model.cuda()
-    report("cuda: float32 logits and the CPU's", (model(ids.cuda(), pixels.cuda()).cpu() - logits).abs().max(), 1e-2)  # TF32 is off by default
+    report(
+        "cuda: float32 logits and the CPU's",
+        (model(ids.cuda(), pixels.cuda()).cpu() - logits).abs().max(),
+        1e-2,
+    )  # TF32 is off by default
     assert q.answer_ids(model, prompts, pixels, max_new_tokens=12) == want
 
 
 def test_training_in_bf16_follows_float32(toy, tmp_path, report):
     """All GPUs against one CPU process: losses of the first steps; stop and resume bit for bit."""
     n = min(torch.cuda.device_count(), 4)
-    losses, _ = run(toy, tmp_path / "gpu", "--batch-size", 8, "--save-every", 1, "--keep", 9, ranks=n)
+    losses, _ = run(
+        toy, tmp_path / "gpu", "--batch-size", 8, "--save-every", 1, "--keep", 9, ranks=n
+    )
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    subprocess.run(list(map(str, [sys.executable, ROOT / "train.py", "--stage", 2, "--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh", "--images", toy / "images",
-                                  "--data", toy / "mixed.json", "--out", tmp_path / "cpu", "--lr", "2e-3", "--batch-size", 8])), check=True, env=env, capture_output=True)
-    want = np.array([r["loss"] for r in map(json.loads, open(tmp_path / "cpu/log.jsonl")) if "seconds" in r])
+    subprocess.run(
+        list(
+            map(
+                str,
+                [
+                    sys.executable,
+                    ROOT / "train.py",
+                    "--stage",
+                    2,
+                    "--llm",
+                    toy / "llama",
+                    "--vision",
+                    toy / "clip",
+                    "--projector",
+                    "fresh",
+                    "--images",
+                    toy / "images",
+                    "--data",
+                    toy / "mixed.json",
+                    "--out",
+                    tmp_path / "cpu",
+                    "--lr",
+                    "2e-3",
+                    "--batch-size",
+                    8,
+                ],
+            )
+        ),
+        check=True,
+        env=env,
+        capture_output=True,
+    )
+    want = np.array(
+        [r["loss"] for r in map(json.loads, open(tmp_path / "cpu/log.jsonl")) if "seconds" in r]
+    )
     report("cuda: losses in bf16 and in float32 (relative)", np.abs(losses / want - 1).max(), 0.05)
-    again, _ = run(toy, tmp_path / "again", "--batch-size", 8, "--resume", tmp_path / "gpu/checkpoints/step-1", ranks=n)
+    again, _ = run(
+        toy,
+        tmp_path / "again",
+        "--batch-size",
+        8,
+        "--resume",
+        tmp_path / "gpu/checkpoints/step-1",
+        ranks=n,
+    )
     assert np.array_equal(again, losses[1:])
 
 
@@ -59,12 +105,29 @@ for step in range(2):
 print(torch.cuda.max_memory_allocated())"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    sizes = Sizes(q.QilinConfig(q.TextConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2752, num_hidden_layers=16, num_attention_heads=8), q.VisionConfig(64, 128, 2, 2, 56, 14)),
-                       ("mm_projector", "llm"))
+    sizes = Sizes(
+        q.QilinConfig(
+            q.TextConfig(
+                vocab_size=32000,
+                hidden_size=1024,
+                intermediate_size=2752,
+                num_hidden_layers=16,
+                num_attention_heads=8,
+            ),
+            q.VisionConfig(64, 128, 2, 2, 56, 14),
+        ),
+        ("mm_projector", "llm"),
+    )
     want, got = memory(sizes, 1, 4 * 512, 4, 4 * 511)["peak"], int(done.stdout.split()[-1])
-    report(f"cuda: plan {want / GIB:.2f} GiB, allocator {got / GIB:.2f} (relative)", abs(want / got - 1), 0.15)
+    report(
+        f"cuda: plan {want / GIB:.2f} GiB, allocator {got / GIB:.2f} (relative)",
+        abs(want / got - 1),
+        0.15,
+    )
 
 
 def test_smoke(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--smoke"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--smoke"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "no CUDA" not in done.stdout, done.stdout[-3000:]

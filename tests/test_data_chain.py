@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-
 import synthetic
 from conftest import ROOT
-from common.rows import Rows
 from raw_sets import make_raw, prep
-from common.text import CJK
 from test_translate import Server
+
+from common.rows import Rows
+from common.text import CJK
 
 LONG = os.environ.get("LONG")
 
@@ -23,20 +23,101 @@ def test_the_whole_chain(tmp_path, toy):
     """translate, review, build, check, stats, on all three sets and the test set's form: no English is left, nothing is unfit, and counts add up from step to step."""
     raw, zh, data = make_raw(tmp_path / "raw", n=9), tmp_path / "zh", tmp_path / "data"
     with Server() as server:
-        prep("translate", "--pmc-oa", raw / "pmc_oa.jsonl", "--pmc-casereport", raw / "case.csv", "--pmc-vqa", raw / "train_2.csv", "--out", zh, "--base-url", server.url, "--model", "m", "--yes")
-    prep("review", zh / "pmc_oa.jsonl", zh / "case.csv", zh / "train_2.csv", "--images", raw / "images", "--n", 10, "--out", tmp_path / "review")
-    prep("build", "--pmc-oa", zh / "pmc_oa.jsonl", "--pmc-casereport", zh / "case.csv", "--pmc-vqa", zh / "train_2.csv", "--images", raw / "images", "--out", data, "--require-chinese")
-    alignment, instruction = list(Rows(data / "alignment.json")), list(Rows(data / "instruction.json"))
-    assert len(alignment) == 9 + 18 and len(instruction) == 18 + 18  # 9 articles of PMC-OA; 18 rows of each of the others
+        prep(
+            "translate",
+            "--pmc-oa",
+            raw / "pmc_oa.jsonl",
+            "--pmc-casereport",
+            raw / "case.csv",
+            "--pmc-vqa",
+            raw / "train_2.csv",
+            "--out",
+            zh,
+            "--base-url",
+            server.url,
+            "--model",
+            "m",
+            "--yes",
+        )
+    prep(
+        "review",
+        zh / "pmc_oa.jsonl",
+        zh / "case.csv",
+        zh / "train_2.csv",
+        "--images",
+        raw / "images",
+        "--n",
+        10,
+        "--out",
+        tmp_path / "review",
+    )
+    prep(
+        "build",
+        "--pmc-oa",
+        zh / "pmc_oa.jsonl",
+        "--pmc-casereport",
+        zh / "case.csv",
+        "--pmc-vqa",
+        zh / "train_2.csv",
+        "--images",
+        raw / "images",
+        "--out",
+        data,
+        "--require-chinese",
+    )
+    alignment, instruction = (
+        list(Rows(data / "alignment.json")),
+        list(Rows(data / "instruction.json")),
+    )
+    assert (
+        len(alignment) == 9 + 18 and len(instruction) == 18 + 18
+    )  # 9 articles of PMC-OA; 18 rows of each of the others
     for row in alignment + instruction:
         for turn in row["conversations"]:
-            assert CJK.search(turn["value"]) and not {"shows", "What", "liver"} & set(turn["value"].split())
+            assert CJK.search(turn["value"]) and not {"shows", "What", "liver"} & set(
+                turn["value"].split()
+            )
     for name in ("alignment", "instruction"):
-        assert "fit to train on" in prep("check", data / f"{name}.json", "--images", data / "images", "--tokenizer", toy / "llama", "--n-image-tokens", 16).stdout
-    report = json.loads((prep("stats", "--alignment", data / "alignment.json", "--instruction", data / "instruction.json", "--tokenizer", toy / "llama", "--out", tmp_path / "stats", "--no-figures") and tmp_path / "stats/stats.json").read_text())
-    assert report["alignment"]["total"]["pairs"] == 27 and report["instruction"]["total"]["pairs"] == 36
+        assert (
+            "fit to train on"
+            in prep(
+                "check",
+                data / f"{name}.json",
+                "--images",
+                data / "images",
+                "--tokenizer",
+                toy / "llama",
+                "--n-image-tokens",
+                16,
+            ).stdout
+        )
+    report = json.loads(
+        (
+            prep(
+                "stats",
+                "--alignment",
+                data / "alignment.json",
+                "--instruction",
+                data / "instruction.json",
+                "--tokenizer",
+                toy / "llama",
+                "--out",
+                tmp_path / "stats",
+                "--no-figures",
+            )
+            and tmp_path / "stats/stats.json"
+        ).read_text()
+    )
+    assert (
+        report["alignment"]["total"]["pairs"] == 27
+        and report["instruction"]["total"]["pairs"] == 36
+    )
     counts = json.loads((data / "manifest.json").read_text())["counts"]
-    assert counts["alignment"]["pmc-oa"]["rows"] == counts["alignment"]["pmc-oa"]["kept"] + counts["alignment"]["pmc-oa"]["joined"] == 18
+    assert (
+        counts["alignment"]["pmc-oa"]["rows"]
+        == counts["alignment"]["pmc-oa"]["kept"] + counts["alignment"]["pmc-oa"]["joined"]
+        == 18
+    )
 
 
 def tree(pid):
@@ -54,7 +135,14 @@ def tree(pid):
 def proportional_memory(pid):
     """MB that a process holds, shared pages counted by their share."""
     try:
-        return next(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024
+        return (
+            next(
+                int(line.split()[1])
+                for line in open(f"/proc/{pid}/smaps_rollup")
+                if line.startswith("Pss:")
+            )
+            / 1024
+        )
     except (OSError, StopIteration):
         return 0
 
@@ -62,7 +150,12 @@ def proportional_memory(pid):
 def run_watched(*options):
     """(seconds, peak MB of all its processes together)."""
     begin, peak = time.monotonic(), 0
-    process = subprocess.Popen([sys.executable, ROOT / "data_prep.py", *map(str, options)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "data_prep.py", *map(str, options)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None:
         peak = max(peak, sum(map(proportional_memory, tree(process.pid))))
         time.sleep(0.2)
@@ -78,18 +171,73 @@ def test_a_million_rows(tmp_path, spm_path):
     peaks = []
     for n, name in ((rows // 10, "tenth"), (rows, "whole")):
         counts = synthetic.write(tmp_path / name, n)
-        seconds, peak = run_watched("build", "--pmc-oa", tmp_path / name / "oa.jsonl", "--pmc-casereport", tmp_path / name / "case.csv", "--pmc-vqa", tmp_path / name / "vqa.csv", "--skip-pictures", "--out", built, "--workers", 2)
-        print(f"data: {n:,} rows in {seconds:.0f} s, {n / seconds:,.0f} a second, 2 workers; {peak:.0f} MB in all")
+        seconds, peak = run_watched(
+            "build",
+            "--pmc-oa",
+            tmp_path / name / "oa.jsonl",
+            "--pmc-casereport",
+            tmp_path / name / "case.csv",
+            "--pmc-vqa",
+            tmp_path / name / "vqa.csv",
+            "--skip-pictures",
+            "--out",
+            built,
+            "--workers",
+            2,
+        )
+        print(
+            f"data: {n:,} rows in {seconds:.0f} s, {n / seconds:,.0f} a second, 2 workers; {peak:.0f} MB in all"
+        )
         peaks.append(peak)
-    assert peaks[1] < 1000 and peaks[1] - peaks[0] < 300  # of a million rows 100 bytes each: where they lie, and keys
+    assert (
+        peaks[1] < 1000 and peaks[1] - peaks[0] < 300
+    )  # of a million rows 100 bytes each: where they lie, and keys
     table = json.loads((built / "manifest.json").read_text())["counts"]
-    assert sum(sum(n[k] for k in ("kept", "joined", "merged")) + sum(n["dropped"].values()) for n in (table["alignment"]["pmc-oa"], table["alignment"]["pmc-casereport"], table["instruction"]["pmc-vqa"])) == rows
+    assert (
+        sum(
+            sum(n[k] for k in ("kept", "joined", "merged")) + sum(n["dropped"].values())
+            for n in (
+                table["alignment"]["pmc-oa"],
+                table["alignment"]["pmc-casereport"],
+                table["instruction"]["pmc-vqa"],
+            )
+        )
+        == rows
+    )
     assert table["instruction"]["pmc-casereport"]["rows"] == counts["case"]
-    seconds, peak = run_watched("stats", "--alignment", built / "alignment.json", "--instruction", built / "instruction.json", "--tokenizer", spm_path, "--out", tmp_path / "stats", "--no-figures", "--workers", 2)
-    print(f"data: stats in {seconds:.0f} s, {peak:.0f} MB\n" + (tmp_path / "stats/stats.md").read_text())
+    seconds, peak = run_watched(
+        "stats",
+        "--alignment",
+        built / "alignment.json",
+        "--instruction",
+        built / "instruction.json",
+        "--tokenizer",
+        spm_path,
+        "--out",
+        tmp_path / "stats",
+        "--no-figures",
+        "--workers",
+        2,
+    )
+    print(
+        f"data: stats in {seconds:.0f} s, {peak:.0f} MB\n"
+        + (tmp_path / "stats/stats.md").read_text()
+    )
     assert peak < 1500
     report = json.loads((tmp_path / "stats/stats.json").read_text())
-    for subset, source, kind, name in (("alignment", "PMC-CaseReport", "C", "context"), ("alignment", "PMC-CaseReport", "I", "inline"), ("alignment", "PMC-OA", "I", "caption"), ("instruction", "PMC-CaseReport", "Q", "case question"),
-                                       ("instruction", "PMC-CaseReport", "A", "case answer"), ("instruction", "PMC-VQA", "Q", "vqa question"), ("instruction", "PMC-VQA", "A", "vqa answer")):
+    for subset, source, kind, name in (
+        ("alignment", "PMC-CaseReport", "C", "context"),
+        ("alignment", "PMC-CaseReport", "I", "inline"),
+        ("alignment", "PMC-OA", "I", "caption"),
+        ("instruction", "PMC-CaseReport", "Q", "case question"),
+        ("instruction", "PMC-CaseReport", "A", "case answer"),
+        ("instruction", "PMC-VQA", "Q", "vqa question"),
+        ("instruction", "PMC-VQA", "A", "vqa answer"),
+    ):
         entry = report[subset][source][kind]
-        assert np.allclose([entry["median"], entry["q1"], entry["q3"]], synthetic.PAPER[name], rtol=0.1 if LONG else 0.15, atol=2), (name, entry)
+        assert np.allclose(
+            [entry["median"], entry["q1"], entry["q3"]],
+            synthetic.PAPER[name],
+            rtol=0.1 if LONG else 0.15,
+            atol=2,
+        ), (name, entry)

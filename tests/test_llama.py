@@ -8,8 +8,15 @@ import qilin_min as q
 from model_io.load import load_qilin
 
 VARIANTS = {
-    "MHA": {}, "GQA": dict(num_key_value_heads=2), "MQA": dict(num_key_value_heads=1), "tied": dict(tie_word_embeddings=True),
-    "theta 1e6, eps 1e-3": dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-3), "head_dim 24": dict(head_dim=24)}
+    "MHA": {},
+    "GQA": dict(num_key_value_heads=2),
+    "MQA": dict(num_key_value_heads=1),
+    "tied": dict(tie_word_embeddings=True),
+    "theta 1e6, eps 1e-3": dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-3
+    ),
+    "head_dim 24": dict(head_dim=24),
+}
 
 
 def load_both(tmp_path, clip_folder, shard="5GB", **changes):
@@ -30,11 +37,17 @@ def test_logits_equal_llama(kind, tmp_path, clip_folder, report):
 
 @torch.no_grad()
 def test_old_spelling_of_theta_and_shards(tmp_path, clip_folder, report):
-    hf, _ = load_both(tmp_path, clip_folder, "100KB", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    hf, _ = load_both(
+        tmp_path, clip_folder, "100KB", rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
     assert (tmp_path / "model.safetensors.index.json").is_file()
     edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=5e5)
     ids = torch.tensor([[1] + words(40, 1)])
-    report("llama logits (flat rope_theta, shards)", (load_qilin(llm=tmp_path, vision=clip_folder)(ids) - hf(ids).logits).abs().max(), 1e-4)
+    report(
+        "llama logits (flat rope_theta, shards)",
+        (load_qilin(llm=tmp_path, vision=clip_folder)(ids) - hf(ids).logits).abs().max(),
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("kind", ["MHA", "GQA"])
@@ -45,7 +58,9 @@ def test_cache_step_by_step(kind, tmp_path, clip_folder, report):
     want, one = hf(ids).logits, torch.tensor([1, 1])
     cache, worst = q.KVCache(2, 20), 0.0
     for t in range(20):
-        worst = max(worst, (model(ids[:, t : t + 1], cache=cache, lengths=one) - want[:, t]).abs().max())
+        worst = max(
+            worst, (model(ids[:, t : t + 1], cache=cache, lengths=one) - want[:, t]).abs().max()
+        )
     cache = q.KVCache(2, 24)  # a first pass of several tokens, then several at a time
     for start, stop in ((0, 7), (7, 12), (12, 20)):
         last = model(ids[:, start:stop], cache=cache, lengths=one * (stop - start))
@@ -59,11 +74,25 @@ def test_padded_batch_equals_single_rows(kind, tmp_path, clip_folder, report):
     hf, model = load_both(tmp_path, clip_folder, **VARIANTS[kind])
     rows = [words(n, n) for n in (5, 17, 11)]
     batch, wants = model(q.pad_rows(rows, 0)), [hf(torch.tensor([row])).logits[0] for row in rows]
-    report(f"llama padded batch ({kind})", max((batch[i, : len(row)] - wants[i]).abs().max() for i, row in enumerate(rows)), 1e-4)
+    report(
+        f"llama padded batch ({kind})",
+        max((batch[i, : len(row)] - wants[i]).abs().max() for i, row in enumerate(rows)),
+        1e-4,
+    )
 
     # with a cache, the rows go on at their own lengths: padding left in it must never be seen
-    cache, lengths, next_ids = q.KVCache(2, 25), torch.tensor([len(row) for row in rows]), words(3, 9)
+    cache, lengths, next_ids = (
+        q.KVCache(2, 25),
+        torch.tensor([len(row) for row in rows]),
+        words(3, 9),
+    )
     first = model(q.pad_rows(rows, 0), cache=cache, lengths=lengths)
-    second = model(torch.tensor(next_ids)[:, None], cache=cache, lengths=torch.ones(3, dtype=torch.int64))
+    second = model(
+        torch.tensor(next_ids)[:, None], cache=cache, lengths=torch.ones(3, dtype=torch.int64)
+    )
     want = [hf(torch.tensor([row + [i]])).logits[0, -2:] for row, i in zip(rows, next_ids)]
-    report(f"llama padded batch with cache ({kind})", max((torch.stack((first[i], second[i])) - want[i]).abs().max() for i in range(3)), 1e-4)
+    report(
+        f"llama padded batch with cache ({kind})",
+        max((torch.stack((first[i], second[i])) - want[i]).abs().max() for i in range(3)),
+        1e-4,
+    )

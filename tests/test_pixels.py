@@ -10,16 +10,34 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from model_io.pixels import preprocess_image
 
 SQUARE = {"height": 336, "width": 336}
-SHAPES = {"tall": (500, 300), "wide": (211, 640), "odd": (101, 38), "odd pair": (38, 101), "tiny": (3, 2), "pixel": (1, 1), "line": (1, 50),
-          "square": (400, 400), "exact": (336, 336), "large": (1400, 1801)}
+SHAPES = {
+    "tall": (500, 300),
+    "wide": (211, 640),
+    "odd": (101, 38),
+    "odd pair": (38, 101),
+    "tiny": (3, 2),
+    "pixel": (1, 1),
+    "line": (1, 50),
+    "square": (400, 400),
+    "exact": (336, 336),
+    "large": (1400, 1801),
+}
 
 
 def scan(height, width, channels=3, seed=0):
     """Smooth structure, noise and full range, so that rounding and clipping of the resize both show."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
-    wave = 128 + 150 * np.sin(y / 7)[..., None] * np.cos(x / 11)[..., None] + rng.normal(0, 40, (height, width, channels))
-    return wave.clip(0, 255).astype(np.uint8).squeeze(-1) if channels == 1 else wave.clip(0, 255).astype(np.uint8)
+    wave = (
+        128
+        + 150 * np.sin(y / 7)[..., None] * np.cos(x / 11)[..., None]
+        + rng.normal(0, 40, (height, width, channels))
+    )
+    return (
+        wave.clip(0, 255).astype(np.uint8).squeeze(-1)
+        if channels == 1
+        else wave.clip(0, 255).astype(np.uint8)
+    )
 
 
 def padded(array):
@@ -47,7 +65,9 @@ def test_pad(shape, channels, report):
     got = preprocess_image(image)
     assert got.shape == (3, 336, 336) and got.dtype == torch.float32 and got.is_contiguous()
     want = clip_pixels(padded(array))
-    llava = LlavaImageProcessorPil(do_pad=True, size=SQUARE, do_center_crop=False)(image, return_tensors="pt")["pixel_values"][0]
+    llava = LlavaImageProcessorPil(do_pad=True, size=SQUARE, do_center_crop=False)(
+        image, return_tensors="pt"
+    )["pixel_values"][0]
     name = f"pixels, pad ({shape}, {('grey', 'RGB')[channels // 3]})"
     report(name, max((got - want).abs().max(), (got - llava).abs().max()), 0)
 
@@ -58,26 +78,46 @@ def test_crop(shape, channels, report):
     image = Image.fromarray(scan(*SHAPES[shape], channels))
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=SQUARE)
     want = processor(image, return_tensors="pt")["pixel_values"][0]
-    report(f"pixels, crop ({shape}, {('grey', 'RGB')[channels // 3]})", (preprocess_image(image, mode="crop") - want).abs().max(), 0)
+    report(
+        f"pixels, crop ({shape}, {('grey', 'RGB')[channels // 3]})",
+        (preprocess_image(image, mode="crop") - want).abs().max(),
+        0,
+    )
 
 
 def test_other_sizes():
     image = Image.fromarray(scan(61, 40))
-    assert torch.equal(preprocess_image(image, size=56),
-                       LlavaImageProcessorPil(do_pad=True, size={"height": 56, "width": 56}, do_center_crop=False)(image, return_tensors="pt")["pixel_values"][0])
+    assert torch.equal(
+        preprocess_image(image, size=56),
+        LlavaImageProcessorPil(do_pad=True, size={"height": 56, "width": 56}, do_center_crop=False)(
+            image, return_tensors="pt"
+        )["pixel_values"][0],
+    )
     with pytest.raises(ValueError, match="mode"):
         preprocess_image(image, mode="stretch")
 
 
-@pytest.mark.parametrize("orientation, turn", [(1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: np.rot90(a, 2)), (4, lambda a: a[::-1]),
-                                               (6, lambda a: np.rot90(a, -1)), (8, lambda a: np.rot90(a, 1))])
+@pytest.mark.parametrize(
+    "orientation, turn",
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: np.rot90(a, 2)),
+        (4, lambda a: a[::-1]),
+        (6, lambda a: np.rot90(a, -1)),
+        (8, lambda a: np.rot90(a, 1)),
+    ],
+)
 def test_exif_orientation(orientation, turn, tmp_path):
     array = scan(40, 61)
     image = Image.fromarray(array)
     exif = image.getexif()
     exif[0x0112] = orientation
     image.save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(preprocess_image(tmp_path / "turned.png"), clip_pixels(padded(np.ascontiguousarray(turn(array)))))
+    assert torch.equal(
+        preprocess_image(tmp_path / "turned.png"),
+        clip_pixels(padded(np.ascontiguousarray(turn(array)))),
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -86,7 +126,9 @@ def test_16_bit_grey_keeps_the_high_byte(suffix, tmp_path):
     Image.fromarray(array).save(tmp_path / f"ct.{suffix}")
     want = clip_pixels(padded((array // 256).astype(np.uint8)))
     assert torch.equal(preprocess_image(tmp_path / f"ct.{suffix}"), want)
-    assert torch.equal(preprocess_image(Image.fromarray(array.astype(np.int32))), want)  # mode I, as older Pillows open such files
+    assert torch.equal(
+        preprocess_image(Image.fromarray(array.astype(np.int32))), want
+    )  # mode I, as older Pillows open such files
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
@@ -102,7 +144,10 @@ def test_damaged_exif_is_one_error(tmp_path):
     exif = image.getexif()
     exif[0x0112], exif[0x010F] = 6, "maker"
     image.save(tmp_path / "a.jpg", exif=exif)
-    whole, start = (tmp_path / "a.jpg").read_bytes(), (tmp_path / "a.jpg").read_bytes().index(b"Exif")
+    whole, start = (
+        (tmp_path / "a.jpg").read_bytes(),
+        (tmp_path / "a.jpg").read_bytes().index(b"Exif"),
+    )
     for i in range(start, start + 60):
         (tmp_path / "b.jpg").write_bytes(whole[:i] + b"\0" + whole[i + 1 :])
         try:
@@ -119,7 +164,9 @@ def test_a_line_is_refused_before_it_takes_the_memory(mode, tmp_path):
 
 
 def test_float_pixels_are_refused(tmp_path):
-    Image.fromarray(np.random.default_rng(0).random((20, 20), dtype=np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.random.default_rng(0).random((20, 20), dtype=np.float32)).save(
+        tmp_path / "float.tiff"
+    )
     with pytest.raises(ValueError, match="float.tiff.*8 or 16 bits"):
         preprocess_image(tmp_path / "float.tiff")
 
@@ -128,8 +175,13 @@ def test_bad_files_are_named(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(scan(90, 90)).save(whole)
     Image.fromarray(scan(90, 90)).save(tmp_path / "whole.jpg")
-    bad = {"cut.png": whole.read_bytes()[:900], "cut.jpg": (tmp_path / "whole.jpg").read_bytes()[:900], "empty.png": b"", "text.jpg": b"no picture at all",
-           "head.png": whole.read_bytes()[:20]}
+    bad = {
+        "cut.png": whole.read_bytes()[:900],
+        "cut.jpg": (tmp_path / "whole.jpg").read_bytes()[:900],
+        "empty.png": b"",
+        "text.jpg": b"no picture at all",
+        "head.png": whole.read_bytes()[:20],
+    }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from training import batches
-from training import plan
-import qilin_min as q
 from conftest import ROOT, free_port, make_qilin, run
 from measure_step import N_LABELS, SMALL
+from torch.utils.flop_counter import FlopCounterMode
+
+import qilin_min as q
 from model_io.lowbit import add_lora
+from training import batches, plan
 from training.costs import GIB, Sizes, flops, memory
 
 TRAINED = {1: ("mm_projector",), 2: ("mm_projector", "llm")}
@@ -24,40 +23,90 @@ HERE = Path(__file__).parent
 
 
 def measured(*words, ranks=0):
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()] if ranks else []), HERE / "tools/measure_step.py", *words]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=500)
+    command = [
+        sys.executable,
+        *(
+            ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()]
+            if ranks
+            else []
+        ),
+        HERE / "tools/measure_step.py",
+        *words,
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return float(done.stdout.split()[-1])
 
 
 def planned(sizes, W, rows, tokens, n_checkpointed, kept):
-    return (memory(sizes, W, rows * tokens, n_checkpointed, rows * N_LABELS, bool(kept))["peak"] - sizes.e * sizes.tower) / GIB  # the tracker sees sharded modules
+    return (
+        memory(sizes, W, rows * tokens, n_checkpointed, rows * N_LABELS, bool(kept))["peak"]
+        - sizes.e * sizes.tower
+    ) / GIB  # the tracker sees sharded modules
 
 
-@pytest.mark.parametrize("stage, size, rows, tokens, n_checkpointed, kept, trial", [
-    (2, "13B", 16, 2048, 40, 0, 44.0),  # the paper's settings; trial: what an independent measurement gave
-    (1, "13B", 32, 706, 40, 0, 19.4),
-    (1, "13B", 32, 706, 40, 1, 41.8),
-    (2, "13B", 4, 700, 0, 0, None),
-    (2, "7B", 8, 700, 16, 1, None)])
-def test_memory_of_one_step_of_8_gpus(report, stage, size, rows, tokens, n_checkpointed, kept, trial):
+@pytest.mark.parametrize(
+    "stage, size, rows, tokens, n_checkpointed, kept, trial",
+    [
+        (
+            2,
+            "13B",
+            16,
+            2048,
+            40,
+            0,
+            44.0,
+        ),  # the paper's settings; trial: what an independent measurement gave
+        (1, "13B", 32, 706, 40, 0, 19.4),
+        (1, "13B", 32, 706, 40, 1, 41.8),
+        (2, "13B", 4, 700, 0, 0, None),
+        (2, "7B", 8, 700, 16, 1, None),
+    ],
+)
+def test_memory_of_one_step_of_8_gpus(
+    report, stage, size, rows, tokens, n_checkpointed, kept, trial
+):
     """Within 10 % of one step of the real model and FSDP2 under fake tensors and a fake process group."""
     if (trial is None or kept) and not os.environ.get("LONG"):
         pytest.skip("run by tests/run.sh --long")
-    got, sizes = measured("fake", stage, size, rows, tokens, n_checkpointed, kept), Sizes(q.QilinConfig(plan.LLAMA_SIZES[size], plan.PAPER_TOWER), TRAINED[stage])
+    got, sizes = (
+        measured("fake", stage, size, rows, tokens, n_checkpointed, kept),
+        Sizes(q.QilinConfig(plan.LLAMA_SIZES[size], plan.PAPER_TOWER), TRAINED[stage]),
+    )
     want = planned(sizes, 8, rows, tokens, n_checkpointed, kept)
-    report(f"plan: {size} stage {stage}, {rows} x {tokens}, {n_checkpointed} blocks recomputing{', kept gathered' * kept}: {want:.1f} GiB, tracked {got:.1f} (relative)", abs(want / got - 1), 0.10)
+    report(
+        f"plan: {size} stage {stage}, {rows} x {tokens}, {n_checkpointed} blocks recomputing{', kept gathered' * kept}: {want:.1f} GiB, tracked {got:.1f} (relative)",
+        abs(want / got - 1),
+        0.10,
+    )
     if trial:
         report(f"plan: tracked {got:.1f} GiB, in the trial {trial}", abs(trial / got - 1), 0.05)
 
 
-@pytest.mark.parametrize("stage, rows, tokens, n_checkpointed, kept", [(2, 8, 512, 6, 0), (2, 4, 256, 0, 1), (1, 8, 512, 3, 0)])
+@pytest.mark.parametrize(
+    "stage, rows, tokens, n_checkpointed, kept",
+    [(2, 8, 512, 6, 0), (2, 4, 256, 0, 1), (1, 8, 512, 3, 0)],
+)
 def test_memory_of_a_small_model_on_real_tensors(report, stage, rows, tokens, n_checkpointed, kept):
     """Within 15 % of the same tracker on 2 processes."""
     got = measured("real", stage, rows, tokens, n_checkpointed, kept, ranks=2)
-    sizes = Sizes(q.QilinConfig(q.TextConfig(**SMALL["text"]), q.VisionConfig(**SMALL["vision"])), TRAINED[stage], e=4)
+    sizes = Sizes(
+        q.QilinConfig(q.TextConfig(**SMALL["text"]), q.VisionConfig(**SMALL["vision"])),
+        TRAINED[stage],
+        e=4,
+    )
     want = planned(sizes, 2, rows, tokens, n_checkpointed, kept)
-    report(f"plan: small model, stage {stage}, {rows} x {tokens}, {n_checkpointed} recomputing{', kept gathered' * kept}: {want * 1024:.1f} MiB, tracked {got * 1024:.1f} (relative)", abs(want / got - 1), 0.15)
+    report(
+        f"plan: small model, stage {stage}, {rows} x {tokens}, {n_checkpointed} recomputing{', kept gathered' * kept}: {want * 1024:.1f} MiB, tracked {got * 1024:.1f} (relative)",
+        abs(want / got - 1),
+        0.15,
+    )
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
@@ -72,7 +121,10 @@ def test_parameters_are_counted_exactly(projector, text):
         sizes = Sizes(model.config, trained, lora)
         assert sizes.n_trained == sum(groups[part] for part in trained)
         assert sizes.n_all == sum(groups.values()) - (0 if lora else groups["lora"])
-    assert Sizes(model.config, TRAINED[1]).tower == groups["vision_tower"] and sizes.projector == groups["mm_projector"]
+    assert (
+        Sizes(model.config, TRAINED[1]).tower == groups["vision_tower"]
+        and sizes.projector == groups["mm_projector"]
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -87,15 +139,25 @@ def test_operations_are_those_that_pytorch_counts(report, stage):
     ids[:, 5:21] = q.IMAGE_TOKEN_INDEX
     labels = torch.full_like(ids, q.IGNORE_INDEX)
     labels[:, -labelled:] = 5
-    q_checkpoint, q.checkpoint = q.checkpoint, lambda f, *args, **kw: f(*args)  # the loss recomputes its logits, which is work done twice
+    q_checkpoint, q.checkpoint = (
+        q.checkpoint,
+        lambda f, *args, **kw: f(*args),
+    )  # the loss recomputes its logits, which is work done twice
     try:
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
             model(ids, torch.zeros(3, 3, 56, 56), labels, reduction="sum").backward()
     finally:
         q.checkpoint = q_checkpoint
     want = flops(sizes, np.array([T] * 3), 3, 3 * labelled)
     full_attention = want + 6 * sizes.L * sizes.q * 3 * T**2  # the other half, above the diagonal
-    report(f"plan: operations of stage {stage} (relative to {counter.get_total_flops():.3g})", abs(full_attention / counter.get_total_flops() - 1), 0.02)
+    report(
+        f"plan: operations of stage {stage} (relative to {counter.get_total_flops():.3g})",
+        abs(full_attention / counter.get_total_flops() - 1),
+        0.02,
+    )
 
 
 def test_padding_share_by_brute_force():
@@ -114,11 +176,20 @@ def test_the_papers_lengths_have_the_papers_quartiles():
     lengths, labels = plan.paper_lengths(1, 576)
     assert len(lengths) == 580_014 and (lengths == 576 + plan.PROMPT + labels).all()
     _, labels = plan.paper_lengths(2, 576)
-    assert len(labels) == 469_441 and np.abs(np.quantile(labels, (0.25, 0.5, 0.75)) - (12, 22, 34)).max() <= 4
+    assert (
+        len(labels) == 469_441
+        and np.abs(np.quantile(labels, (0.25, 0.5, 0.75)) - (12, 22, 34)).max() <= 4
+    )
 
 
 def text_plan(*options, code=0):
-    done = subprocess.run(list(map(str, [sys.executable, ROOT / "train.py", "--plan", *options])), capture_output=True, text=True, cwd="/", env=dict(os.environ, OMP_NUM_THREADS="1"))
+    done = subprocess.run(
+        list(map(str, [sys.executable, ROOT / "train.py", "--plan", *options])),
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
     assert done.returncode == code, done.stderr[-2000:]
     return done.stdout if code == 0 else done.stderr
 
@@ -128,20 +199,35 @@ def test_the_papers_run_fits_with_5_gib_to_spare(stage):
     """13B on 8 x 80 GB, chosen by the plan, and as the paper says it: 32 / 16 samples at a time."""
     for options in ((), ("--micro-batch-size", (32, 16)[stage - 1])):
         text = text_plan("--stage", stage, "--world-size", 8, *options)
-        assert float(re.search(r"fits, ([\d.]+) GiB to spare", text)[1]) >= 5 and "no weights at" in text and "no data at" in text
+        assert (
+            float(re.search(r"fits, ([\d.]+) GiB to spare", text)[1]) >= 5
+            and "no weights at" in text
+            and "no data at" in text
+        )
         peak = [line for line in text.splitlines() if line.startswith("peak ")]
         assert len(peak) == 1 and re.match(r"peak [\d.]+ GiB", peak[0])
         parts = [float(x) for x in re.findall(r"^  [a-z ]+ +([\d.]+)$", text, re.M)]
         assert abs(sum(parts) - float(peak[0].split()[1])) < 0.4 and len(parts) == 7
         assert f"steps {(2266, 3668)[stage - 1]:,} of" in text
-        hours = [float(h) for h in re.search(r"hours ([\d.]+) / ([\d.]+) / ([\d.]+)", text).groups()]
-        assert hours[0] / hours[1] == pytest.approx(1.25, abs=0.03) and (4.5 < hours[1] < 7)  # the trial: stage 2 in about 5.4 h at half of the peak
+        hours = [
+            float(h) for h in re.search(r"hours ([\d.]+) / ([\d.]+) / ([\d.]+)", text).groups()
+        ]
+        assert hours[0] / hours[1] == pytest.approx(1.25, abs=0.03) and (
+            4.5 < hours[1] < 7
+        )  # the trial: stage 2 in about 5.4 h at half of the peak
 
 
 def test_what_does_not_fit_says_what_would():
     text = text_plan("--stage", 2, "--world-size", 8, "--gpu-memory", 24)
-    assert "DOES NOT FIT" in text and "would fit: --world-size" in text and "would fit: --lora" in text and "would fit: GPUs of" in text
-    assert "would fit" not in text_plan("--stage", 2, "--world-size", 2, "--gpu-memory", 80, "--lora", 64, "--quantize", "int8")
+    assert (
+        "DOES NOT FIT" in text
+        and "would fit: --world-size" in text
+        and "would fit: --lora" in text
+        and "would fit: GPUs of" in text
+    )
+    assert "would fit" not in text_plan(
+        "--stage", 2, "--world-size", 2, "--gpu-memory", 80, "--lora", 64, "--quantize", "int8"
+    )
 
 
 def test_odd_plans_end_soon(toy):
@@ -153,12 +239,24 @@ def test_odd_plans_end_soon(toy):
 
 def test_with_data_and_weights_the_plan_is_the_runs(toy, tmp_path):
     """Steps, tokens and padding of a run on 2 ranks are those that the plan says for it."""
-    weights = "--llm", toy / "llama", "--vision", toy / "clip", "--data", toy / "mixed.json", "--batch-size", 6
+    weights = (
+        "--llm",
+        toy / "llama",
+        "--vision",
+        toy / "clip",
+        "--data",
+        toy / "mixed.json",
+        "--batch-size",
+        6,
+    )
     text = text_plan("--stage", 2, "--world-size", 2, "--projector", "fresh", *weights)
     run(toy, tmp_path / "out", "--batch-size", 6, ranks=2)
     import json
+
     rows = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
     tokens = sum(r["tokens_per_s"] * r["seconds"] for r in rows)
     slots = sum(r["tokens_per_s"] * r["seconds"] / (1 - r["padding"]) for r in rows)
     assert f"steps {len(rows)} of 6 samples, 24 samples" in text
-    assert float(re.search(r"padding ([\d.]+)%", text)[1]) == pytest.approx(100 * (1 - tokens / slots), abs=0.06)
+    assert float(re.search(r"padding ([\d.]+)%", text)[1]) == pytest.approx(
+        100 * (1 - tokens / slots), abs=0.06
+    )

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import qilin_min as q
 
@@ -25,11 +30,18 @@ def reference(logits, prompts, temperature, top_p, top_k, penalty):
 @pytest.mark.parametrize("penalty", [1.0, 1.4, 0.7])
 def test_probabilities_equal_transformers(temperature, top_p, top_k, penalty, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    logits, prompts = torch.randn(B, V, generator=generator) * 3, torch.randint(0, V, (B, 12), generator=generator)
+    logits, prompts = (
+        torch.randn(B, V, generator=generator) * 3,
+        torch.randint(0, V, (B, 12), generator=generator),
+    )
     seen = torch.zeros(B, V, dtype=torch.bool).scatter(1, prompts, True)
     drawn_from = []
     draw = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda probs, *a, **k: drawn_from.append(probs) or draw(probs, *a, **k))
+    monkeypatch.setattr(
+        torch,
+        "multinomial",
+        lambda probs, *a, **k: drawn_from.append(probs) or draw(probs, *a, **k),
+    )
     ids = q.sample_next_token(logits, seen, temperature, top_p, top_k, penalty)
     want = reference(logits, prompts, temperature, top_p, top_k, penalty)
     torch.testing.assert_close(drawn_from[0], want, rtol=1e-5, atol=1e-6)
@@ -40,5 +52,8 @@ def test_temperature_zero_is_the_likeliest_and_a_seed_repeats():
     logits = torch.randn(B, V, generator=torch.Generator().manual_seed(0))
     assert torch.equal(q.sample_next_token(logits, None), logits.argmax(-1))
     seen = torch.zeros(B, V, dtype=torch.bool)
-    draws = [q.sample_next_token(logits, seen, 1.0, generator=torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2, 3, 4)]
+    draws = [
+        q.sample_next_token(logits, seen, 1.0, generator=torch.Generator().manual_seed(s)).tolist()
+        for s in (1, 1, 2, 3, 4)
+    ]
     assert draws[0] == draws[1] and len(set(map(tuple, draws))) > 2

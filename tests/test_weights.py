@@ -37,7 +37,10 @@ def test_missing_tensor(llama, clip):
         load_qilin(llm=llama, vision=clip)
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.7.mlp.up_proj.weight", "adapter.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_proj.bias", "model.layers.7.mlp.up_proj.weight", "adapter.weight"],
+)
 def test_extra_tensor(name, llama, clip):
     edit_weights(llama, lambda t: t.update({name: torch.zeros(4)}))
     with pytest.raises(ValueError, match=f"no place for: {name}"):
@@ -102,19 +105,37 @@ def test_missing_folder_config_and_weights(llama, clip, tmp_path):
         load_qilin(llm=llama, vision=clip)
 
 
-@pytest.mark.parametrize("change, culprit", [
-    (dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "linear"), (dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
-    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "llama3"),  # beside default rope_parameters: transformers lets it win
-    (dict(model_type="mistral"), "mistral"), (dict(hidden_act="gelu"), "gelu"),
-    (dict(attention_bias=True), "attention_bias"), (dict(mlp_bias=True), "mlp_bias"), (dict(num_key_value_heads=3), "3 key-value"),
-    (dict(num_hidden_layers=[2]), "num_hidden_layers")])
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        (dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "linear"),
+        (dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
+        (
+            dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+            "llama3",
+        ),  # beside default rope_parameters: transformers lets it win
+        (dict(model_type="mistral"), "mistral"),
+        (dict(hidden_act="gelu"), "gelu"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(mlp_bias=True), "mlp_bias"),
+        (dict(num_key_value_heads=3), "3 key-value"),
+        (dict(num_hidden_layers=[2]), "num_hidden_layers"),
+    ],
+)
 def test_refused_language_models(change, culprit, llama, clip):
     edit_json(llama / "config.json", **change)
     with pytest.raises(ValueError, match=culprit):
         load_qilin(llm=llama, vision=clip)
 
 
-@pytest.mark.parametrize("change, culprit", [(dict(model_type="siglip_vision_model"), "siglip"), (dict(hidden_act="relu"), "relu"), (dict(num_channels=1), "num_channels")])
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        (dict(model_type="siglip_vision_model"), "siglip"),
+        (dict(hidden_act="relu"), "relu"),
+        (dict(num_channels=1), "num_channels"),
+    ],
+)
 def test_refused_towers(change, culprit, llama, clip):
     edit_json(clip / "config.json", **change)
     with pytest.raises(ValueError, match=culprit):
@@ -123,19 +144,42 @@ def test_refused_towers(change, culprit, llama, clip):
 
 def test_what_no_model_needs_is_ignored(llama, clip):
     want = load_qilin(llm=llama, vision=clip).state_dict()
-    edit_weights(llama, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.rotary_emb.inv_freq": torch.ones(8)}))
-    edit_weights(clip, lambda t: t.update({"vision_model.embeddings.position_ids": torch.arange(17)[None], "text_model.final_layer_norm.weight": torch.ones(3),
-                                           "text_projection.weight": torch.ones(3, 3), "visual_projection.weight": torch.ones(3, 3), "logit_scale": torch.tensor(1.0)}))
+    edit_weights(
+        llama,
+        lambda t: t.update(
+            {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+                "model.rotary_emb.inv_freq": torch.ones(8),
+            }
+        ),
+    )
+    edit_weights(
+        clip,
+        lambda t: t.update(
+            {
+                "vision_model.embeddings.position_ids": torch.arange(17)[None],
+                "text_model.final_layer_norm.weight": torch.ones(3),
+                "text_projection.weight": torch.ones(3, 3),
+                "visual_projection.weight": torch.ones(3, 3),
+                "logit_scale": torch.tensor(1.0),
+            }
+        ),
+    )
     again = load_qilin(llm=llama, vision=clip).state_dict()
     assert want.keys() == again.keys() and all(torch.equal(want[n], again[n]) for n in want)
 
 
 def test_every_tensor_arrives(llama, clip):
     model = load_qilin(llm=llama, vision=clip)
-    theirs = load_file(llama / "model.safetensors") | {"vision_tower." + n.removeprefix("vision_model."): t for n, t in load_file(clip / "model.safetensors").items()}
+    theirs = load_file(llama / "model.safetensors") | {
+        "vision_tower." + n.removeprefix("vision_model."): t
+        for n, t in load_file(clip / "model.safetensors").items()
+    }
     ours = {n: p for n, p in model.named_parameters() if not n.startswith("mm_projector.")}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    assert not model.training and model.config.n_token_ids == 320  # without a tokenizer, all of the vocabulary
+    assert (
+        not model.training and model.config.n_token_ids == 320
+    )  # without a tokenizer, all of the vocabulary
 
 
 def test_pickled_weights(llama, clip):
@@ -144,18 +188,28 @@ def test_pickled_weights(llama, clip):
     (llama / "model.safetensors").unlink()
     model = load_qilin(llm=llama, vision=clip)
     assert all(torch.equal(dict(model.named_parameters())[n], t) for n, t in want.items())
-    (llama / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'exit 1'\ntR.")  # a pickle that would run a command
+    (llama / "pytorch_model.bin").write_bytes(
+        b"cposix\nsystem\n(S'exit 1'\ntR."
+    )  # a pickle that would run a command
     with pytest.raises(ValueError, match="pytorch_model.bin"):
         load_qilin(llm=llama, vision=clip)
 
 
-@pytest.mark.parametrize("change, culprit", [(lambda t: t[1].fill_(torch.nan), "not finite"), (lambda t: t[-1].fill_(torch.inf), "not finite"),
-                                             (lambda t: None, "int8"), (lambda t: None, "bool")])
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        (lambda t: t[1].fill_(torch.nan), "not finite"),
+        (lambda t: t[-1].fill_(torch.inf), "not finite"),
+        (lambda t: None, "int8"),
+        (lambda t: None, "bool"),
+    ],
+)
 def test_weights_that_are_no_finite_floats(change, culprit, llama, clip):
     def spoil(tensors):
         change(tensors[NORM])
         if culprit in ("int8", "bool"):
             tensors[NORM] = tensors[NORM].to(getattr(torch, culprit))
+
     edit_weights(llama, spoil)
     with pytest.raises(ValueError, match=f"{NORM} holds .*{culprit}"):
         load_qilin(llm=llama, vision=clip)
@@ -168,16 +222,46 @@ def test_shapes_are_compared_before_memory_is_taken(llama, clip):
         load_qilin(llm=llama, vision=clip)
 
 
-@pytest.mark.parametrize("key, value", [
-    (key, value) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "head_dim")
-    for value in ("64", -1, True, [1], 1e30, float("nan"))] + [("hidden_size", 64.5), ("tie_word_embeddings", "yes"), ("eos_token_id", "2"), ("rope_scaling", 3), ("head_dim", 15)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        (key, value)
+        for key in (
+            "hidden_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+            "vocab_size",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "rope_theta",
+            "head_dim",
+        )
+        for value in ("64", -1, True, [1], 1e30, float("nan"))
+    ]
+    + [
+        ("hidden_size", 64.5),
+        ("tie_word_embeddings", "yes"),
+        ("eos_token_id", "2"),
+        ("rope_scaling", 3),
+        ("head_dim", 15),
+    ],
+)
 def test_config_values_of_the_wrong_kind(key, value, llama, clip):
     edit_json(llama / "config.json", **{"rope_parameters": None, key: value})
     with pytest.raises(ValueError, match="config.json"):
         load_qilin(llm=llama, vision=clip)
 
 
-@pytest.mark.parametrize("key, value", [("patch_size", 0), ("patch_size", 57), ("num_attention_heads", 3), ("image_size", "56"), ("layer_norm_eps", -1.0)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("patch_size", 0),
+        ("patch_size", 57),
+        ("num_attention_heads", 3),
+        ("image_size", "56"),
+        ("layer_norm_eps", -1.0),
+    ],
+)
 def test_tower_values_of_the_wrong_kind(key, value, llama, clip):
     edit_json(clip / "config.json", **{key: value})
     with pytest.raises(ValueError, match="config.json"):
@@ -191,15 +275,31 @@ def test_a_config_that_is_no_object(content, llama, clip):
         load_qilin(llm=llama, vision=clip)
 
 
-@pytest.mark.parametrize("weight_map", [[], None, {}, {"a": 3}, {"a": None}, {"a": "../llama/model.safetensors"}, {"a": "/etc/passwd"}])
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        [],
+        None,
+        {},
+        {"a": 3},
+        {"a": None},
+        {"a": "../llama/model.safetensors"},
+        {"a": "/etc/passwd"},
+    ],
+)
 def test_an_index_that_names_no_files_beside_it(weight_map, llama, clip):
     edit_json(llama / "config.json")
-    (llama / "model.safetensors.index.json").write_text('{"weight_map": %s}' % __import__("json").dumps(weight_map))
+    (llama / "model.safetensors.index.json").write_text(
+        '{"weight_map": %s}' % __import__("json").dumps(weight_map)
+    )
     with pytest.raises(ValueError, match="index.json"):
         load_qilin(llm=llama, vision=clip)
 
 
-@pytest.mark.parametrize("content", [[1], {"a": [1.0]}, {1: torch.ones(2)}, torch.ones(2), {"a": torch.ones(2).to_sparse()}])
+@pytest.mark.parametrize(
+    "content",
+    [[1], {"a": [1.0]}, {1: torch.ones(2)}, torch.ones(2), {"a": torch.ones(2).to_sparse()}],
+)
 def test_a_bin_that_is_no_dict_of_tensors(content, llama, clip):
     (llama / "model.safetensors").unlink()
     torch.save(content, llama / "pytorch_model.bin")
@@ -218,9 +318,18 @@ def test_tied_head_on_disk(tmp_path, clip):
         load_qilin(llm=tmp_path / "tied", vision=clip)
 
 
-@pytest.mark.parametrize("change, culprit", [(dict(vision_feature_select_strategy="full"), "full"), (dict(projector_hidden_act="relu"), "relu"), (dict(model_type="bert"), "bert"),
-                                             (dict(vision_feature_layer=[-2, -3]), "vision_feature_layer"), (dict(vision_feature_layer=9), "vision_feature_layer"),
-                                             (dict(text_config=3), "config.json"), (dict(vision_config=[]), "config.json")])
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        (dict(vision_feature_select_strategy="full"), "full"),
+        (dict(projector_hidden_act="relu"), "relu"),
+        (dict(model_type="bert"), "bert"),
+        (dict(vision_feature_layer=[-2, -3]), "vision_feature_layer"),
+        (dict(vision_feature_layer=9), "vision_feature_layer"),
+        (dict(text_config=3), "config.json"),
+        (dict(vision_config=[]), "config.json"),
+    ],
+)
 def test_refused_whole_models(change, culprit, tmp_path):
     save_qilin(make_qilin(), None, tmp_path / "out")
     edit_json(tmp_path / "out/config.json", **change)
@@ -237,7 +346,10 @@ def test_files_are_readable_like_their_folder(tmp_path):
 def test_dtype_is_the_one_asked_for(llama, clip):
     model = load_qilin(llm=llama, vision=clip, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.equal(model.model.norm.weight, load_file(llama / "model.safetensors")["model.norm.weight"].bfloat16())
+    assert torch.equal(
+        model.model.norm.weight,
+        load_file(llama / "model.safetensors")["model.norm.weight"].bfloat16(),
+    )
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer(llama, clip, spm_path):
@@ -249,22 +361,39 @@ def test_a_vocabulary_smaller_than_the_tokenizer(llama, clip, spm_path):
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
 def test_fresh_projector_is_the_same_each_time(projector_type, llama, clip):
     torch.manual_seed(0)
-    one = load_qilin(llm=llama, vision=clip, projector_type=projector_type).mm_projector.state_dict()
+    one = load_qilin(
+        llm=llama, vision=clip, projector_type=projector_type
+    ).mm_projector.state_dict()
     torch.manual_seed(1)
-    two = load_qilin(llm=llama, vision=clip, projector="fresh", projector_type=projector_type).mm_projector.state_dict()
+    two = load_qilin(
+        llm=llama, vision=clip, projector="fresh", projector_type=projector_type
+    ).mm_projector.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
-    assert all(0.06 < t.abs().max() <= 1 / 8 for t in one.values())  # torch's init: uniform within 1 / sqrt(64)
+    assert all(
+        0.06 < t.abs().max() <= 1 / 8 for t in one.values()
+    )  # torch's init: uniform within 1 / sqrt(64)
     with pytest.raises(ValueError, match="conv"):
         load_qilin(llm=llama, vision=clip, projector_type="conv")
 
 
-@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."])
-@pytest.mark.parametrize("names", [["weight", "bias"], ["0.weight", "0.bias", "2.weight", "2.bias"]])
+@pytest.mark.parametrize(
+    "prefix", ["model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."]
+)
+@pytest.mark.parametrize(
+    "names", [["weight", "bias"], ["0.weight", "0.bias", "2.weight", "2.bias"]]
+)
 def test_projector_file_tells_its_type(prefix, names, llama, clip, tmp_path):
-    tensors = {prefix + n: torch.randn(64, 64) if n.endswith("weight") else torch.randn(64) for n in names}
+    tensors = {
+        prefix + n: torch.randn(64, 64) if n.endswith("weight") else torch.randn(64) for n in names
+    }
     save_file(tensors, tmp_path / "projector.safetensors")
     wrong_guess = "mlp2x_gelu" if len(names) == 2 else "linear"
-    model = load_qilin(llm=llama, vision=clip, projector=tmp_path / "projector.safetensors", projector_type=wrong_guess)
+    model = load_qilin(
+        llm=llama,
+        vision=clip,
+        projector=tmp_path / "projector.safetensors",
+        projector_type=wrong_guess,
+    )
     assert model.config.projector_type == ("linear" if len(names) == 2 else "mlp2x_gelu")
     assert all(torch.equal(model.mm_projector.state_dict()[n], tensors[prefix + n]) for n in names)
     save_file(dict(list(tensors.items())[:-1]), tmp_path / "projector.safetensors")
@@ -278,19 +407,30 @@ def test_no_projector_where_one_is_named(llama, clip):
 
 
 def test_parts_beside_a_model_override_it(llama, clip, tmp_path):
-    whole = make_qilin("linear", text=dict(num_key_value_heads=4), vision=dict(hidden_size=64, intermediate_size=96), n_token_ids=320)
+    whole = make_qilin(
+        "linear",
+        text=dict(num_key_value_heads=4),
+        vision=dict(hidden_size=64, intermediate_size=96),
+        n_token_ids=320,
+    )
     save_qilin(whole, None, tmp_path / "whole")
     model = load_qilin(tmp_path / "whole", llm=llama)
-    assert torch.equal(model.lm_head.weight, load_file(llama / "model.safetensors")["lm_head.weight"])
+    assert torch.equal(
+        model.lm_head.weight, load_file(llama / "model.safetensors")["lm_head.weight"]
+    )
     assert torch.equal(model.mm_projector.weight, whole.mm_projector.weight)
-    assert torch.equal(model.vision_tower.embeddings.class_embedding, whole.vision_tower.embeddings.class_embedding)
+    assert torch.equal(
+        model.vision_tower.embeddings.class_embedding, whole.vision_tower.embeddings.class_embedding
+    )
 
 
 def test_a_tied_head_may_be_the_only_copy(tmp_path, clip):
     hf_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     embed = load_file(tmp_path / "tied/model.safetensors")[q.EMBED]
     edit_weights(tmp_path / "tied", lambda t: t.update({"lm_head.weight": t.pop(q.EMBED)}))
-    assert torch.equal(load_qilin(llm=tmp_path / "tied", vision=clip).model.embed_tokens.weight, embed)
+    assert torch.equal(
+        load_qilin(llm=tmp_path / "tied", vision=clip).model.embed_tokens.weight, embed
+    )
 
 
 @pytest.mark.parametrize("ends", [[2, [3]], [2, "a"], [2, None], [2, -5], [-1]])
@@ -303,14 +443,27 @@ def test_end_ids_that_are_none(ends, llama, clip):
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
 def test_parts_may_come_out_of_whole_models(projector_type, llama, clip, tmp_path):
     """A projector, a tower or a language model out of an export: a linear projector stays linear."""
-    whole = make_qilin(projector_type, vision=dict(hidden_size=64, intermediate_size=96), text=dict(num_key_value_heads=4), n_token_ids=320)
+    whole = make_qilin(
+        projector_type,
+        vision=dict(hidden_size=64, intermediate_size=96),
+        text=dict(num_key_value_heads=4),
+        n_token_ids=320,
+    )
     save_qilin(whole, None, tmp_path / "whole")
     for path in (tmp_path / "whole", tmp_path / "whole/model.safetensors"):
         model = load_qilin(llm=llama, vision=clip, projector=path)
         assert model.config.projector_type == projector_type
-        assert all(torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters() if n.startswith("mm_projector."))
+        assert all(
+            torch.equal(p, whole.get_parameter(n))
+            for n, p in model.named_parameters()
+            if n.startswith("mm_projector.")
+        )
     model = load_qilin(llm=tmp_path / "whole", vision=tmp_path / "whole")
-    assert all(torch.equal(p, model.get_parameter(n)[: len(p)]) for n, p in whole.named_parameters() if not n.startswith("mm_projector."))
+    assert all(
+        torch.equal(p, model.get_parameter(n)[: len(p)])
+        for n, p in whole.named_parameters()
+        if not n.startswith("mm_projector.")
+    )
 
 
 def test_a_spoilt_linear_export_is_refused(tmp_path):
@@ -320,17 +473,26 @@ def test_a_spoilt_linear_export_is_refused(tmp_path):
         load_qilin(tmp_path / "out")
 
 
-@pytest.mark.parametrize("old, new", [("vision_tower.vision_model.", "model.vision_tower."), ("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
-                                      ("vision_tower.vision_model.", "model.vision_tower.vision_model."), ("language_model.model.", "model.language_model."),
-                                      ("language_model.lm_head.", "lm_head."), ("multi_modal_projector.", "model.multi_modal_projector."),
-                                      ("multi_modal_projector.linear_1.", "model.mm_projector.0."), ("language_model.", "")])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("vision_tower.vision_model.", "model.vision_tower."),
+        ("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
+        ("vision_tower.vision_model.", "model.vision_tower.vision_model."),
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+        ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("language_model.", ""),
+    ],
+)
 def test_every_published_spelling(old, new, tmp_path):
     model = make_qilin("mlp2x_gelu")
     save_qilin(model, None, tmp_path / "out")
 
     def rename(tensors):
         for name in [n for n in tensors if n.startswith(old)]:
-            tensors[new + name[len(old):]] = tensors.pop(name)
+            tensors[new + name[len(old) :]] = tensors.pop(name)
 
     edit_weights(tmp_path / "out", rename)
     again = dict(load_qilin(tmp_path / "out").named_parameters())
@@ -340,6 +502,9 @@ def test_every_published_spelling(old, new, tmp_path):
 
 def test_one_tensor_under_two_names(tmp_path):
     save_qilin(make_qilin(), None, tmp_path / "out")
-    edit_weights(tmp_path / "out", lambda t: t.update({"lm_head.weight": t["language_model.lm_head.weight"].clone()}))
+    edit_weights(
+        tmp_path / "out",
+        lambda t: t.update({"lm_head.weight": t["language_model.lm_head.weight"].clone()}),
+    )
     with pytest.raises(ValueError, match="lm_head.weight"):
         load_qilin(tmp_path / "out")

@@ -1,8 +1,8 @@
 """From data files to every rank's batches: rows by byte offset, lengths in tokens, an order that does not depend on the number of ranks.
 
-    1. samples    a row of a file -> input_ids, labels, pixels; its lengths measured once and kept beside the data
-    2. order      lengths -> global batches of samples alike in length -> this rank's micro-batches
-    3. loading    worker processes that decode pictures ahead
+1. samples    a row of a file -> input_ids, labels, pixels; its lengths measured once and kept beside the data
+2. order      lengths -> global batches of samples alike in length -> this rank's micro-batches
+3. loading    worker processes that decode pictures ahead
 """
 
 import hashlib
@@ -28,7 +28,14 @@ from training.ranks import gather, leave, on_rank0, print0, together
 # --- 1. samples -----------------------------------------------------------------------------------------------------
 
 
-INDEX = ("start", "stop", "length", "n_pictures", "n_labels", "is_cut")  # of each row: its bytes in the file, its tokens as trained on
+INDEX = (
+    "start",
+    "stop",
+    "length",
+    "n_pictures",
+    "n_labels",
+    "is_cut",
+)  # of each row: its bytes in the file, its tokens as trained on
 
 
 class Dialogs(torch.utils.data.Dataset):
@@ -40,19 +47,38 @@ class Dialogs(torch.utils.data.Dataset):
     """
 
     def __init__(self, files, tokenizer, n_image_tokens, image_size, args):
-        self.tokenizer, self.n_image_tokens, self.image_size, self.args = tokenizer, n_image_tokens, image_size, args
+        self.tokenizer, self.n_image_tokens, self.image_size, self.args = (
+            tokenizer,
+            n_image_tokens,
+            image_size,
+            args,
+        )
         self.files, self.digests, indices = [], [], []
         for file in map(Path, files):
             index, sha256 = self.index(file)
             self.files.append(Rows(file, index[:, :2]))
             self.digests.append(sha256)
-            indices.append(np.column_stack((np.full(len(index), len(indices)), np.arange(len(index)), index[:, 2:])))
+            indices.append(
+                np.column_stack(
+                    (np.full(len(index), len(indices)), np.arange(len(index)), index[:, 2:])
+                )
+            )
         index = np.concatenate(indices)
         kept = index[index[:, 4] > 0]
         self.n_dropped, self.n_cut = len(index) - len(kept), int(kept[:, 5].sum())
-        self.places, self.lengths, self.n_pictures, self.n_labels = kept[:, :2], kept[:, 2], kept[:, 3], kept[:, 4]
+        self.places, self.lengths, self.n_pictures, self.n_labels = (
+            kept[:, :2],
+            kept[:, 2],
+            kept[:, 3],
+            kept[:, 4],
+        )
         if not len(kept):
-            leave(2, f"{', '.join(map(str, files))}: no sample to learn from" + f" ({self.n_dropped} dropped: longer than --max-length {args.max_length} before any answer)" * bool(self.n_dropped))
+            leave(
+                2,
+                f"{', '.join(map(str, files))}: no sample to learn from"
+                + f" ({self.n_dropped} dropped: longer than --max-length {args.max_length} before any answer)"
+                * bool(self.n_dropped),
+            )
 
     def index(self, file):
         """(int64 (n, 6) of INDEX for each row of a file, its sha256), from the cache or made by all ranks."""
@@ -60,14 +86,31 @@ class Dialogs(torch.utils.data.Dataset):
 
         def look_up():
             if not file.is_file():
-                raise FileNotFoundError(f"{'not a file' if file.exists() else 'no such data file'}: {file}")
+                raise FileNotFoundError(
+                    f"{'not a file' if file.exists() else 'no such data file'}: {file}"
+                )
             sha256 = digest(file)
-            key = [2, sha256, digest(self.tokenizer.path), self.n_image_tokens, self.args.template, self.args.max_length]
-            name = f"{file.name}.{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.index.npy"
+            key = [
+                2,
+                sha256,
+                digest(self.tokenizer.path),
+                self.n_image_tokens,
+                self.args.template,
+                self.args.max_length,
+            ]
+            name = (
+                f"{file.name}.{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.index.npy"
+            )
             for cache in (file.with_name(name), self.args.out / name):
                 try:
-                    stored = np.load(cache) if cache.is_file() else None  # a pipe would keep us waiting
-                    if stored is not None and stored.dtype == np.int64 and stored[-1, 0] == zlib.crc32(stored[:-1]):
+                    stored = (
+                        np.load(cache) if cache.is_file() else None
+                    )  # a pipe would keep us waiting
+                    if (
+                        stored is not None
+                        and stored.dtype == np.int64
+                        and stored[-1, 0] == zlib.crc32(stored[:-1])
+                    ):
                         return sha256, name, stored[:-1], None
                 except Exception:  # noqa: S110, numpy raises many kinds for a damaged file, and each means that it is made anew
                     pass
@@ -80,11 +123,17 @@ class Dialogs(torch.utils.data.Dataset):
             for r, share in enumerate(shares):
                 index[r::world_size] = np.column_stack((ranges[r::world_size], share))
             if rank == 0:
-                for cache in (file.with_name(name), self.args.out / name):  # the data's folder may be read-only
+                for cache in (
+                    file.with_name(name),
+                    self.args.out / name,
+                ):  # the data's folder may be read-only
                     try:
                         partial = cache.with_name(cache.name + ".partial")
                         with open(partial, "wb") as opened:
-                            np.save(opened, np.vstack((index, [zlib.crc32(index)] + [0] * (len(INDEX) - 1))))  # with its checksum as a last row
+                            np.save(
+                                opened,
+                                np.vstack((index, [zlib.crc32(index)] + [0] * (len(INDEX) - 1))),
+                            )  # with its checksum as a last row
                         partial.replace(cache)
                         break
                     except OSError as error:
@@ -96,30 +145,57 @@ class Dialogs(torch.utils.data.Dataset):
     def measure(self, rows, rank, world_size):
         """int64 (n, 4): length, n_pictures, n_labels, is_cut of every world_size-th row. ValueError names file and row."""
         out = []
-        for i in tqdm(range(rank, len(rows), world_size), desc=f"tokenising {rows.path.name}", unit=" rows", unit_scale=world_size, disable=None if rank == 0 else True):
+        for i in tqdm(
+            range(rank, len(rows), world_size),
+            desc=f"tokenising {rows.path.name}",
+            unit=" rows",
+            unit_scale=world_size,
+            disable=None if rank == 0 else True,
+        ):
             row = rows[i]
             try:
                 ids, labels = self.encode(row)
                 n_pictures = len(picture_names(row))
-                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair stops here, not when an answer is logged
+                json.dumps(
+                    row, ensure_ascii=False
+                ).encode()  # half a surrogate pair stops here, not when an answer is logged
             except USER_ERRORS as error:
                 name = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
                 raise ValueError(f"{rows.path}: row {i}{name}: {one_line(error)}") from None
-            n_ends = labels.count(self.tokenizer.eos_id)  # one an answer, so that a missing one tells a cut
-            is_cut = len(ids) == self.args.max_length if self.args.template == "plain" else n_ends < len(row["conversations"]) // 2
-            out.append((len(ids), n_pictures, sum(label != IGNORE_INDEX for label in labels[1:]), is_cut))
+            n_ends = labels.count(
+                self.tokenizer.eos_id
+            )  # one an answer, so that a missing one tells a cut
+            is_cut = (
+                len(ids) == self.args.max_length
+                if self.args.template == "plain"
+                else n_ends < len(row["conversations"]) // 2
+            )
+            out.append(
+                (len(ids), n_pictures, sum(label != IGNORE_INDEX for label in labels[1:]), is_cut)
+            )
         return np.array(out, dtype=np.int64).reshape(-1, 4)
 
     def check_pictures(self):
         """ValueError unless every picture of this rank's share of the rows is there."""
         rank, missing, first = dist.get_rank(), 0, ""
-        for i in tqdm(range(rank, len(self), dist.get_world_size()), desc="looking for pictures", unit=" rows", unit_scale=dist.get_world_size(), disable=None if rank == 0 else True, delay=2):
+        for i in tqdm(
+            range(rank, len(self), dist.get_world_size()),
+            desc="looking for pictures",
+            unit=" rows",
+            unit_scale=dist.get_world_size(),
+            disable=None if rank == 0 else True,
+            delay=2,
+        ):
             if self.n_pictures[i]:
                 try:
                     row_pictures(self.row(i), self.args.images)
                 except USER_ERRORS as error:
                     file, number = self.places[i]
-                    missing, first = missing + 1, first or f"{self.files[file].path}: row {number} (id {self.row(i).get('id')}): {one_line(error)}"
+                    missing, first = (
+                        missing + 1,
+                        first
+                        or f"{self.files[file].path}: row {number} (id {self.row(i).get('id')}): {one_line(error)}",
+                    )
         if missing:
             raise ValueError(first + f" (and {missing - 1} more rows)" * (missing > 1))
 
@@ -130,12 +206,21 @@ class Dialogs(torch.utils.data.Dataset):
     def encode(self, row):
         if not isinstance(row, dict):
             raise ValueError("not an object with id, image and conversations")
-        return encode_conversation(row.get("conversations"), self.tokenizer, self.n_image_tokens, self.args.template, self.args.max_length)
+        return encode_conversation(
+            row.get("conversations"),
+            self.tokenizer,
+            self.n_image_tokens,
+            self.args.template,
+            self.args.max_length,
+        )
 
     def pictures(self, row, n):
         """([the first n pictures of a row, (3, size, size)], None), or n grey ones and what is wrong; with --strict that raises."""
         try:
-            return [preprocess_image(path, self.image_size, self.args.image_mode) for path in row_pictures(row, self.args.images)[:n]], None
+            return [
+                preprocess_image(path, self.image_size, self.args.image_mode)
+                for path in row_pictures(row, self.args.images)[:n]
+            ], None
         except USER_ERRORS as error:
             if self.args.strict:
                 raise
@@ -162,9 +247,18 @@ class Dialogs(torch.utils.data.Dataset):
         except USER_ERRORS as error:
             return {"error": one_line(error)}
         samples = samples or [([self.tokenizer.bos_id] * 2, [IGNORE_INDEX] * 2)]
-        input_ids, labels = pad_rows([ids for ids, _ in samples], 0), pad_rows([labels for _, labels in samples], IGNORE_INDEX)
-        return {"input_ids": input_ids, "labels": labels, "pixel_values": torch.stack(pictures) if pictures else None, "grey": grey,
-                "n_tokens": sum(len(ids) for ids, _ in samples) if batch else 0, "n_slots": input_ids.numel()}
+        input_ids, labels = (
+            pad_rows([ids for ids, _ in samples], 0),
+            pad_rows([labels for _, labels in samples], IGNORE_INDEX),
+        )
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "pixel_values": torch.stack(pictures) if pictures else None,
+            "grey": grey,
+            "n_tokens": sum(len(ids) for ids, _ in samples) if batch else 0,
+            "n_slots": input_ids.numel(),
+        }
 
 
 # --- 2. order -------------------------------------------------------------------------------------------------------
@@ -220,9 +314,18 @@ def stand_apart(_):
 
 def load_ahead(dataset, micro_batches, workers):
     """An iterator over the batches of a list of row-number lists, decoded by worker processes ahead of time."""
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=micro_batches, num_workers=workers, prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=stand_apart, timeout=900 if workers else 0))  # a worker that finds /dev/shm full dies without a word
+    return iter(
+        torch.utils.data.DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=micro_batches,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=stand_apart,
+            timeout=900 if workers else 0,
+        )
+    )  # a worker that finds /dev/shm full dies without a word
 
 
 def check_batches(parts):
@@ -235,10 +338,20 @@ def check_batches(parts):
 def count(parts):
     """What sum_over_ranks adds up of a list of batches: errors, labels that the loss counts, real tokens, tokens with padding, pictures and grey samples."""
     good = [batch for batch in parts if "error" not in batch]
-    return {"errors": len(parts) - len(good), "targets": sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in good),
-            "tokens": sum(batch["n_tokens"] for batch in good), "slots": sum(batch["n_slots"] for batch in good),
-            "pictures": sum(len(batch["pixel_values"]) for batch in good if batch["pixel_values"] is not None), "grey": sum(len(batch["grey"]) for batch in good)}
+    return {
+        "errors": len(parts) - len(good),
+        "targets": sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in good),
+        "tokens": sum(batch["n_tokens"] for batch in good),
+        "slots": sum(batch["n_slots"] for batch in good),
+        "pictures": sum(
+            len(batch["pixel_values"]) for batch in good if batch["pixel_values"] is not None
+        ),
+        "grey": sum(len(batch["grey"]) for batch in good),
+    }
 
 
 def to_device(batch, device):
-    return {k: None if batch[k] is None else batch[k].to(device, non_blocking=True) for k in ("input_ids", "pixel_values", "labels")}
+    return {
+        k: None if batch[k] is None else batch[k].to(device, non_blocking=True)
+        for k in ("input_ids", "pixel_values", "labels")
+    }

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint import (
     FileSystemReader,
     FileSystemWriter,
     async_save,
+)
+from torch.distributed.checkpoint import (
     load as load_sharded,
 )
 from torch.distributed.checkpoint._nested_dict import set_element
@@ -38,10 +40,10 @@ from training.ranks import leave, on_rank0, print0, together
 class Progress:
     """Where a run stands: with the seed it is all that order, schedule and checks depend on. Goes into every checkpoint."""
 
-    step: int = 0              # optimiser steps done or skipped
-    n_bad: int = 0             # of them skipped
+    step: int = 0  # optimiser steps done or skipped
+    n_bad: int = 0  # of them skipped
     n_bad_in_a_row: int = 0
-    n_grey: int = 0            # samples whose picture did not decode
+    n_grey: int = 0  # samples whose picture did not decode
     n_blind_in_a_row: int = 0  # steps most of whose pictures did not
     recent: list = field(default_factory=list)  # losses of the last 50 good steps
 
@@ -56,16 +58,28 @@ class Progress:
         return is_bad
 
 
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # options of the state dict: frozen weights are in no checkpoint
+TRAINED_ONLY = StateDictOptions(
+    ignore_frozen_params=True, strict=False
+)  # options of the state dict: frozen weights are in no checkpoint
 STEP_FOLDER = re.compile(r"step-([1-9]\d*)$")
 
 
 def check_metadata(path):
     """ValueError unless unpickling a checkpoint's .metadata, which torch does without asking, makes nothing but the descriptions of tensors."""
+
     class Checker(pickle.Unpickler):
         def find_class(self, module, name):
-            found = getattr(sys.modules.get(module), name, None)  # no dotted names: they would lead from a module to what it imports
-            if (module, name) in METADATA_CLASSES or isinstance(found, torch.dtype) or (isinstance(found, type) and found.__module__ == module == "torch.distributed.checkpoint.metadata"):
+            found = getattr(
+                sys.modules.get(module), name, None
+            )  # no dotted names: they would lead from a module to what it imports
+            if (
+                (module, name) in METADATA_CLASSES
+                or isinstance(found, torch.dtype)
+                or (
+                    isinstance(found, type)
+                    and found.__module__ == module == "torch.distributed.checkpoint.metadata"
+                )
+            ):
                 return found
             raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
 
@@ -75,11 +89,19 @@ def check_metadata(path):
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises many kinds
-        raise ValueError(f"{path}: cannot be read as a checkpoint's description ({one_line(error)[:200]})") from None
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint's description ({one_line(error)[:200]})"
+        ) from None
 
 
-METADATA_CLASSES = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
-                    ("pathlib", "WindowsPath"), ("collections", "OrderedDict")}
+METADATA_CLASSES = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("collections", "OrderedDict"),
+}
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
@@ -95,9 +117,25 @@ def read_state(path):
     try:
         state = read_json(path / "state.json")
         progress = Progress(**state["progress"])
-        is_whole = all((path / name).stat().st_size == size for name, size in state["files"].items()) and isinstance(state["setup"], dict) and isinstance(state["world_size"], int)
-        numbers = [progress.step, progress.n_bad, progress.n_bad_in_a_row, progress.n_grey, progress.n_blind_in_a_row, *progress.recent]
-        if is_whole and all(type(n) in (int, float) and n >= 0 for n in numbers) and type(progress.step) is int and progress.step > 0:
+        is_whole = (
+            all((path / name).stat().st_size == size for name, size in state["files"].items())
+            and isinstance(state["setup"], dict)
+            and isinstance(state["world_size"], int)
+        )
+        numbers = [
+            progress.step,
+            progress.n_bad,
+            progress.n_bad_in_a_row,
+            progress.n_grey,
+            progress.n_blind_in_a_row,
+            *progress.recent,
+        ]
+        if (
+            is_whole
+            and all(type(n) in (int, float) and n >= 0 for n in numbers)
+            and type(progress.step) is int
+            and progress.step > 0
+        ):
             return progress, state
     except (KeyError, TypeError, AttributeError):
         pass
@@ -112,14 +150,24 @@ class Checkpoints:
     """
 
     def __init__(self, args, model, optimizer, setup):
-        self.args, self.model, self.optimizer, self.setup, self.folder = args, model, optimizer, setup, args.out / "checkpoints"
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # its own: on the default group it would meet training's collectives
+        self.args, self.model, self.optimizer, self.setup, self.folder = (
+            args,
+            model,
+            optimizer,
+            setup,
+            args.out / "checkpoints",
+        )
+        self.group = dist.new_group(
+            backend="gloo", timeout=timedelta(minutes=30)
+        )  # its own: on the default group it would meet training's collectives
         self.writing = None  # (future, progress)
 
     def tensors(self, with_rng=True):
         is_new = not self.optimizer.state
         weights, moments = get_state_dict(self.model, self.optimizer, options=TRAINED_ONLY)
-        for state in self.optimizer.state.values() if is_new else ():  # an optimiser that has done nothing is given its state by a step with zero gradients, which it must not count
+        for state in (
+            self.optimizer.state.values() if is_new else ()
+        ):  # an optimiser that has done nothing is given its state by a step with zero gradients, which it must not count
             state["step"].zero_()
         rng = {f"cpu-{dist.get_rank()}": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -131,7 +179,9 @@ class Checkpoints:
         found = {}
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             try:
-                if (match := STEP_FOLDER.match(path.name)) and read_state(path)[0].step == int(match[1]):
+                if (match := STEP_FOLDER.match(path.name)) and read_state(path)[0].step == int(
+                    match[1]
+                ):
                     found[int(match[1])] = path
             except USER_ERRORS:
                 continue
@@ -151,7 +201,11 @@ class Checkpoints:
     def put_aside(self, paths, why):
         """Move checkpoints of another course of this run out of the way, to checkpoints.N beside: by their numbers they would pass for newer ones."""
         if paths:
-            aside = next(p for i in range(1, 10**6) if not (p := self.folder.with_name(f"checkpoints.{i}")).exists())
+            aside = next(
+                p
+                for i in range(1, 10**6)
+                if not (p := self.folder.with_name(f"checkpoints.{i}")).exists()
+            )
             aside.mkdir()
             for path in paths:
                 path.rename(aside / path.name)
@@ -163,15 +217,23 @@ class Checkpoints:
         partial = self.folder / f"step-{progress.step}.partial"
 
         def prepare():
-            if progress.step in self.whole():  # resumed from it, and stopped before another step; later ones of another course are put aside
+            if (
+                progress.step in self.whole()
+            ):  # resumed from it, and stopped before another step; later ones of another course are put aside
                 return False
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             return True
 
         if progress.step and on_rank0(prepare):
-            writer = FileSystemWriter(partial, per_thread_copy_ahead=0)  # what it writes is in host memory already: nothing to copy ahead, and no CUDA context in its thread
-            self.writing = async_save(self.tensors(), storage_writer=writer, process_group=self.group), Progress(**asdict(progress)), partial
+            writer = FileSystemWriter(
+                partial, per_thread_copy_ahead=0
+            )  # what it writes is in host memory already: nothing to copy ahead, and no CUDA context in its thread
+            self.writing = (
+                async_save(self.tensors(), storage_writer=writer, process_group=self.group),
+                Progress(**asdict(progress)),
+                partial,
+            )
         if wait:
             self.finish()
 
@@ -189,14 +251,34 @@ class Checkpoints:
             try:
                 future.result()
             except (CheckpointException, Exception) as error:  # the former is no Exception
-                cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) and error.failures else error
+                cause = (
+                    next(iter(error.failures.values()))[0]
+                    if isinstance(error, CheckpointException) and error.failures
+                    else error
+                )
                 shutil.rmtree(partial, ignore_errors=True)
-                raise OSError(getattr(cause, "errno", None) or errno.EIO, f"checkpoint could not be written ({one_line(cause)[:120]}; {shutil.disk_usage(self.folder).free / 1e9:.1f} GB free); the earlier ones are whole", str(partial)) from None
+                raise OSError(
+                    getattr(cause, "errno", None) or errno.EIO,
+                    f"checkpoint could not be written ({one_line(cause)[:120]}; {shutil.disk_usage(self.folder).free / 1e9:.1f} GB free); the earlier ones are whole",
+                    str(partial),
+                ) from None
 
         def seal():
             files = {path.name: path.stat().st_size for path in partial.iterdir()}
-            write_json(partial / "state.json", {"progress": asdict(progress), "world_size": dist.get_world_size(), "setup": self.setup, "files": files})
-            for path in (partial / "state.json", partial, self.folder):  # the tensors' files were synced by their writer
+            write_json(
+                partial / "state.json",
+                {
+                    "progress": asdict(progress),
+                    "world_size": dist.get_world_size(),
+                    "setup": self.setup,
+                    "files": files,
+                },
+            )
+            for path in (
+                partial / "state.json",
+                partial,
+                self.folder,
+            ):  # the tensors' files were synced by their writer
                 if path == self.folder:
                     replace_folder(partial, partial.with_suffix(""))
                 descriptor = os.open(path, os.O_RDONLY)
@@ -219,18 +301,36 @@ class Checkpoints:
         on_rank0(self.compare, saved["setup"], path)
         is_same = saved["world_size"] == dist.get_world_size()
         state = self.tensors(with_rng=is_same)
-        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # what is wrong is said once, by us
+        logging.getLogger("torch.distributed.checkpoint").setLevel(
+            logging.CRITICAL
+        )  # what is wrong is said once, by us
         together(check_metadata, path / ".metadata")
         try:
-            load_sharded(state, storage_reader=FileSystemReader(path), planner=PlainLoadPlanner(), process_group=self.group)
+            load_sharded(
+                state,
+                storage_reader=FileSystemReader(path),
+                planner=PlainLoadPlanner(),
+                process_group=self.group,
+            )
         except CheckpointException as error:
-            leave(2, f"{path} cannot be loaded: {one_line(next(iter(error.failures.values()))[0])[:300]}")
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+            leave(
+                2,
+                f"{path} cannot be loaded: {one_line(next(iter(error.failures.values()))[0])[:300]}",
+            )
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=TRAINED_ONLY,
+        )
         if is_same:
             torch.set_rng_state(state["rng"][f"cpu-{dist.get_rank()}"])
             if f"cuda-{dist.get_rank()}" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"][f"cuda-{dist.get_rank()}"])
-        print0(f"going on after step {progress.step} ({path}, written by {saved['world_size']} ranks)")
+        print0(
+            f"going on after step {progress.step} ({path}, written by {saved['world_size']} ranks)"
+        )
         return progress
 
     def find(self):
@@ -240,20 +340,42 @@ class Checkpoints:
         if self.args.resume not in ("auto", "never"):
             path = Path(self.args.resume)
             if not (path / "state.json").is_file():
-                raise FileNotFoundError(f"--resume {path}: no checkpoint there (a folder step-N with state.json)")
+                raise FileNotFoundError(
+                    f"--resume {path}: no checkpoint there (a folder step-N with state.json)"
+                )
             inside = next((step for step, folder in steps.items() if folder.samefile(path)), -1)
-            self.put_aside([folder for step, folder in steps.items() if step > inside], f"--resume {path}")
+            self.put_aside(
+                [folder for step, folder in steps.items() if step > inside], f"--resume {path}"
+            )
             return path
         if self.args.resume == "never":
-            self.put_aside([*steps.values(), *(path for name in ("log.jsonl", "samples.jsonl") if (path := self.args.out / name).is_file())] if steps else [], "--resume never")
+            self.put_aside(
+                [
+                    *steps.values(),
+                    *(
+                        path
+                        for name in ("log.jsonl", "samples.jsonl")
+                        if (path := self.args.out / name).is_file()
+                    ),
+                ]
+                if steps
+                else [],
+                "--resume never",
+            )
             return None
         return list(steps.values())[-1] if steps else None
 
     def compare(self, old, path):
         """ValueError that says what differs between this run and the one that wrote a checkpoint."""
-        differ = [f"{name}: {old.get(name)} there, {value} now" for name, value in json.loads(json.dumps(self.setup)).items() if old.get(name) != value]
+        differ = [
+            f"{name}: {old.get(name)} there, {value} now"
+            for name, value in json.loads(json.dumps(self.setup)).items()
+            if old.get(name) != value
+        ]
         if differ and not self.args.allow_changes:
-            raise ValueError(f"{path} is of a run with another setup ({'; '.join(differ)[:600]}): start with the old one, or another --out, or --allow-changes to go on all the same")
+            raise ValueError(
+                f"{path} is of a run with another setup ({'; '.join(differ)[:600]}): start with the old one, or another --out, or --allow-changes to go on all the same"
+            )
 
 
 def describe_setup(args, config, tokenizer, sources, data):
@@ -261,10 +383,34 @@ def describe_setup(args, config, tokenizer, sources, data):
     sha256 = hashlib.sha256()
     for files, parts in sources:
         for name in sorted(name for name in files.tensors if part_of(name) in parts):
-            sha256.update(f"{name} {files.shape(name)} ".encode() + files.rows(name, 0, 1).contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    names = ("stage", "batch_size", "lr", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "max_length", "template", "image_mode", "seed",
-             "lora", "lora_alpha", "quantize")
-    return {**{name: getattr(args, name) for name in names}, "projector_type": config.projector_type, "data": data, "tokenizer": digest(tokenizer.path), "weights": sha256.hexdigest()}
+            sha256.update(
+                f"{name} {files.shape(name)} ".encode()
+                + files.rows(name, 0, 1).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+    names = (
+        "stage",
+        "batch_size",
+        "lr",
+        "warmup_ratio",
+        "weight_decay",
+        "max_grad_norm",
+        "epochs",
+        "max_steps",
+        "max_length",
+        "template",
+        "image_mode",
+        "seed",
+        "lora",
+        "lora_alpha",
+        "quantize",
+    )
+    return {
+        **{name: getattr(args, name) for name in names},
+        "projector_type": config.projector_type,
+        "data": data,
+        "tokenizer": digest(tokenizer.path),
+        "weights": sha256.hexdigest(),
+    }
 
 
 def lock(out):

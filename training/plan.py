@@ -22,9 +22,9 @@ from qilin_min import LOSS_CHUNK, QilinConfig, TextConfig, VisionConfig, text_co
 from training.batches import Dialogs, all_batches
 from training.costs import (
     GIB,
-    Machine,
     RESERVE_GIB,
     SPARE_GIB,
+    Machine,
     Sizes,
     blocks_to_checkpoint,
     flops,
@@ -33,9 +33,28 @@ from training.costs import (
 from training.ranks import gather, together
 
 LLAMA_SIZES = {
-    "7B": TextConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=4096),
-    "13B": TextConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, max_position_embeddings=4096),
-    "70B": TextConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=4096),
+    "7B": TextConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    ),
+    "13B": TextConfig(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        max_position_embeddings=4096,
+    ),
+    "70B": TextConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+    ),
 }
 PAPER_TOWER = VisionConfig(1024, 4096, 24, 16, 336, 14)  # CLIP ViT-L/14-336
 
@@ -48,16 +67,19 @@ class Fit:
     """How a run is cut: see choose()."""
 
     micro_batch_size: int
-    is_kept: bool                 # blocks stay gathered between forward and backward
-    seconds: float = 0.0          # estimated, of all steps
-    recomputed: float = 0.0       # share of blocks x tokens computed twice
-    deepest: int = 0              # most blocks recomputing in any step
+    is_kept: bool  # blocks stay gathered between forward and backward
+    seconds: float = 0.0  # estimated, of all steps
+    recomputed: float = 0.0  # share of blocks x tokens computed twice
+    deepest: int = 0  # most blocks recomputing in any step
 
 
 def micro_batch_slots(lengths, batch, W, micro_batch_size):
     """Slots of each micro-batch of the first rank, which gets the longest sample of every global batch (sorted, longest first)."""
     mine = lengths[batch[::W]]
-    return [int(mine[i] * len(mine[i : i + micro_batch_size])) for i in range(0, len(mine), micro_batch_size)]
+    return [
+        int(mine[i] * len(mine[i : i + micro_batch_size]))
+        for i in range(0, len(mine), micro_batch_size)
+    ]
 
 
 def choose(sizes, machine, lengths, batches, micro_batch_size=None, is_kept=None, at_most=None):
@@ -69,32 +91,49 @@ def choose(sizes, machine, lengths, batches, micro_batch_size=None, is_kept=None
     W, shards = machine.world_size, machine.world_size // machine.replicate
     per_gpu = math.ceil(max(map(len, batches)) / W)
     largest = min(at_most or per_gpu, per_gpu)
-    candidates = [micro_batch_size] if micro_batch_size else sorted({math.ceil(largest / 2**k) for k in range(largest.bit_length() + 1)}, reverse=True)
+    candidates = (
+        [micro_batch_size]
+        if micro_batch_size
+        else sorted(
+            {math.ceil(largest / 2**k) for k in range(largest.bit_length() + 1)}, reverse=True
+        )
+    )
     best, blocks_of = None, {}
-    per_token = 2 * sizes.linear * (3 if "llm" in sizes.trained else 2) / (0.5 * machine.flops)  # seconds a block, at half of the peak
+    per_token = (
+        2 * sizes.linear * (3 if "llm" in sizes.trained else 2) / (0.5 * machine.flops)
+    )  # seconds a block, at half of the peak
     for size in candidates:
         cuts = [micro_batch_slots(lengths, batch, W, size) for batch in batches]
         for keep in (False, True) if is_kept is None else (is_kept,):
             how = dict(is_kept=keep, is_accumulating=per_gpu > size, n_labels=LOSS_CHUNK)
             gathers = sizes.e * sizes.L * sizes.gathered_block * (1 if keep else 2)
-            moved = (gathers + 4 * sizes.n_trained) * (shards - 1) / shards / machine.bandwidth  # seconds a micro-batch
+            moved = (
+                (gathers + 4 * sizes.n_trained) * (shards - 1) / shards / machine.bandwidth
+            )  # seconds a micro-batch
             seconds = again = total = deepest = 0.0
             for cut in cuts:
                 for slots in cut:
                     key = (slots, keep, how["is_accumulating"])
                     if key not in blocks_of:
-                        blocks_of[key] = blocks_to_checkpoint(sizes, shards, slots, machine.budget, **how)
+                        blocks_of[key] = blocks_to_checkpoint(
+                            sizes, shards, slots, machine.budget, **how
+                        )
                     n = blocks_of[key]
                     if n is None:
                         break
                     deepest = max(deepest, n)
                     again, total = again + n * slots, total + sizes.L * slots
-                    seconds += max(slots * per_token * (sizes.L + n / (3 if "llm" in sizes.trained else 2)), moved)
+                    seconds += max(
+                        slots * per_token * (sizes.L + n / (3 if "llm" in sizes.trained else 2)),
+                        moved,
+                    )
                 else:
                     continue
                 break
             else:
-                if best is None or seconds < 0.98 * best.seconds:  # the larger micro-batch unless the gain is real
+                if (
+                    best is None or seconds < 0.98 * best.seconds
+                ):  # the larger micro-batch unless the gain is real
                     best = Fit(size, keep, seconds, again / total, int(deepest))
     return best
 
@@ -110,14 +149,24 @@ def paper_lengths(stage, n_image_tokens, seed=0):
     rng = np.random.default_rng(seed)
 
     def draw(n, median, q1, q3, most):
-        sigma = math.log(q3 / q1) / (2 * 0.67449)  # the quartiles of a normal lie 0.67449 sigma from its middle
+        sigma = math.log(q3 / q1) / (
+            2 * 0.67449
+        )  # the quartiles of a normal lie 0.67449 sigma from its middle
         return np.minimum(np.exp(rng.normal(math.log(median), sigma, n)), most).astype(np.int64) + 1
 
     if stage == 1:
-        labels = np.concatenate([draw(158_419, 435, 211, 757, 2576), draw(158_419, 59, 41, 83, 1551), draw(263_176, 125, 68, 210, 1417)])
+        labels = np.concatenate(
+            [
+                draw(158_419, 435, 211, 757, 2576),
+                draw(158_419, 59, 41, 83, 1551),
+                draw(263_176, 125, 68, 210, 1417),
+            ]
+        )
         return n_image_tokens + PROMPT + labels, labels
     labels = np.concatenate([draw(316_838, 27, 20, 38, 451), draw(152_603, 10, 6, 16, 732)])
-    return n_image_tokens + PROMPT + np.concatenate([draw(316_838, 21, 16, 26, 4040), draw(152_603, 18, 15, 22, 335)]) + labels, labels
+    return n_image_tokens + PROMPT + np.concatenate(
+        [draw(316_838, 21, 16, 26, 4040), draw(152_603, 18, 15, 22, 335)]
+    ) + labels, labels
 
 
 def padding_share(lengths, batches, W, micro_batch_size):
@@ -126,7 +175,10 @@ def padding_share(lengths, batches, W, micro_batch_size):
     for batch in batches:
         for rank in range(min(W, len(batch))):
             mine = lengths[batch[rank::W]]
-            slots += sum(int(mine[i : i + micro_batch_size].max() * len(mine[i : i + micro_batch_size])) for i in range(0, len(mine), micro_batch_size))
+            slots += sum(
+                int(mine[i : i + micro_batch_size].max() * len(mine[i : i + micro_batch_size]))
+                for i in range(0, len(mine), micro_batch_size)
+            )
     return 1 - float(sum(lengths[batch].sum() for batch in batches)) / slots
 
 
@@ -136,74 +188,169 @@ def padding_share(lengths, batches, W, micro_batch_size):
 def describe_fit(fit, n_layers, per_gpu):
     """One line: how the batch is cut, and why."""
     parts = f"{per_gpu} samples a step and GPU, {fit.micro_batch_size} at a time; "
-    parts += "no block recomputes its activations" if fit.deepest == 0 else f"at most {fit.deepest} of {n_layers} blocks recompute their activations ({fit.recomputed:.0%} of their work is done twice)"
+    parts += (
+        "no block recomputes its activations"
+        if fit.deepest == 0
+        else f"at most {fit.deepest} of {n_layers} blocks recompute their activations ({fit.recomputed:.0%} of their work is done twice)"
+    )
     return parts + ("; blocks stay gathered between forward and backward" if fit.is_kept else "")
 
 
-def print_plan(stage, sizes, machine, lengths, labels, n_pictures, batches, fit, keep, where, would_fit):
+def print_plan(
+    stage, sizes, machine, lengths, labels, n_pictures, batches, fit, keep, where, would_fit
+):
     """The plan on stdout. labels: labelled tokens of each sample; keep: checkpoints kept; where: what sizes and lengths come from; would_fit(): changes to make if it does not."""
-    W, shards, per_gpu = machine.world_size, machine.world_size // machine.replicate, math.ceil(max(map(len, batches)) / machine.world_size)
-    print(f"plan of stage {stage} on {W} GPU{'s' * (W > 1)} of {machine.memory / GIB:.0f} GiB, {machine.flops / 1e12:.0f} TFLOPS ({where})")
-    print(f"  {sizes.n_trained / 1e9:.2f} of {sizes.n_all / 1e9:.2f} billion parameters trained" + f", LoRA of rank {sizes.lora}" * bool(sizes.lora) + f", base in {sizes.quantize}" * bool(sizes.quantize))
+    W, shards, per_gpu = (
+        machine.world_size,
+        machine.world_size // machine.replicate,
+        math.ceil(max(map(len, batches)) / machine.world_size),
+    )
+    print(
+        f"plan of stage {stage} on {W} GPU{'s' * (W > 1)} of {machine.memory / GIB:.0f} GiB, {machine.flops / 1e12:.0f} TFLOPS ({where})"
+    )
+    print(
+        f"  {sizes.n_trained / 1e9:.2f} of {sizes.n_all / 1e9:.2f} billion parameters trained"
+        + f", LoRA of rank {sizes.lora}" * bool(sizes.lora)
+        + f", base in {sizes.quantize}" * bool(sizes.quantize)
+    )
     shown = fit or Fit(1, False, deepest=sizes.L, recomputed=1.0)
-    slots = max(max(micro_batch_slots(lengths, batch, W, shown.micro_batch_size)) for batch in batches)
-    how = dict(n_labels=LOSS_CHUNK, is_kept=shown.is_kept, is_accumulating=per_gpu > shown.micro_batch_size)
+    slots = max(
+        max(micro_batch_slots(lengths, batch, W, shown.micro_batch_size)) for batch in batches
+    )
+    how = dict(
+        n_labels=LOSS_CHUNK, is_kept=shown.is_kept, is_accumulating=per_gpu > shown.micro_batch_size
+    )
     n = blocks_to_checkpoint(sizes, shards, slots, machine.budget, **how)
     parts = memory(sizes, shards, slots, sizes.L if n is None else n, **how)
-    print(f"  {describe_fit(shown, sizes.L, per_gpu)}" + f"; more GPUs than samples a step: {W - max(map(len, batches)):,} stand idle" * (W > max(map(len, batches))))
-    print(f"memory a GPU, GiB, in the largest step (micro-batch of {slots:,} tokens with padding, {sizes.L if n is None else n} of {sizes.L} blocks recomputing):")
+    print(
+        f"  {describe_fit(shown, sizes.L, per_gpu)}"
+        + f"; more GPUs than samples a step: {W - max(map(len, batches)):,} stand idle"
+        * (W > max(map(len, batches)))
+    )
+    print(
+        f"memory a GPU, GiB, in the largest step (micro-batch of {slots:,} tokens with padding, {sizes.L if n is None else n} of {sizes.L} blocks recomputing):"
+    )
     for name, size in parts.items():
         if name != "peak":
             print(f"  {name:<20} {size / GIB:6.1f}")
     spare = machine.memory / GIB - RESERVE_GIB - parts["peak"] / GIB
-    print(f"peak {parts['peak'] / GIB:.1f} GiB a GPU of {machine.memory / GIB:.0f}; about {RESERVE_GIB:.0f} for CUDA context, NCCL and fragmentation; "
-          + (f"fits, {spare:.1f} GiB to spare" if fit else f"DOES NOT FIT with {SPARE_GIB:.0f} GiB to spare ({spare:.1f})"))
+    print(
+        f"peak {parts['peak'] / GIB:.1f} GiB a GPU of {machine.memory / GIB:.0f}; about {RESERVE_GIB:.0f} for CUDA context, NCCL and fragmentation; "
+        + (
+            f"fits, {spare:.1f} GiB to spare"
+            if fit
+            else f"DOES NOT FIT with {SPARE_GIB:.0f} GiB to spare ({spare:.1f})"
+        )
+    )
     if not fit:
         for line in would_fit():
             print(f"  would fit: {line}")
     n_tokens, steps = int(sum(lengths[b].sum() for b in batches)), len(batches)
     work = sum(flops(sizes, lengths[b], n_pictures[b].sum(), labels[b].sum()) for b in batches)
-    print(f"steps {steps:,} of {max(map(len, batches))} samples, {sum(map(len, batches)):,} samples, {n_tokens / 1e6:,.1f} M tokens, "
-          f"{sum(int(labels[b].sum()) for b in batches) / 1e6:,.1f} M of them labelled")
+    print(
+        f"steps {steps:,} of {max(map(len, batches))} samples, {sum(map(len, batches)):,} samples, {n_tokens / 1e6:,.1f} M tokens, "
+        f"{sum(int(labels[b].sum()) for b in batches) / 1e6:,.1f} M of them labelled"
+    )
     shuffled = np.random.default_rng(0).permutation(len(lengths))
     mixed = [shuffled[i : i + len(batches[0])] for i in range(0, len(lengths), len(batches[0]))]
-    print(f"padding {padding_share(lengths, batches, W, shown.micro_batch_size):.1%}, in random batches it would be {padding_share(lengths, mixed, W, shown.micro_batch_size):.1%}")
+    print(
+        f"padding {padding_share(lengths, batches, W, shown.micro_batch_size):.1%}, in random batches it would be {padding_share(lengths, mixed, W, shown.micro_batch_size):.1%}"
+    )
     print(f"work {work / steps:.3g} FLOPs a step, {work:.3g} in all (nothing counted twice)")
-    hours = [work / (share * machine.flops * min(W, max(map(len, batches)))) / 3600 for share in (0.4, 0.5, 0.6)]  # a GPU without a sample waits
-    print(f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak" + (f", about {shown.recomputed / (3 if 'llm' in sizes.trained else 2):.0%} more for what is recomputed" if shown.deepest else ""))
+    hours = [
+        work / (share * machine.flops * min(W, max(map(len, batches)))) / 3600
+        for share in (0.4, 0.5, 0.6)
+    ]  # a GPU without a sample waits
+    print(
+        f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak"
+        + (
+            f", about {shown.recomputed / (3 if 'llm' in sizes.trained else 2):.0%} more for what is recomputed"
+            if shown.deepest
+            else ""
+        )
+    )
     one = 12 * sizes.n_trained
     final = sizes.e * (sizes.n_all if "llm" in sizes.trained or sizes.lora else sizes.projector)
-    print(f"disk {((keep + 1) * one + final) / 1e9:.1f} GB: {keep} checkpoints of {one / 1e9:.1f} GB and one being written, final weights {final / 1e9:.1f} GB; "
-          f"host memory {one * machine.replicate / 1e9:.1f} GB more over all ranks while one is written")
+    print(
+        f"disk {((keep + 1) * one + final) / 1e9:.1f} GB: {keep} checkpoints of {one / 1e9:.1f} GB and one being written, final weights {final / 1e9:.1f} GB; "
+        f"host memory {one * machine.replicate / 1e9:.1f} GB more over all ranks while one is written"
+    )
 
 
 def run_plan(args, most, lighter):
     """--plan: what there is of weights and data, and the paper's figures for the rest. most: the largest micro-batch; lighter: what is trained when this does not fit."""
-    missing = [name for name, default in args.default_weights.items() if args.model is None and getattr(args, name) == default and not Path(default).exists()]
-    config = read_checkpoint(args.model)[0] if args.model else QilinConfig(
-        LLAMA_SIZES[args.size] if "llm" in missing else text_config(*folder_config(args.llm)),
-        PAPER_TOWER if "vision" in missing else vision_config(*folder_config(args.vision)), args.projector_type)
-    where = f"no weights at {args.llm}: sizes of LLaMA-2 {args.size}" if "llm" in missing else f"sizes of {args.model or args.llm}"
+    missing = [
+        name
+        for name, default in args.default_weights.items()
+        if args.model is None and getattr(args, name) == default and not Path(default).exists()
+    ]
+    config = (
+        read_checkpoint(args.model)[0]
+        if args.model
+        else QilinConfig(
+            LLAMA_SIZES[args.size] if "llm" in missing else text_config(*folder_config(args.llm)),
+            PAPER_TOWER if "vision" in missing else vision_config(*folder_config(args.vision)),
+            args.projector_type,
+        )
+    )
+    where = (
+        f"no weights at {args.llm}: sizes of LLaMA-2 {args.size}"
+        if "llm" in missing
+        else f"sizes of {args.model or args.llm}"
+    )
     if args.is_default_data and not all(map(os.path.exists, args.data)):
         lengths, labels = paper_lengths(args.stage, config.n_image_tokens)
         n_over = np.maximum(lengths - args.max_length, 0)
-        lengths, labels, where = lengths - n_over, labels - n_over, where + f"; no data at {args.data[0]}: lengths drawn by the paper's Table {args.stage}"
+        lengths, labels, where = (
+            lengths - n_over,
+            labels - n_over,
+            where + f"; no data at {args.data[0]}: lengths drawn by the paper's Table {args.stage}",
+        )
         lengths, labels = lengths[labels > 0], labels[labels > 0]
         n_pictures = np.ones_like(lengths)
     else:
-        dataset = Dialogs(args.data, together(Tokenizer, args.llm or args.model), config.n_image_tokens, config.vision.image_size, args)
-        lengths, labels, n_pictures, where = dataset.lengths, dataset.n_labels, dataset.n_pictures, where + f"; lengths of {', '.join(args.data)}"
+        dataset = Dialogs(
+            args.data,
+            together(Tokenizer, args.llm or args.model),
+            config.n_image_tokens,
+            config.vision.image_size,
+            args,
+        )
+        lengths, labels, n_pictures, where = (
+            dataset.lengths,
+            dataset.n_labels,
+            dataset.n_pictures,
+            where + f"; lengths of {', '.join(args.data)}",
+        )
     if not len(lengths):
-        raise ValueError(f"no sample is left of which --max-length {args.max_length} leaves a label")
+        raise ValueError(
+            f"no sample is left of which --max-length {args.max_length} leaves a label"
+        )
     sizes = Sizes(config, args.trained, args.lora, args.quantize)
-    machine = Machine(args.world_size, (args.gpu_memory or 80) * GIB, (args.gpu_tflops or 312) * 1e12, replicate=args.replicate)
+    machine = Machine(
+        args.world_size,
+        (args.gpu_memory or 80) * GIB,
+        (args.gpu_tflops or 312) * 1e12,
+        replicate=args.replicate,
+    )
     if machine.world_size % machine.replicate:
-        raise ValueError(f"--replicate {machine.replicate} does not divide {machine.world_size} GPUs")
+        raise ValueError(
+            f"--replicate {machine.replicate} does not divide {machine.world_size} GPUs"
+        )
     batches = all_batches(args, lengths)
-    fit = choose(sizes, machine, lengths, batches, args.micro_batch_size, {"auto": None, "always": False, "never": True}[args.reshard], most)
+    fit = choose(
+        sizes,
+        machine,
+        lengths,
+        batches,
+        args.micro_batch_size,
+        {"auto": None, "always": False, "never": True}[args.reshard],
+        most,
+    )
 
     def would_fit():
         """Changes with which the largest batch fits."""
+
         def fits(sizes, machine):
             return choose(sizes, machine, lengths, batches[:1], None, None, most)
 
@@ -215,26 +362,66 @@ def run_plan(args, most, lighter):
             if gib * GIB > machine.memory and fits(sizes, replace(machine, memory=gib * GIB)):
                 yield f"GPUs of {gib} GiB"
                 break
-        for words in ((64, None), (64, "int8"), (16, "int4")) if args.stage == 2 and not args.lora else ():
+        for words in (
+            ((64, None), (64, "int8"), (16, "int4")) if args.stage == 2 and not args.lora else ()
+        ):
             if fits(Sizes(config, lighter, *words), machine):
                 yield f"--lora {words[0]}" + f" --quantize {words[1]}" * bool(words[1])
                 break
-        if args.stage == 1 and not args.quantize and fits(Sizes(config, args.trained, 0, "int8"), machine):
+        if (
+            args.stage == 1
+            and not args.quantize
+            and fits(Sizes(config, args.trained, 0, "int8"), machine)
+        ):
             yield "--quantize int8"
 
-    print_plan(args.stage, sizes, machine, lengths, labels, n_pictures, batches, fit, args.keep, where, would_fit)
+    print_plan(
+        args.stage,
+        sizes,
+        machine,
+        lengths,
+        labels,
+        n_pictures,
+        batches,
+        fit,
+        args.keep,
+        where,
+        would_fit,
+    )
 
-PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "L40S": 362, "4090": 165, "3090": 71}  # bf16, dense, by the makers' sheets
+
+PEAK_TFLOPS = {
+    "A100": 312,
+    "A800": 312,
+    "H100": 989,
+    "H800": 989,
+    "H200": 989,
+    "H20": 148,
+    "L40S": 362,
+    "4090": 165,
+    "3090": 71,
+}  # bf16, dense, by the makers' sheets
 
 
 def this_machine(args, device):
     """(Machine of this run, whether its peak is known): on a CPU all ranks share its memory, a fifth is left to others."""
     world_size, name, tflops = dist.get_world_size(), "", args.gpu_tflops
     if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+        name, memory = (
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_properties(device).total_memory,
+        )
         tflops = tflops or next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    memory = args.gpu_memory * GIB if args.gpu_memory else min(gather(memory))  # every rank must cut its batch into as many pieces
+        memory = (
+            os.sysconf("SC_PAGE_SIZE")
+            * os.sysconf("SC_PHYS_PAGES")
+            / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        )
+    memory = (
+        args.gpu_memory * GIB if args.gpu_memory else min(gather(memory))
+    )  # every rank must cut its batch into as many pieces
     reserve = {} if device.type == "cuda" else dict(reserve=0.2 * memory)
-    return Machine(world_size, memory, (tflops or 312) * 1e12, replicate=args.replicate, **reserve), tflops is not None
+    return Machine(
+        world_size, memory, (tflops or 312) * 1e12, replicate=args.replicate, **reserve
+    ), tflops is not None

@@ -41,7 +41,13 @@ def agree(function, *args):
     try:
         result = function(*args)
     except USER_ERRORS as raised:
-        error = one_line(raised), 1 if getattr(raised, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG) else 2
+        error = (
+            one_line(raised),
+            1
+            if getattr(raised, "errno", None)
+            in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+            else 2,
+        )
     return result, next((e for e in gather(error) if e), None)
 
 
@@ -68,18 +74,32 @@ def sum_over_ranks(values, device):
 def setup_distributed():
     """(rank, world size, device). Without torchrun a group of one process, so that there is one code path."""
     is_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if is_cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if is_cuda
+        else torch.device("cpu")
+    )
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks are asked to stop, wherever they wait
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGTERM
+        )  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks are asked to stop, wherever they wait
     if is_cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"  # gloo beside nccl: error messages travel as Python objects, checkpoints in the background
+    backend = (
+        "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
+    )  # gloo beside nccl: error messages travel as Python objects, checkpoints in the background
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))  # torchrun listens before it starts ranks, unless it was killed since
+        store, rank, world_size = next(
+            dist.rendezvous("env://", timeout=timedelta(seconds=30))
+        )  # torchrun listens before it starts ranks, unless it was killed since
         store.set_timeout(timedelta(minutes=30))
-        store = dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's store still holds the addresses of ranks that died
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+        store = dist.PrefixStore(
+            f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )  # torchrun's store still holds the addresses of ranks that died
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return dist.get_rank(), dist.get_world_size(), device
@@ -100,4 +120,7 @@ class StopRequest:
 
     def asked(self):
         is_orphan = "RANK" in os.environ and os.getppid() != self.parent
-        return {"stop_term": float(self.code == 143 or is_orphan), "stop_int": float(self.code == 130)}
+        return {
+            "stop_term": float(self.code == 143 or is_orphan),
+            "stop_int": float(self.code == 130),
+        }

@@ -33,13 +33,24 @@ from training.plan import PAPER_TOWER, micro_batch_slots
 
 # --- 1. what is run -------------------------------------------------------------------------------------------------
 
-HERE, OUT, MARK, IS_CUDA = Path(__file__).resolve().parent.parent, Path("out/smoke"), "smoke.txt", torch.cuda.is_available()
+HERE, OUT, MARK, IS_CUDA = (
+    Path(__file__).resolve().parent.parent,
+    Path("out/smoke"),
+    "smoke.txt",
+    torch.cuda.is_available(),
+)
 TOY, WEIGHTS = OUT / "toy", OUT / ("weights" if IS_CUDA else "toy")
 RANKS = torch.cuda.device_count() if IS_CUDA else 2
-MICRO, LIMIT = (8, 600) if IS_CUDA else (4, 240)     # samples a rank holds at one time; seconds until a process counts as hung
-BATCH, STEPS, SAVE_EVERY = 2 * MICRO * RANKS, {1: 8, 2: 16}, 4  # two batches an epoch: first and last losses are of the same samples
+MICRO, LIMIT = (
+    (8, 600) if IS_CUDA else (4, 240)
+)  # samples a rank holds at one time; seconds until a process counts as hung
+BATCH, STEPS, SAVE_EVERY = (
+    2 * MICRO * RANKS,
+    {1: 8, 2: 16},
+    4,
+)  # two batches an epoch: first and last losses are of the same samples
 LR = {1: 1e-3, 2: 2e-5} if IS_CUDA else {1: 1e-2, 2: 2e-3}
-PARAMS_A_BLOCK = 50.6e6                              # of write_weights' sizes
+PARAMS_A_BLOCK = 50.6e6  # of write_weights' sizes
 
 
 def write_weights():
@@ -48,12 +59,26 @@ def write_weights():
     Fewer blocks where 16 bytes a parameter are more than half of all GPUs' memory, or 34 (weights, two checkpoints, two exports) more than the disk has.
     """
     from demo.toy import save_random_weights  # here, since it brings what a rank does not need
+
     total = sum(torch.cuda.get_device_properties(i).total_memory for i in range(RANKS))
-    n_layers = max(2, min(20, int(total / 2 / (16 * PARAMS_A_BLOCK)), int(shutil.disk_usage(OUT).free / (34 * PARAMS_A_BLOCK))))
+    n_layers = max(
+        2,
+        min(
+            20,
+            int(total / 2 / (16 * PARAMS_A_BLOCK)),
+            int(shutil.disk_usage(OUT).free / (34 * PARAMS_A_BLOCK)),
+        ),
+    )
     for folder in ("llama", "clip"):
         (WEIGHTS / folder).mkdir(parents=True)
     shutil.copy(TOY / "llama/tokenizer.model", WEIGHTS / "llama")
-    text = TextConfig(vocab_size=512, hidden_size=2048, intermediate_size=5504, num_hidden_layers=n_layers, num_attention_heads=16)
+    text = TextConfig(
+        vocab_size=512,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=n_layers,
+        num_attention_heads=16,
+    )
     with torch.device("cuda"):  # where a billion random numbers take no time
         save_random_weights(WEIGHTS, text, PAPER_TOWER, seed=0)
 
@@ -75,10 +100,24 @@ def rank_check():
         seconds = time.perf_counter() - tic
     a, b = torch.randn(2, 1024, 1024, device=device)
     exact = a @ b
-    errors = torch.stack(((x - n * (n + 1) / 2).abs().max(), ((a.bfloat16() @ b.bfloat16()).float() - exact).norm() / exact.norm()))
+    errors = torch.stack(
+        (
+            (x - n * (n + 1) / 2).abs().max(),
+            ((a.bfloat16() @ b.bfloat16()).float() - exact).norm() / exact.norm(),
+        )
+    )
     dist.all_reduce(errors, dist.ReduceOp.MAX)
     if rank == 0:
-        print(json.dumps({"sum": errors[0].item(), "bf16": errors[1].item(), "gb_per_s": 2 * (n - 1) / n * x.numel() * 4 / seconds / 1e9}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "sum": errors[0].item(),
+                    "bf16": errors[1].item(),
+                    "gb_per_s": 2 * (n - 1) / n * x.numel() * 4 / seconds / 1e9,
+                }
+            ),
+            flush=True,
+        )
     dist.destroy_process_group()
 
 
@@ -102,11 +141,31 @@ def launch(name, *words, ranks=0):
     if ranks:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_addr", "127.0.0.1", "--master_port", s.getsockname()[1]]
+            torchrun = [
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node",
+                ranks,
+                "--master_addr",
+                "127.0.0.1",
+                "--master_port",
+                s.getsockname()[1],
+            ]
     script = [HERE / words[0]] if words[0].endswith(".py") else ["-m", words[0]]
-    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"}  # torchrun kills after 30 s, which a large checkpoint may take
+    env = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240",
+    }  # torchrun kills after 30 s, which a large checkpoint may take
     with open(OUT / f"{name}.log", "a") as log:
-        process = subprocess.Popen(list(map(str, [sys.executable, *torchrun, *script, *words[1:]])), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+        process = subprocess.Popen(
+            list(map(str, [sys.executable, *torchrun, *script, *words[1:]])),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env,
+        )
     process.log = OUT / f"{name}.log"
     STARTED.append(process)
     return process
@@ -123,21 +182,35 @@ def finish(process, codes=(0,)):
     text = process.log.read_text(errors="replace")
     if process.returncode not in codes:
         lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
-        said = [line for line in lines if re.match(r"(\[rank\d+\]: ?)?(\w+\.py: |[\w.]*(Error|Exception)\b)", line)]  # torchrun's own report comes after it
-        raise Failed(f"exit code {process.returncode}: {(said or lines)[-1].strip()[:200]}; {process.log}")
+        said = [
+            line
+            for line in lines
+            if re.match(r"(\[rank\d+\]: ?)?(\w+\.py: |[\w.]*(Error|Exception)\b)", line)
+        ]  # torchrun's own report comes after it
+        raise Failed(
+            f"exit code {process.returncode}: {(said or lines)[-1].strip()[:200]}; {process.log}"
+        )
     return text
 
 
 def is_rank(pid):
     """Whether a process is there (and no zombie) and runs one of our scripts."""
     with suppress(OSError):
-        return bool(re.search(rb"(train\.py|training\.smoke)\0", Path(f"/proc/{pid}/cmdline").read_bytes()))
+        return bool(
+            re.search(rb"(train\.py|training\.smoke)\0", Path(f"/proc/{pid}/cmdline").read_bytes())
+        )
 
 
 def ranks_of(launcher):
     """Process ids of the ranks that a torchrun started, by rank."""
     with suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split() if is_rank(pid)]
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+            .read_text()
+            .split()
+            if is_rank(pid)
+        ]
     return []
 
 
@@ -158,7 +231,11 @@ def end(process):
 def logged(out):
     """What OUT/out/log.jsonl says of each step; a line that is being written is left out."""
     log = OUT / out / "log.jsonl"
-    return [entry for entry in map(json.loads, log.read_text().split("\n")[:-1] if log.is_file() else ()) if "seconds" in entry]
+    return [
+        entry
+        for entry in map(json.loads, log.read_text().split("\n")[:-1] if log.is_file() else ())
+        if "seconds" in entry
+    ]
 
 
 def wait_for(process, condition, what):
@@ -178,22 +255,78 @@ class Checks:
     """What is run, in the order of TABLE; self.sizes comes from the first, self.found (of rank_check) from the second."""
 
     def world(self):
-        finish(launch("toy", "demo.toy", TOY, "--language", 24, "--alignment", 2 * BATCH, "--instruction", 2 * BATCH, "--heldout", 4))
+        finish(
+            launch(
+                "toy",
+                "demo.toy",
+                TOY,
+                "--language",
+                24,
+                "--alignment",
+                2 * BATCH,
+                "--instruction",
+                2 * BATCH,
+                "--heldout",
+                4,
+            )
+        )
         if IS_CUDA:
             finish(launch("weights", "training.smoke", "weights"))
-        self.sizes = Sizes(read_checkpoint(llm=WEIGHTS / "llama", vision=WEIGHTS / "clip", projector="fresh")[0], ("mm_projector", "llm"), e=2 if IS_CUDA else 4)
+        self.sizes = Sizes(
+            read_checkpoint(llm=WEIGHTS / "llama", vision=WEIGHTS / "clip", projector="fresh")[0],
+            ("mm_projector", "llm"),
+            e=2 if IS_CUDA else 4,
+        )
         return f"{self.sizes.n_all / 1e6:,.0f} M parameters, {self.sizes.L} blocks; {2 * BATCH} samples, {BATCH} a step"
 
     def train(self, stage, out, save_every=SAVE_EVERY):
         """Start a stage into OUT/out. Stage 1 is cut as the plan chooses; stage 2 recomputes half of its blocks and adds up two micro-batches, so that both ways are run."""
         projector = OUT / "stage1/final/projector.safetensors"
-        cut = ["--micro-batch-size", MICRO, "--checkpoint-layers", self.sizes.L // 2, "--reshard", "always", "--save-every", save_every, "--keep", 1]
-        return launch(out, "train.py", "--stage", stage, "--llm", WEIGHTS / "llama", "--vision", WEIGHTS / "clip", "--images", TOY / "images", "--out", OUT / out,
-                      "--data", TOY / ("alignment.json" if stage == 1 else "instruction.json"), "--projector", projector if stage == 2 and projector.is_file() else "fresh",
-                      "--batch-size", BATCH, "--epochs", STEPS[stage] // 2, "--lr", LR[stage], *(cut if stage == 2 else ()), ranks=RANKS)
+        cut = [
+            "--micro-batch-size",
+            MICRO,
+            "--checkpoint-layers",
+            self.sizes.L // 2,
+            "--reshard",
+            "always",
+            "--save-every",
+            save_every,
+            "--keep",
+            1,
+        ]
+        return launch(
+            out,
+            "train.py",
+            "--stage",
+            stage,
+            "--llm",
+            WEIGHTS / "llama",
+            "--vision",
+            WEIGHTS / "clip",
+            "--images",
+            TOY / "images",
+            "--out",
+            OUT / out,
+            "--data",
+            TOY / ("alignment.json" if stage == 1 else "instruction.json"),
+            "--projector",
+            projector if stage == 2 and projector.is_file() else "fresh",
+            "--batch-size",
+            BATCH,
+            "--epochs",
+            STEPS[stage] // 2,
+            "--lr",
+            LR[stage],
+            *(cut if stage == 2 else ()),
+            ranks=RANKS,
+        )
 
     def nccl(self):
-        self.found = json.loads(re.search(r"^\{.*\}$", finish(launch("ranks", "training.smoke", "ranks", ranks=RANKS)), re.M)[0])
+        self.found = json.loads(
+            re.search(
+                r"^\{.*\}$", finish(launch("ranks", "training.smoke", "ranks", ranks=RANKS)), re.M
+            )[0]
+        )
         if self.found["sum"]:
             raise Failed(f"the sum over {RANKS} ranks is off by {self.found['sum']}")
         if RANKS == 1:
@@ -202,7 +335,9 @@ class Checks:
 
     def bf16(self):
         if not 0 < self.found["bf16"] < 1e-2:  # 8 bits of each number: 3e-3; 0 would be no bf16
-            raise Failed(f"relative difference {self.found['bf16']:.1e} to float32, not between 0 and 1e-2")
+            raise Failed(
+                f"relative difference {self.found['bf16']:.1e} to float32, not between 0 and 1e-2"
+            )
         return f"relative difference {self.found['bf16']:.1e} to float32"
 
     def stage(self, stage, file):
@@ -210,15 +345,26 @@ class Checks:
         steps, final = logged(f"stage{stage}"), OUT / f"stage{stage}/final" / file
         shutil.rmtree(OUT / f"stage{stage}/checkpoints")  # 12 GB on CUDA
         if len(steps) != STEPS[stage] or not final.is_file():
-            raise Failed(f"{len(steps)} of {STEPS[stage]} steps logged; {final} is {'there' if final.is_file() else 'missing'}")
-        first, last = (statistics.mean(step["loss"] for step in part) for part in (steps[:2], steps[-2:]))
+            raise Failed(
+                f"{len(steps)} of {STEPS[stage]} steps logged; {final} is {'there' if final.is_file() else 'missing'}"
+            )
+        first, last = (
+            statistics.mean(step["loss"] for step in part) for part in (steps[:2], steps[-2:])
+        )
         if not last < first:
             raise Failed(f"the loss does not fall: {first:.4f} -> {last:.4f} in {len(steps)} steps")
         return f"loss {first:.4f} -> {last:.4f} in {len(steps)} steps of {statistics.median(step['seconds'] for step in steps):.2f} s"
 
     def kill(self):
-        launcher, whole = self.train(2, "killed"), OUT / f"killed/checkpoints/step-{SAVE_EVERY}/state.json"
-        wait_for(launcher, lambda: len(logged("killed")) > SAVE_EVERY + 1 and whole.is_file(), f"step {SAVE_EVERY + 2} and checkpoint")
+        launcher, whole = (
+            self.train(2, "killed"),
+            OUT / f"killed/checkpoints/step-{SAVE_EVERY}/state.json",
+        )
+        wait_for(
+            launcher,
+            lambda: len(logged("killed")) > SAVE_EVERY + 1 and whole.is_file(),
+            f"step {SAVE_EVERY + 2} and checkpoint",
+        )
         pids = ranks_of(launcher)
         if len(pids) != RANKS:
             end(launcher)
@@ -226,7 +372,9 @@ class Checks:
         os.kill(pids[-1], signal.SIGKILL)
         finish(launcher, codes=(1,))
         if any(map(is_rank, pids)) or (OUT / "killed/final").exists():
-            raise Failed(f"ranks went on without rank {RANKS - 1}: {[pid for pid in pids if is_rank(pid)]}; {launcher.log}")
+            raise Failed(
+                f"ranks went on without rank {RANKS - 1}: {[pid for pid in pids if is_rank(pid)]}; {launcher.log}"
+            )
         return f"rank {RANKS - 1} by SIGKILL after step {len(logged('killed'))}; all ended, exit code {launcher.returncode}"
 
     def resume(self):
@@ -235,11 +383,15 @@ class Checks:
             raise Failed(f"it did not go on from a checkpoint; {OUT / 'killed.log'}")
         losses, untouched = ([step["loss"] for step in logged(out)] for out in ("killed", "stage2"))
         if len(losses) != len(untouched):
-            raise Failed(f"{len(losses)} steps in log.jsonl, {len(untouched)} in the run that was not killed")
+            raise Failed(
+                f"{len(losses)} steps in log.jsonl, {len(untouched)} in the run that was not killed"
+            )
         gap = max(abs(a - b) for a, b in zip(losses, untouched))
         figures = f"from step {said[1]}; largest difference of a loss to stage 2's: {gap:.1e}"
         if not IS_CUDA:  # where sums are taken in no fixed order
-            is_same = (OUT / "killed/final/model.safetensors").read_bytes() == (OUT / "stage2/final/model.safetensors").read_bytes()
+            is_same = (OUT / "killed/final/model.safetensors").read_bytes() == (
+                OUT / "stage2/final/model.safetensors"
+            ).read_bytes()
             figures += ", weights equal byte for byte" if is_same else ", weights differ"
         if gap > 1e-2 or not IS_CUDA and (gap > 0 or not is_same):
             raise Failed(figures)
@@ -250,10 +402,20 @@ class Checks:
         launcher = self.train(2, "stopped", save_every=1000)
         wait_for(launcher, lambda: len(logged("stopped")) >= 5, "step 5")
         launcher.send_signal(signal.SIGTERM)
-        tic, text, step = time.monotonic(), finish(launcher, codes=range(-64, 256)), len(logged("stopped"))
+        tic, text, step = (
+            time.monotonic(),
+            finish(launcher, codes=range(-64, 256)),
+            len(logged("stopped")),
+        )
         path = OUT / f"stopped/checkpoints/step-{step}"
-        if f"stopped after step {step} " not in text or not (path / "state.json").is_file() or read_json(path / "state.json")["progress"]["step"] != step:
-            raise Failed(f"no whole checkpoint of step {step}, the last in log.jsonl; {launcher.log}")
+        if (
+            f"stopped after step {step} " not in text
+            or not (path / "state.json").is_file()
+            or read_json(path / "state.json")["progress"]["step"] != step
+        ):
+            raise Failed(
+                f"no whole checkpoint of step {step}, the last in log.jsonl; {launcher.log}"
+            )
         size = sum(file.stat().st_size for file in path.iterdir())
         shutil.rmtree(OUT / "stopped")
         return f"after step {step}; checkpoint of {size / 1e9:.2f} GB, all ended in {time.monotonic() - tic:.1f} s"
@@ -261,15 +423,44 @@ class Checks:
     def export(self):
         row = read_json(TOY / "heldout.json")[0]
         question = row["conversations"][0]["value"].replace("<image>", "").strip()
-        text = finish(launch("export", "sample.py", TOY / "images" / row["image"], question, "--model", OUT / "stage2", "--max-new-tokens", 16))
-        return re.search(r".*model loaded .* s\b", text)[0] + "; " + re.search(r".*tokens read.*", text)[0]
+        text = finish(
+            launch(
+                "export",
+                "sample.py",
+                TOY / "images" / row["image"],
+                question,
+                "--model",
+                OUT / "stage2",
+                "--max-new-tokens",
+                16,
+            )
+        )
+        return (
+            re.search(r".*model loaded .* s\b", text)[0]
+            + "; "
+            + re.search(r".*tokens read.*", text)[0]
+        )
 
     def memory(self):
-        tokenizer, n_image_tokens, n = Tokenizer(WEIGHTS / "llama"), self.sizes.config.n_image_tokens, self.sizes.L // 2
-        lengths = np.array([len(encode_conversation(row["conversations"], tokenizer, n_image_tokens)[0]) for row in read_json(TOY / "instruction.json")])
-        batches = all_batches(SimpleNamespace(epochs=STEPS[2] // 2, batch_size=BATCH, seed=0, max_steps=0), lengths)
+        tokenizer, n_image_tokens, n = (
+            Tokenizer(WEIGHTS / "llama"),
+            self.sizes.config.n_image_tokens,
+            self.sizes.L // 2,
+        )
+        lengths = np.array(
+            [
+                len(encode_conversation(row["conversations"], tokenizer, n_image_tokens)[0])
+                for row in read_json(TOY / "instruction.json")
+            ]
+        )
+        batches = all_batches(
+            SimpleNamespace(epochs=STEPS[2] // 2, batch_size=BATCH, seed=0, max_steps=0), lengths
+        )
         slots = max(max(micro_batch_slots(lengths, batch, RANKS, MICRO)) for batch in batches)
-        plan = memory(self.sizes, RANKS, slots, n, n_labels=LOSS_CHUNK, is_accumulating=True)["peak"] / GIB
+        plan = (
+            memory(self.sizes, RANKS, slots, n, n_labels=LOSS_CHUNK, is_accumulating=True)["peak"]
+            / GIB
+        )
         peak = logged("stage2")[-1]["memory_gib"]
         figures = f"{peak:.2f} GiB{'' if IS_CUDA else ' of the whole process'}, plan {plan:.2f} ({slots} tokens at a time, {n} of {self.sizes.L} blocks recomputing)"
         if IS_CUDA and abs(peak / plan - 1) > 0.15:
@@ -323,8 +514,15 @@ def run_smoke():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     (OUT / MARK).write_text("of train.py --smoke, which replaces this folder\n")
-    device = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB" if IS_CUDA else "a CPU, tiny model"
-    print(f"smoke: {RANKS} processes on {device}; torch {torch.__version__}; logs in {OUT}", flush=True)
+    device = (
+        f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB"
+        if IS_CUDA
+        else "a CPU, tiny model"
+    )
+    print(
+        f"smoke: {RANKS} processes on {device}; torch {torch.__version__}; logs in {OUT}",
+        flush=True,
+    )
     checks, results, lines, begin = Checks(), {}, [], time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     try:
@@ -336,9 +534,16 @@ def run_smoke():
     finally:
         for process in STARTED:
             end(process)
-    n = {word: sum(result.startswith(word) for result in results.values()) for word in ("pass", "FAIL", "skipped")}
+    n = {
+        word: sum(result.startswith(word) for result in results.values())
+        for word in ("pass", "FAIL", "skipped")
+    }
     print("", "| check | result | figures |", "|---|---|---|", *lines, "", sep="\n")
-    print(f"smoke: {n['pass']} passed, {n['FAIL']} failed, {n['skipped']} skipped, {time.monotonic() - begin:.0f} seconds" + f"; what is in {OUT} is kept" * bool(n["FAIL"]), flush=True)
+    print(
+        f"smoke: {n['pass']} passed, {n['FAIL']} failed, {n['skipped']} skipped, {time.monotonic() - begin:.0f} seconds"
+        + f"; what is in {OUT} is kept" * bool(n["FAIL"]),
+        flush=True,
+    )
     if n["FAIL"]:
         sys.exit(1)
     shutil.rmtree(OUT)

@@ -1,10 +1,10 @@
 """Speed beside transformers, measured in turn in one run, as ratios: exit 1 where a goal is missed. Timings on a shared machine say nothing alone.
 
-    python tests/tools/bench.py load [--runs 7]      a LLaMA of 1 GB or more on disk until every parameter has been touched; imports excluded
-    python tests/tools/bench.py loader [--runs 5]    pictures a second from 1000-pixel JPEGs to batches, 2 worker processes, beside transformers' processor
-    python tests/tools/bench.py padding              share of padding on lengths like the paper's: our order, random, and the released code's grouping
-    python tests/tools/bench.py saving [--runs 5]    what an asynchronous checkpoint adds to the step it falls into, beside one that is waited for
-    python tests/tools/bench.py generate [--runs 5]  tokens a second of one answer, float32, int8 and int4, beside transformers; batched; memory of the quantised layers
+python tests/tools/bench.py load [--runs 7]      a LLaMA of 1 GB or more on disk until every parameter has been touched; imports excluded
+python tests/tools/bench.py loader [--runs 5]    pictures a second from 1000-pixel JPEGs to batches, 2 worker processes, beside transformers' processor
+python tests/tools/bench.py padding              share of padding on lengths like the paper's: our order, random, and the released code's grouping
+python tests/tools/bench.py saving [--runs 5]    what an asynchronous checkpoint adds to the step it falls into, beside one that is waited for
+python tests/tools/bench.py generate [--runs 5]  tokens a second of one answer, float32, int8 and int4, beside transformers; batched; memory of the quantised layers
 """
 
 import argparse
@@ -36,7 +36,8 @@ import sys, time, torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 tic = time.perf_counter()
-model = LlamaForCausalLM.from_pretrained(sys.argv[2], dtype=getattr(torch, sys.argv[4]))"""}
+model = LlamaForCausalLM.from_pretrained(sys.argv[2], dtype=getattr(torch, sys.argv[4]))""",
+}
 TOUCH = """
 for p in model.parameters():
     float(p.detach().view(-1)[:: 4096 // p.element_size()].sum())  # one value of every page
@@ -45,26 +46,70 @@ print(time.perf_counter() - tic)"""
 
 def bench_load(runs):
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
     with tempfile.TemporaryDirectory() as folder:
         folder, missed = Path(folder), False
-        CLIPVisionModel(CLIPVisionConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)).save_pretrained(folder / "clip")
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=8, num_attention_heads=16))
+        CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=56,
+                patch_size=14,
+            )
+        ).save_pretrained(folder / "clip")
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=2048,
+                intermediate_size=5504,
+                num_hidden_layers=8,
+                num_attention_heads=16,
+            )
+        )
         for stored in ("float32", "bfloat16"):
             import torch
-            model.to(getattr(torch, stored)).save_pretrained(folder / stored, max_shard_size="500MB")
-        for stored, dtype in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")):
+
+            model.to(getattr(torch, stored)).save_pretrained(
+                folder / stored, max_shard_size="500MB"
+            )
+        for stored, dtype in (
+            ("float32", "float32"),
+            ("bfloat16", "bfloat16"),
+            ("bfloat16", "float32"),
+            ("float32", "bfloat16"),
+        ):
             seconds = {name: [] for name in LOAD}
             for run in range(runs + 1):
                 for name in list(LOAD) if run % 2 else reversed(LOAD):
-                    done = subprocess.run([sys.executable, "-c", LOAD[name] + TOUCH, ROOT, folder / stored, folder / "clip", dtype],
-                                          capture_output=True, text=True, check=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+                    done = subprocess.run(
+                        [
+                            sys.executable,
+                            "-c",
+                            LOAD[name] + TOUCH,
+                            ROOT,
+                            folder / stored,
+                            folder / "clip",
+                            dtype,
+                        ],
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                        env=dict(os.environ, HF_HUB_OFFLINE="1"),
+                    )
                     if run:  # the first round fills the page cache
                         seconds[name].append(float(done.stdout.split()[-1]))
             ratios = [a / b for a, b in zip(*seconds.values())]
-            medians = {name: round(statistics.median(values), 3) for name, values in seconds.items()}
+            medians = {
+                name: round(statistics.median(values), 3) for name, values in seconds.items()
+            }
             size = sum(f.stat().st_size for f in (folder / stored).glob("*.safetensors"))
-            print(f"load {size / 1e9:.2f} GB {stored} as {dtype}: {json.dumps(medians)} s; ratio pair by pair: median {statistics.median(ratios):.2f}, "
-                  f"{min(ratios):.2f} to {max(ratios):.2f} (goal: at most 1 when stored and loaded alike)", flush=True)
+            print(
+                f"load {size / 1e9:.2f} GB {stored} as {dtype}: {json.dumps(medians)} s; ratio pair by pair: median {statistics.median(ratios):.2f}, "
+                f"{min(ratios):.2f} to {max(ratios):.2f} (goal: at most 1 when stored and loaded alike)",
+                flush=True,
+            )
             missed |= stored == dtype and statistics.median(ratios) > 1.0
         return missed
 
@@ -80,25 +125,67 @@ def bench_loader(runs):
     from transformers import CLIPImageProcessorPil
 
     sys.path.insert(0, str(ROOT))
-    from training import batches
     import train
     from model_io.pixels import PAD_COLOR
     from model_io.tokens import Tokenizer
+    from training import batches
+
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder, rng, n = Path(folder), np.random.default_rng(0), 192
-        subprocess.run([sys.executable, "-m", "demo.toy", folder / "toy", "--language", "8", "--alignment", "8", "--instruction", "8", "--heldout", "1"], check=True, capture_output=True, cwd=ROOT)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "demo.toy",
+                folder / "toy",
+                "--language",
+                "8",
+                "--alignment",
+                "8",
+                "--instruction",
+                "8",
+                "--heldout",
+                "1",
+            ],
+            check=True,
+            capture_output=True,
+            cwd=ROOT,
+        )
         row = json.loads((folder / "toy/alignment.json").read_text())[0]
         for i in range(n):  # as smooth as a scan, with noise: some 150 KB each
-            image = Image.fromarray(np.uint8(rng.normal(110, 60, (60, 80, 3)).clip(0, 255))).resize((1000, int(rng.integers(700, 1001))), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
-            image = Image.fromarray(np.uint8((np.asarray(image) + rng.normal(0, 6, np.asarray(image).shape)).clip(0, 255)))
+            image = (
+                Image.fromarray(np.uint8(rng.normal(110, 60, (60, 80, 3)).clip(0, 255)))
+                .resize((1000, int(rng.integers(700, 1001))), Image.Resampling.BICUBIC)
+                .filter(ImageFilter.GaussianBlur(2))
+            )
+            image = Image.fromarray(
+                np.uint8(
+                    (np.asarray(image) + rng.normal(0, 6, np.asarray(image).shape)).clip(0, 255)
+                )
+            )
             image.save(folder / f"{i}.jpg", quality=90)
-        (folder / "rows.json").write_text(json.dumps([dict(row, id=str(i), image=f"{i}.jpg") for i in range(n)]))
-        args = train.parse_args(["--stage", "1", "--images", str(folder), "--data", str(folder / "rows.json"), "--out", str(folder)])
+        (folder / "rows.json").write_text(
+            json.dumps([dict(row, id=str(i), image=f"{i}.jpg") for i in range(n)])
+        )
+        args = train.parse_args(
+            [
+                "--stage",
+                "1",
+                "--images",
+                str(folder),
+                "--data",
+                str(folder / "rows.json"),
+                "--out",
+                str(folder),
+            ]
+        )
         setup_distributed()
         data = batches.Dialogs(args.data, Tokenizer(folder / "toy/llama"), 576, 336, args)
         order = [b for b in batches.batch_order(data.lengths, 16, 0, 0)]
-        processor = CLIPImageProcessorPil(do_center_crop=False, size={"height": 336, "width": 336}, do_resize=True)
+        processor = CLIPImageProcessorPil(
+            do_center_crop=False, size={"height": 336, "width": 336}, do_resize=True
+        )
 
         def padded(path):
             image = Image.open(path).convert("RGB")
@@ -107,20 +194,35 @@ def bench_loader(runs):
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             return square
 
-        rates = {"loader, 2 workers": [], "loader, in this process": [], "transformers' processor, in this process": []}
+        rates = {
+            "loader, 2 workers": [],
+            "loader, in this process": [],
+            "transformers' processor, in this process": [],
+        }
         for run in range(runs + 1):
             for name, work in {
-                "loader, 2 workers": lambda: sum(len(batch["pixel_values"]) for batch in batches.load_ahead(data, order * 2, 2)),
-                "loader, in this process": lambda: sum(len(batch["pixel_values"]) for batch in batches.load_ahead(data, order[:4], 0)),
-                "transformers' processor, in this process": lambda: sum(len(processor(padded(folder / f"{i}.jpg"), return_tensors="pt")["pixel_values"]) for i in range(64))}.items():
+                "loader, 2 workers": lambda: sum(
+                    len(batch["pixel_values"]) for batch in batches.load_ahead(data, order * 2, 2)
+                ),
+                "loader, in this process": lambda: sum(
+                    len(batch["pixel_values"]) for batch in batches.load_ahead(data, order[:4], 0)
+                ),
+                "transformers' processor, in this process": lambda: sum(
+                    len(processor(padded(folder / f"{i}.jpg"), return_tensors="pt")["pixel_values"])
+                    for i in range(64)
+                ),
+            }.items():
                 tic = time.perf_counter()
                 pictures = work()
                 if run:
                     rates[name].append(pictures / (time.perf_counter() - tic))
         medians = {name: statistics.median(values) for name, values in rates.items()}
         size = io.BytesIO((folder / "0.jpg").read_bytes()).getbuffer().nbytes
-        print(f"{n} JPEGs of 1000 pixels ({size / 1e3:.0f} KB the first); pictures a second, median of {runs}: " + "; ".join(f"{name} {rate:.0f}" for name, rate in medians.items())
-              + f"; one process against transformers' {medians['loader, in this process'] / medians['transformers' + chr(39) + ' processor, in this process']:.2f} (goal: more than 60 with 2 workers)")
+        print(
+            f"{n} JPEGs of 1000 pixels ({size / 1e3:.0f} KB the first); pictures a second, median of {runs}: "
+            + "; ".join(f"{name} {rate:.0f}" for name, rate in medians.items())
+            + f"; one process against transformers' {medians['loader, in this process'] / medians['transformers' + chr(39) + ' processor, in this process']:.2f} (goal: more than 60 with 2 workers)"
+        )
         return medians["loader, 2 workers"] <= 60
 
 
@@ -130,9 +232,15 @@ def released_order(lengths, batch_size, world_size, rng):
     out = []
     for start in range(0, len(order), batch_size):
         batch = sorted(order[start : start + batch_size].tolist(), key=lambda i: -lengths[i])
-        chunks, sums, room = [[] for _ in range(world_size)], [0] * world_size, -(-len(batch) // world_size)
+        chunks, sums, room = (
+            [[] for _ in range(world_size)],
+            [0] * world_size,
+            -(-len(batch) // world_size),
+        )
         for i in batch:
-            shortest = min(range(world_size), key=lambda k: sums[k] if len(chunks[k]) < room else float("inf"))
+            shortest = min(
+                range(world_size), key=lambda k: sums[k] if len(chunks[k]) < room else float("inf")
+            )
             chunks[shortest].append(i)
             sums[shortest] += lengths[i]
         out.append(chunks)
@@ -143,20 +251,30 @@ def bench_padding(runs):
     import numpy as np
 
     sys.path.insert(0, str(ROOT))
-    from training import batches
-    from training import plan
+    from training import batches, plan
+
     missed, W = False, 8
-    print("| lengths | order | padding, a rank's batch at one time | waiting for the slowest rank as well | micro-batches of 4 |\n|---|---|---|---|---|")
+    print(
+        "| lengths | order | padding, a rank's batch at one time | waiting for the slowest rank as well | micro-batches of 4 |\n|---|---|---|---|---|"
+    )
     for stage, batch_size in ((1, 256), (2, 128)):
         lengths = np.minimum(plan.paper_lengths(stage, 576)[0], 2048)
         rng = np.random.default_rng(0)
         shuffled = rng.permutation(len(lengths))
         ones = np.ones_like(lengths)
         orders = {
-            "sorted in windows of 50 batches (ours)": [[b[r::W] for r in range(W)] for b in batches.batch_order(lengths, batch_size, 0, 0)],
-            "random": [[shuffled[i : i + batch_size][r::W].tolist() for r in range(W)] for i in range(0, len(lengths), batch_size)],
-            "released grouping, Chinese counted by blanks": released_order(ones, batch_size, W, rng),  # a Chinese answer is one word to split(): all alike
-            "released grouping, given true lengths": released_order(lengths, batch_size, W, rng)}
+            "sorted in windows of 50 batches (ours)": [
+                [b[r::W] for r in range(W)] for b in batches.batch_order(lengths, batch_size, 0, 0)
+            ],
+            "random": [
+                [shuffled[i : i + batch_size][r::W].tolist() for r in range(W)]
+                for i in range(0, len(lengths), batch_size)
+            ],
+            "released grouping, Chinese counted by blanks": released_order(
+                ones, batch_size, W, rng
+            ),  # a Chinese answer is one word to split(): all alike
+            "released grouping, given true lengths": released_order(lengths, batch_size, W, rng),
+        }
         for name, order in orders.items():
             total, slots, waiting, small = float(lengths.sum()), 0, 0, 0
             for ranks in order:
@@ -164,11 +282,20 @@ def bench_padding(runs):
                 slots += sum(n * len(mine) for n, mine in zip(longest, ranks))
                 waiting += max(longest) * sum(map(len, ranks))
                 for mine in ranks:
-                    mine = sorted((int(lengths[i]) for i in mine), reverse=True) if "random" not in name else [int(lengths[i]) for i in mine]
-                    small += sum(max(mine[i : i + 4]) * len(mine[i : i + 4]) for i in range(0, len(mine), 4))
+                    mine = (
+                        sorted((int(lengths[i]) for i in mine), reverse=True)
+                        if "random" not in name
+                        else [int(lengths[i]) for i in mine]
+                    )
+                    small += sum(
+                        max(mine[i : i + 4]) * len(mine[i : i + 4]) for i in range(0, len(mine), 4)
+                    )
             shares = [1 - total / n for n in (slots, waiting, small)]
             missed |= "ours" in name and shares[1] > 0.05
-            print(f"| stage {stage}, {len(lengths):,} | {name} | {shares[0]:.1%} | {shares[1]:.1%} | {shares[2]:.1%} |", flush=True)
+            print(
+                f"| stage {stage}, {len(lengths):,} | {name} | {shares[0]:.1%} | {shares[1]:.1%} | {shares[2]:.1%} |",
+                flush=True,
+            )
     print("goal: ours at most 5 %")
     return missed
 
@@ -183,15 +310,29 @@ def bench_saving(runs):
     sys.path.insert(0, str(ROOT))
     import train
     from qilin_min import Qilin, QilinConfig, TextConfig, VisionConfig
+
     setup_distributed()
-    model = Qilin(QilinConfig(TextConfig(vocab_size=8000, hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10), VisionConfig(64, 128, 2, 2, 56, 14)))
+    model = Qilin(
+        QilinConfig(
+            TextConfig(
+                vocab_size=8000,
+                hidden_size=640,
+                intermediate_size=1728,
+                num_hidden_layers=10,
+                num_attention_heads=10,
+            ),
+            VisionConfig(64, 128, 2, 2, 56, 14),
+        )
+    )
     model = train.shard_model(model, torch.device("cpu"), ("mm_projector", "llm"), torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     optimizer.step()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(SimpleNamespace(out=Path(folder), keep=1, resume="auto"), model, optimizer, {})
+        checkpoints = Checkpoints(
+            SimpleNamespace(out=Path(folder), keep=1, resume="auto"), model, optimizer, {}
+        )
         seconds, step = {True: [], False: []}, 0
         for run in range(runs + 1):
             for wait in (True, False):
@@ -203,8 +344,10 @@ def bench_saving(runs):
                 checkpoints.finish()
         ratios = [a / b for a, b in zip(seconds[False], seconds[True])]
         size = sum(f.stat().st_size for f in Path(folder).rglob("*.distcp"))
-        print(f"checkpoint of {size / 1e9:.2f} GB: a step waits {statistics.median(seconds[False]):.2f} s (copy to memory of its own), {statistics.median(seconds[True]):.2f} s if it waits for the disk; "
-              f"ratio pair by pair: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f} (goal: below 1)")
+        print(
+            f"checkpoint of {size / 1e9:.2f} GB: a step waits {statistics.median(seconds[False]):.2f} s (copy to memory of its own), {statistics.median(seconds[True]):.2f} s if it waits for the disk; "
+            f"ratio pair by pair: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f} (goal: below 1)"
+        )
         return statistics.median(ratios) >= 1
 
 
@@ -217,24 +360,45 @@ def bench_generate(runs):
 
     sys.path.insert(0, str(ROOT))
     import qilin_min as q
+
     n, B = 32, 4
     with tempfile.TemporaryDirectory() as folder:
-        config = q.QilinConfig(q.TextConfig(32064, 2048, 5504, 8, 16, max_position_embeddings=1024), q.VisionConfig(256, 1024, 6, 4, 168, 14), n_token_ids=32000)
+        config = q.QilinConfig(
+            q.TextConfig(32064, 2048, 5504, 8, 16, max_position_embeddings=1024),
+            q.VisionConfig(256, 1024, 6, 4, 168, 14),
+            n_token_ids=32000,
+        )
         model = q.Qilin(config).eval()
         save_qilin(model, None, Path(folder) / "model")
         del model
-        models = {"float32": load_qilin(Path(folder) / "model"), **{bits: load_qilin(Path(folder) / "model", quantize=bits) for bits in ("int8", "int4")}}
+        models = {
+            "float32": load_qilin(Path(folder) / "model"),
+            **{
+                bits: load_qilin(Path(folder) / "model", quantize=bits) for bits in ("int8", "int4")
+            },
+        }
         hf = LlavaForConditionalGeneration.from_pretrained(Path(folder) / "model").eval()
     prompt = [1, *range(100, 140), *[q.IMAGE_TOKEN_INDEX] * 144, *range(200, 220)]
     pixels = torch.randn(1, 3, 168, 168, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([prompt])
-    inputs = dict(input_ids=ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, hf.config.image_token_id), pixel_values=pixels)
+    inputs = dict(
+        input_ids=ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, hf.config.image_token_id),
+        pixel_values=pixels,
+    )
 
     def ours(model, rows=1):
         ticks = []
-        for _ in q.generate(model, [prompt] * rows, pixels.expand(rows, -1, -1, -1), max_new_tokens=n, stop=lambda ended: False):
+        for _ in q.generate(
+            model,
+            [prompt] * rows,
+            pixels.expand(rows, -1, -1, -1),
+            max_new_tokens=n,
+            stop=lambda ended: False,
+        ):
             ticks.append(time.perf_counter())
-        return rows * (len(ticks) - 1) / (ticks[-1] - ticks[0])  # after the first, which waits for picture and prompt
+        return (
+            rows * (len(ticks) - 1) / (ticks[-1] - ticks[0])
+        )  # after the first, which waits for picture and prompt
 
     class Ticks(list):
         def put(self, value):
@@ -248,27 +412,70 @@ def bench_generate(runs):
         hf.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, streamer=ticks)
         return (len(ticks) - 2) / (ticks[-1] - ticks[1])  # the first put is the prompt
 
-    works = {"transformers float32": theirs, **{name: lambda m=m: ours(m) for name, m in models.items()}, f"float32, {B} at once": lambda: ours(models["float32"], B), f"int8, {B} at once": lambda: ours(models["int8"], B)}
+    works = {
+        "transformers float32": theirs,
+        **{name: lambda m=m: ours(m) for name, m in models.items()},
+        f"float32, {B} at once": lambda: ours(models["float32"], B),
+        f"int8, {B} at once": lambda: ours(models["int8"], B),
+    }
     speeds = {name: [] for name in works}
     for run in range(runs + 1):
         for name in list(works) if run % 2 else reversed(works):
             speed = works[name]()
             if run:
                 speeds[name].append(speed)
-    print("tokens a second, median: " + "; ".join(f"{name} {statistics.median(values):.1f}" for name, values in speeds.items()))
-    ratios = {f"{a} / {b}": statistics.median(x / y for x, y in zip(speeds[a], speeds[b])) for a, b in (
-        ("float32", "transformers float32"), ("int8", "float32"), ("int8", "transformers float32"), ("int4", "float32"), (f"int8, {B} at once", f"float32, {B} at once"))}
-    print("ratio run by run, median: " + "; ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()) + " (goals: float32 at least 0.9 of transformers, int8 above float32)")
-    sizes = {name: sum(t.nbytes for layer in (*model.model.layers,) for name_, m in layer.named_modules() if name_.endswith("_proj") for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
-             for name, model in models.items()}
-    print("memory of the quantised layers: " + "; ".join(f"{name} {size / 1e6:.0f} MB ({size / sizes['float32']:.3f})" for name, size in sizes.items()) + " (goal for int8: at most 0.27)")
-    return ratios["float32 / transformers float32"] < 0.9 or ratios["int8 / float32"] <= 1 or sizes["int8"] > 0.27 * sizes["float32"]
+    print(
+        "tokens a second, median: "
+        + "; ".join(f"{name} {statistics.median(values):.1f}" for name, values in speeds.items())
+    )
+    ratios = {
+        f"{a} / {b}": statistics.median(x / y for x, y in zip(speeds[a], speeds[b]))
+        for a, b in (
+            ("float32", "transformers float32"),
+            ("int8", "float32"),
+            ("int8", "transformers float32"),
+            ("int4", "float32"),
+            (f"int8, {B} at once", f"float32, {B} at once"),
+        )
+    }
+    print(
+        "ratio run by run, median: "
+        + "; ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        + " (goals: float32 at least 0.9 of transformers, int8 above float32)"
+    )
+    sizes = {
+        name: sum(
+            t.nbytes
+            for layer in (*model.model.layers,)
+            for name_, m in layer.named_modules()
+            if name_.endswith("_proj")
+            for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+        )
+        for name, model in models.items()
+    }
+    print(
+        "memory of the quantised layers: "
+        + "; ".join(
+            f"{name} {size / 1e6:.0f} MB ({size / sizes['float32']:.3f})"
+            for name, size in sizes.items()
+        )
+        + " (goal for int8: at most 0.27)"
+    )
+    return (
+        ratios["float32 / transformers float32"] < 0.9
+        or ratios["int8 / float32"] <= 1
+        or sizes["int8"] > 0.27 * sizes["float32"]
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("load", "loader", "padding", "saving", "generate"))
-    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (default %(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="counted runs of each (default %(default)s)"
+    )
     args = parser.parse_args()
     sys.exit(1 if globals()[f"bench_{args.what}"](args.runs) else 0)
 

@@ -5,19 +5,34 @@ import json
 import random
 from pathlib import Path
 
+from conftest import in_process
 from PIL import Image
 
 import data_prep
-from conftest import in_process
 
 OA = [  # English, Chinese; {0} a number
-    ("Axial CT image shows a {0} mm nodule in the left lower lobe.", "轴位CT图像显示左肺下叶一{0}毫米结节。"),
-    ("Chest radiograph of a {0}-year-old man without pleural effusion.", "一名{0}岁男性的胸部X光片，未见胸腔积液。"),
+    (
+        "Axial CT image shows a {0} mm nodule in the left lower lobe.",
+        "轴位CT图像显示左肺下叶一{0}毫米结节。",
+    ),
+    (
+        "Chest radiograph of a {0}-year-old man without pleural effusion.",
+        "一名{0}岁男性的胸部X光片，未见胸腔积液。",
+    ),
     ("Bilateral hydronephrosis on ultrasound after {0} days.", "{0}天后超声显示双侧肾积水。"),
 ]
-CONTEXT = ("A {0}-year-old woman presented with right knee pain for 3 months. There was no fever.", "一名{0}岁女性因右膝疼痛3个月就诊。无发热。")
-INLINE = ("MRI showed a tear of the medial meniscus of the right knee (Figure {0}).", "MRI显示右膝内侧半月板撕裂（图{0}）。")
-CASE_QA = ("What does the MRI of the knee show in patient {0}?", "患者{0}的膝关节MRI显示什么？"), ("A tear of the medial meniscus.", "内侧半月板撕裂。")
+CONTEXT = (
+    "A {0}-year-old woman presented with right knee pain for 3 months. There was no fever.",
+    "一名{0}岁女性因右膝疼痛3个月就诊。无发热。",
+)
+INLINE = (
+    "MRI showed a tear of the medial meniscus of the right knee (Figure {0}).",
+    "MRI显示右膝内侧半月板撕裂（图{0}）。",
+)
+CASE_QA = (
+    ("What does the MRI of the knee show in patient {0}?", "患者{0}的膝关节MRI显示什么？"),
+    ("A tear of the medial meniscus.", "内侧半月板撕裂。"),
+)
 VQA_Q = ("What organ is shown in image {0}?", "图像{0}显示的是什么器官？")
 CHOICES = [("Kidney", "肾脏"), ("Liver", "肝脏"), ("Spleen", "脾脏"), ("Heart", "心脏")]
 VQA_CAPTION = ("Ultrasound of the liver with a {0} cm cyst.", "肝脏超声显示一{0}厘米囊肿。")
@@ -57,24 +72,84 @@ def make_raw(folder, n=6):
             for part in range(1 + a % 3):  # 1 to 3 pictures share a caption
                 name = f"PMC{1000 + a}_Fig1_{part}.jpg"
                 picture(images / name, (60 + 10 * part, 40))
-                file.write(json.dumps({"image": name, "caption": OA[a % 3][0].format(a + 3), "alignment_type": "pair"}) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "image": name,
+                            "caption": OA[a % 3][0].format(a + 3),
+                            "alignment_type": "pair",
+                        }
+                    )
+                    + "\n"
+                )
     rows = []
     for a in range(n):
         references = [f"FIG{k}" for k in range(1 + a % 4)]
         for reference in references:
             picture(images / f"PMC{2000 + a}_{reference}.jpg", (50, 50))
         for q in range(2):
-            rows.append([f"PMC{2000 + a}", CONTEXT[0].format(30 + a), "Q: " + CASE_QA[0][0].format(2 * a + q), "A: " + CASE_QA[1][0], INLINE[0].format(q + 1), str(references)])
-    write_table(folder / "case.csv", ["PMC_id", "context", "question", "answer", "inline", "img_ref"], rows)
+            rows.append(
+                [
+                    f"PMC{2000 + a}",
+                    CONTEXT[0].format(30 + a),
+                    "Q: " + CASE_QA[0][0].format(2 * a + q),
+                    "A: " + CASE_QA[1][0],
+                    INLINE[0].format(q + 1),
+                    str(references),
+                ]
+            )
+    write_table(
+        folder / "case.csv", ["PMC_id", "context", "question", "answer", "inline", "img_ref"], rows
+    )
     rows, first = [], []
     for a in range(2 * n):
         name = f"PMC{3000 + a // 2}_Fig1_{a // 2}.jpg"  # two questions a picture
         picture(images / name)
         choices = [f" {letter}: {text} " for letter, (text, _) in zip("ABCD", CHOICES)]
-        rows.append([a, name, VQA_CAPTION[0].format(a + 1), VQA_Q[0].format(a), *choices, "ABCD"[a % 4], "train"])
+        rows.append(
+            [
+                a,
+                name,
+                VQA_CAPTION[0].format(a + 1),
+                VQA_Q[0].format(a),
+                *choices,
+                "ABCD"[a % 4],
+                "train",
+            ]
+        )
         first.append([name, VQA_Q[0].format(a), CHOICES[a % 4][0], *choices, "ABCD"[a % 4]])
-    write_table(folder / "train_2.csv", ["index", "Figure_path", "Caption", "Question", "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "split"], rows, bom=True, end="\r\n")
-    write_table(folder / "train.csv", ["Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label"], first)
+    write_table(
+        folder / "train_2.csv",
+        [
+            "index",
+            "Figure_path",
+            "Caption",
+            "Question",
+            "Choice A",
+            "Choice B",
+            "Choice C",
+            "Choice D",
+            "Answer",
+            "split",
+        ],
+        rows,
+        bom=True,
+        end="\r\n",
+    )
+    write_table(
+        folder / "train.csv",
+        [
+            "Figure_path",
+            "Question",
+            "Answer",
+            "Choice A",
+            "Choice B",
+            "Choice C",
+            "Choice D",
+            "Answer_label",
+        ],
+        first,
+    )
     return folder
 
 

@@ -19,10 +19,27 @@ toy = Path(sys.argv[1])
 rank, world_size, device = setup_distributed()
 worst = 0.0
 for stage in (1, 2):
-    args = train.parse_args(["--stage", str(stage), "--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"])
+    args = train.parse_args(
+        [
+            "--stage",
+            str(stage),
+            "--llm",
+            str(toy / "llama"),
+            "--vision",
+            str(toy / "clip"),
+            "--projector",
+            "fresh",
+        ]
+    )
     config, sources, fresh = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
     args.images = toy / "images"
-    data = train.Dialogs([toy / "mixed.json"], Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args)
+    data = train.Dialogs(
+        [toy / "mixed.json"],
+        Tokenizer(args.llm),
+        config.n_image_tokens,
+        config.vision.image_size,
+        args,
+    )
     batch = data[[0, 1, 2] if rank == 0 else [len(data) - 3, len(data) - 4]]  # rank 1: text only
     n_targets = train.sum_over_ranks(train.count([batch]), device)["targets"]
     gradients = []
@@ -33,8 +50,12 @@ for stage in (1, 2):
         load_weights(model, sources, device, fresh)
         model.model.n_checkpointed = config.text.num_hidden_layers
         model.train()
-        assert all(p.dtype == (torch.float32 if p.requires_grad else dtype) for p in model.parameters())
-        (model(**train.to_device(batch, device), reduction="sum") / n_targets * world_size).backward()
+        assert all(
+            p.dtype == (torch.float32 if p.requires_grad else dtype) for p in model.parameters()
+        )
+        (
+            model(**train.to_device(batch, device), reduction="sum") / n_targets * world_size
+        ).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained)
         gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in trained]))

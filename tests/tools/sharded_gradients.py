@@ -11,16 +11,31 @@ from model_io.tokens import Tokenizer
 from training.ranks import setup_distributed
 
 toy = Path(sys.argv[1])
-args = train.parse_args(["--stage", "2", "--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"])
+args = train.parse_args(
+    [
+        "--stage",
+        "2",
+        "--llm",
+        str(toy / "llama"),
+        "--vision",
+        str(toy / "clip"),
+        "--projector",
+        "fresh",
+    ]
+)
 rank, world_size, device = setup_distributed()
 checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
 config = checkpoint[0]
 args.images = toy / "images"
-data = train.Dialogs([toy / "mixed.json"], Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args)
+data = train.Dialogs(
+    [toy / "mixed.json"], Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args
+)
 
 plain = load_qilin(llm=args.llm, vision=args.vision).train()
 whole = data[list(range(len(data)))]
-plain(**train.to_device(whole, device), reduction="mean").backward()  # one mean over all labelled tokens
+plain(
+    **train.to_device(whole, device), reduction="mean"
+).backward()  # one mean over all labelled tokens
 
 model, _ = train.build_model(args, checkpoint, device)
 model.train()
