@@ -137,11 +137,15 @@ def info(path):
             f"  vision      {tower.num_hidden_layers} layers, width {tower.hidden_size}, {tower.image_size} pixels in patches of {tower.patch_size}"
         )
     if n_params["llm"] and (n_params["mm_projector"] or n_params["vision_tower"]):
-        config, sources, fresh = read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
+        config = checkpoint.config
         with torch.device("meta"):
             model = Qilin(config)
-        _, line = account(model, sources, fresh)
-        tower, outside = config.vision, [str(f.path) for f, parts in sources if f.path != path]
+        _, line = account(model, checkpoint.sources, checkpoint.is_fresh)
+        tower, outside = (
+            config.vision,
+            [str(f.path) for f, parts in checkpoint.sources if f.path != path],
+        )
         print(
             f"  vision      {tower.num_hidden_layers} layers, {len(model.vision_tower.encoder.layers[: model.vision_tower.n_computed])} computed, width {tower.hidden_size}, "
             f"{tower.image_size} pixels in patches of {tower.patch_size}: {config.n_image_tokens} tokens a picture{', from ' + outside[0] if outside else ''}"
@@ -165,9 +169,9 @@ def info(path):
 
 def convert(args):
     """Load without copying, write DST."""
-    sources = read_checkpoint(args.src, llm=args.llm, vision=args.vision, projector=args.projector)[
-        1
-    ]
+    sources = read_checkpoint(
+        args.src, llm=args.llm, vision=args.vision, projector=args.projector
+    ).sources
     check_replaceable(args.dst, "config.json")
     for path in (args.src, args.llm, args.vision):
         if (

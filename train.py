@@ -464,7 +464,7 @@ def shard_model(
 
 def build_model(args, checkpoint, device, is_kept=False):
     """The sharded model with its weights, each rank having read only its own rows. -> (model, line that accounts for all tensors)"""
-    config, sources, fresh = checkpoint  # of read_checkpoint
+    config = checkpoint.config
     config.image_mode = (
         args.image_mode
     )  # goes out with the weights, so that they are asked as they were trained
@@ -483,7 +483,7 @@ def build_model(args, checkpoint, device, is_kept=False):
         is_kept,
         args.compile,
     )
-    return model, load_weights(model, sources, device, fresh, args.seed)
+    return model, load_weights(model, checkpoint.sources, device, checkpoint.is_fresh, args.seed)
 
 
 # --- 3. optimiser and schedule --------------------------------------------------------------------------------------
@@ -527,7 +527,7 @@ def export(args, model, tokenizer):
 
 
 def prepare(args):
-    """What can go wrong before data is read: --out, the weights' headers, the tokenizer. -> (checkpoint of read_checkpoint, Tokenizer)"""
+    """What can go wrong before data is read: --out, the weights' headers, the tokenizer. -> (Checkpoint, Tokenizer)"""
     if not args.out.name or (args.out.exists() and not args.out.is_dir()):
         raise ValueError(f"--out {str(args.out)!r} is no folder")
     if dist.get_world_size() % args.replicate:
@@ -544,9 +544,9 @@ def prepare(args):
         projector=args.projector,
         projector_type=args.projector_type,
     )
-    if args.max_length > checkpoint[0].text.max_position_embeddings:
+    if args.max_length > checkpoint.config.text.max_position_embeddings:
         raise ValueError(
-            f"--max-length {args.max_length} is more than the model's {checkpoint[0].text.max_position_embeddings} positions"
+            f"--max-length {args.max_length} is more than the model's {checkpoint.config.text.max_position_embeddings} positions"
         )
     return checkpoint, Tokenizer(args.llm or args.model)
 
@@ -584,7 +584,7 @@ def start(args):
             f"{args.out / 'final'} is there: this run is finished (another --out, or remove the folder, to train again)"
         )
         return None
-    config = checkpoint[0]
+    config = checkpoint.config
     dataset, held_out = (
         files and Dialogs(files, tokenizer, config.n_image_tokens, config.vision.image_size, args)
         for files in (args.data, args.val_data and [args.val_data])
@@ -642,7 +642,7 @@ def start(args):
         args,
         model,
         optimizer,
-        together(describe_setup, args, config, tokenizer, checkpoint[1], dataset.digests),
+        together(describe_setup, args, config, tokenizer, checkpoint.sources, dataset.digests),
     )
     progress = checkpoints.resume()
     if progress.step > len(batches):

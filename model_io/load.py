@@ -4,6 +4,7 @@ in: folders or files of any published layout; out: a model whose every parameter
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -79,11 +80,21 @@ def tower_config(files):
     )
 
 
+@dataclass
+class Checkpoint:
+    """What the given paths hold together, before any weight is read."""
+
+    config: QilinConfig
+    # of each file the parts that are taken from it
+    sources: list[tuple[WeightFiles, set[str]]]
+    # no projector was given or found, or `fresh` asked for: init_fresh makes it
+    is_fresh: bool
+
+
 def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projector_type="linear"):
-    """(QilinConfig, sources for load_weights, fresh): what the given paths hold together, before any weight is read.
+    """The Checkpoint of some paths.
 
     model: a folder or file of any layout, or a train.py --out folder; llm, vision, projector: parts given beside it, which override.
-    fresh: True when no projector was given or found, or projector == "fresh": it is then made by init_fresh.
     """
     raw, where, given = {}, None, {}
     if model is not None:
@@ -217,7 +228,7 @@ def read_checkpoint(model=None, *, llm=None, vision=None, projector=None, projec
         config.n_token_ids = min(
             text.vocab_size, picture_id
         )  # a llava-hf export without tokenizer: the picture token comes right after it
-    return config, sources, not found
+    return Checkpoint(config, sources, is_fresh=not found)
 
 
 def load_qilin(
@@ -240,13 +251,13 @@ def load_qilin(
     """
     if quantize not in (None, "int8", "int4"):
         raise ValueError(f"quantize {quantize!r} is unknown: int8 or int4")
-    config, sources, fresh = read_checkpoint(
+    checkpoint = read_checkpoint(
         model, llm=llm, vision=vision, projector=projector, projector_type=projector_type
     )
     with torch.device("meta"):
-        qilin = Qilin(config)
+        qilin = Qilin(checkpoint.config)
         if quantize:
             quantize_linears(qilin, int(quantize[3:]))
         qilin = qilin.to(dtype)
-    load_weights(qilin, sources, device, fresh)
+    load_weights(qilin, checkpoint.sources, device, checkpoint.is_fresh)
     return qilin.eval()

@@ -51,7 +51,7 @@ def test_a_line_a_step(toy, tmp_path):
             and float(line[5]) == pytest.approx(100 * row["mfu"], abs=0.06)
         )
     sizes = Sizes(
-        read_checkpoint(llm=toy / "llama", vision=toy / "clip")[0], ("mm_projector", "llm")
+        read_checkpoint(llm=toy / "llama", vision=toy / "clip").config, ("mm_projector", "llm")
     )
     tokenizer, data = Tokenizer(toy / "llama"), json.loads((toy / "mixed.json").read_text())
     lengths = np.array(

@@ -285,7 +285,7 @@ def run_plan(args, most, lighter):
         if args.model is None and getattr(args, name) == default and not Path(default).exists()
     ]
     config = (
-        read_checkpoint(args.model)[0]
+        read_checkpoint(args.model).config
         if args.model
         else QilinConfig(
             LLAMA_SIZES[args.size] if "llm" in missing else text_config(*folder_config(args.llm)),

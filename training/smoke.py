@@ -273,7 +273,9 @@ class Checks:
         if IS_CUDA:
             finish(launch("weights", "training.smoke", "weights"))
         self.sizes = Sizes(
-            read_checkpoint(llm=WEIGHTS / "llama", vision=WEIGHTS / "clip", projector="fresh")[0],
+            read_checkpoint(
+                llm=WEIGHTS / "llama", vision=WEIGHTS / "clip", projector="fresh"
+            ).config,
             ("mm_projector", "llm"),
             e=2 if IS_CUDA else 4,
         )

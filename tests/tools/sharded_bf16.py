@@ -31,7 +31,8 @@ for stage in (1, 2):
             "fresh",
         ]
     )
-    config, sources, fresh = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
+    checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
+    config = checkpoint.config
     args.images = toy / "images"
     data = train.Dialogs(
         [toy / "mixed.json"],
@@ -47,7 +48,7 @@ for stage in (1, 2):
         with torch.device("meta"):
             model = Qilin(config)
         model = train.shard_model(model, device, train.STAGES[stage]["trained"], dtype)
-        load_weights(model, sources, device, fresh)
+        load_weights(model, checkpoint.sources, device, checkpoint.is_fresh)
         model.model.n_checkpointed = config.text.num_hidden_layers
         model.train()
         assert all(

@@ -25,7 +25,7 @@ args = train.parse_args(
 )
 rank, world_size, device = setup_distributed()
 checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
-config = checkpoint[0]
+config = checkpoint.config
 args.images = toy / "images"
 data = train.Dialogs(
     [toy / "mixed.json"], Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args
