@@ -27,7 +27,7 @@ from tqdm import tqdm
 from chimed.check import check
 from chimed.groups import MAX_TURNS, Teams, connected, held_out
 from chimed.pictures import MAX_PICTURES, place_pictures
-from chimed.prompts import CAPTION, CHOICES, CONTEXT, VQA
+from chimed.prompts import CAPTION, CONTEXT, VQA
 from chimed.sources import (
     SOURCES,
     Row,
@@ -42,7 +42,7 @@ from chimed.workers import BLOCK, in_order
 from common.endpoint import add_endpoint_flags
 from common.files import check_ranges, hold, run_cli, write_json
 from common.rows import BadRow
-from common.text import impractical, is_untranslated, text_key, text_length
+from common.text import CHOICES, impractical, is_untranslated, text_key, text_length
 from model_io.tokens import check_conversation
 from qilin_min import IMAGE_TOKEN
 

@@ -74,13 +74,6 @@ VQA = [  # how a question is put; stats takes the words around it away again
     "请回答与图像有关的问题。{question}",
 ]
 
-CHOICES = [  # what follows a question when its choices are kept
-    "请从下列选项中选出正确答案。",
-    "请选择一个正确的选项。",
-    "以下哪一项正确？",
-    "请在下面的选项中作出选择。",
-]
-
 # --- 2. what the translator is told ---------------------------------------------------------------------------------
 
 FIELDS = {  # what each part of a row is, said to the translator and to the reviewer

@@ -15,6 +15,14 @@ WORD = re.compile(
 )  # an ordinary word: CT, HER2 and pH are none
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 
+# what follows a question when its choices are kept, in training and in evaluation alike
+CHOICES = [
+    "请从下列选项中选出正确答案。",
+    "请选择一个正确的选项。",
+    "以下哪一项正确？",
+    "请在下面的选项中作出选择。",
+]
+
 
 def clean_text(value):
     """A text without markup entities, control characters, half surrogates, runs of blanks or <image>. BadRow when it is no text."""

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from chimed.prompts import CHOICES
+from common.text import CHOICES
 from model_io.tokens import encode_prompt
 from qilin_min import KVCache, answer_ids, pad_rows
 
