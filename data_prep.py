@@ -12,7 +12,6 @@ stats.py; prompts.py holds every word that is said or looked for. Exit codes: 0 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -40,7 +39,7 @@ from chimed.sources import (
 )
 from chimed.workers import BLOCK, in_order
 from common.endpoint import add_endpoint_flags
-from common.files import check_ranges, hold, run_cli, write_json
+from common.files import check_ranges, digest, lock, run_cli, write_json
 from common.rows import BadRow
 from common.text import CHOICES, impractical, is_untranslated, text_key, text_length
 from model_io.tokens import check_conversation
@@ -418,11 +417,6 @@ def make_block(f, start, stop):
     return block.lines, block.counts, block.dropped
 
 
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def build(args):
     global BUILD
     check_ranges(args, val_fraction=(0, 0.9), workers=(1, 512))
@@ -436,7 +430,7 @@ def build(args):
     place_pictures.cache_clear()  # what an earlier build of this process saw may have changed
     BUILD = Build(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    with hold(args.out):
+    with lock(args.out / ".lock", f"{args.out} is being written by another run"):
         write_build(args)
 
 
@@ -494,7 +488,7 @@ def write_build(args):
                     "set": source,
                     "file": str(records.path),
                     "rows": len(records),
-                    "sha256": file_digest(records.path),
+                    "sha256": digest(records.path),
                 }
                 for source, records in BUILD.files
             ],
@@ -508,7 +502,7 @@ def write_build(args):
                 "min_length": MIN_LENGTH,
             },
             "outputs": {
-                target.name: {"dialogs": written[key], "sha256": file_digest(target)}
+                target.name: {"dialogs": written[key], "sha256": digest(target)}
                 for key, target in targets.items()
                 if key in files
             },

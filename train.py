@@ -54,7 +54,7 @@ from training.batches import (
     load_ahead,
     to_device,
 )
-from training.checkpoints import Checkpoints, Progress, describe_setup, lock
+from training.checkpoints import Checkpoints, Progress, describe_setup, hold_out
 from training.costs import Sizes, blocks_to_checkpoint, flops
 from training.log import Log, answer_held_out, evaluate
 from training.plan import LLAMA_SIZES, Fit, choose, describe_fit, run_plan, this_machine
@@ -578,7 +578,7 @@ def start(args):
     """Everything before the first step; None when the run is finished already."""
     rank, world_size, device = setup_distributed()
     checkpoint, tokenizer = together(prepare, args)
-    held = together(lambda: lock(args.out) if rank == 0 else None)
+    held = together(lambda: hold_out(args.out) if rank == 0 else None)
     if on_rank0(lambda: (args.out / "final" / FINAL_FILES[args.stage]).is_file()):
         print0(
             f"{args.out / 'final'} is there: this run is finished (another --out, or remove the folder, to train again)"

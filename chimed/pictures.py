@@ -1,6 +1,5 @@
 """Pictures of rows: several joined into one, placed in the data folder."""
 
-import errno
 import functools
 import hashlib
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.files import DISK_ERRORS
 from common.rows import BadRow
 from common.text import text_key
 from model_io.pixels import find_picture, is_dicom, open_image
@@ -136,7 +136,7 @@ def place_pictures(names, roots, folder, copy, skip):
     except PermissionError:
         return None, "picture may not be read"
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.errno in DISK_ERRORS:
             raise
         return (
             None,

@@ -1,6 +1,5 @@
 """What is finished, a line each, appended as it comes: a kill loses nothing that was paid for."""
 
-import fcntl
 import json
 import os
 import sys
@@ -9,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import lock
+
 
 class Finished:
     """Texts that need not be asked for again, by key: a .jsonl file that grows line by line; a line cut by a kill is forgotten."""
 
     def __init__(self, path):
-        self.file, self.lines, position = open(path, "a+b"), {}, 0
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{path} is in use by another run") from None
+        self.file = lock(path, f"{path} is in use by another run")
+        self.lines, position = {}, 0
         self.file.seek(0)
         for raw in self.file:
             if not raw.endswith(b"\n"):
@@ -46,11 +44,7 @@ class Journal:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.file = open(self.path, "a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{self.path} is in use by another run") from None
+        self.file = lock(self.path, f"{self.path} is in use by another run")
         self.keys, self.offsets = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
         self.header, self.damaged, self.unsynced = None, 0, 0
 

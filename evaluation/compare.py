@@ -12,7 +12,6 @@ Every answer is kept in OUT/answers.jsonl as it comes: stopped anywhere, the sam
 import argparse
 import asyncio
 import gc
-import hashlib
 import io
 import os
 import random
@@ -29,10 +28,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.endpoint import Endpoint, EndpointFailed, add_endpoint_flags, ask_many
-from common.files import USER_ERRORS, check_ranges, model_folder, one_line
+from common.files import USER_ERRORS, check_ranges, digest, digest_of, model_folder, one_line
 from common.journal import Finished
 from common.text import CJK, chinese_share
-from evaluation.pages import LABELS, data_url, digest, turns, wording, write_blind, write_pages
+from evaluation.pages import LABELS, data_url, turns, wording, write_blind, write_pages
 from evaluation.ranking import add_rank_flags, rank
 from evaluation.testsets import read_testset
 from model_io.load import read_checkpoint
@@ -100,13 +99,7 @@ def choose(args, questions):
     for question in tqdm(chosen, desc="reading pictures", disable=None):
         try:
             check_text(question)
-            digests.append(
-                [
-                    hashlib.sha256(Path(path).read_bytes()).hexdigest()
-                    for path in question.pictures
-                    if open_image(path)
-                ]
-            )
+            digests.append([digest(path) for path in question.pictures if open_image(path)])
             good.append(question)
         except USER_ERRORS as error:
             if not args.skip_bad:
@@ -340,7 +333,7 @@ def ask_system(system, todo, n_done, args, finished):
 
 
 def gloss_key(endpoint, text):
-    return digest(GLOSS, endpoint.url, endpoint.model, text)
+    return digest_of(GLOSS, endpoint.url, endpoint.model, text)
 
 
 def accept_gloss(text):
@@ -450,7 +443,7 @@ def compare(args, questions):
     )
     keys = [
         [
-            digest(
+            digest_of(
                 system.settings,
                 [turn["value"] for turn in question.conversation],
                 question.n_images,

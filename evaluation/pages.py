@@ -1,7 +1,6 @@
 """Answers side by side, as pages: one for eyes, one for doctors to rank blind."""
 
 import base64
-import hashlib
 import html
 import json
 import random
@@ -10,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from string import Template
 
-from common.files import read_json, write_json, write_text
+from common.files import digest_of, read_json, write_json, write_text
 from common.text import CJK
 from qilin_min import IMAGE_TOKEN
 
@@ -43,10 +42,6 @@ def turns(question):
 def wording(question):
     """The question as a page shows it; of a dialog the turns before it, too."""
     return "\n".join("\u2192 " * (who == "gpt") + text for who, text, _ in turns(question))
-
-
-def digest(*values):
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
 def data_url(raw):
@@ -289,7 +284,7 @@ def write_blind(args, systems, questions, answers, glosses, shown):
         )
     if not key:
         raise ValueError("no question has two answers: nothing to rank")
-    stamp, path = f"s{digest(key, said)[:12]}", args.out / "blind_key.json"
+    stamp, path = f"s{digest_of(key, said)[:12]}", args.out / "blind_key.json"
     if (
         path.is_file() and (old := read_key(path)["stamp"]) != stamp
     ):  # rankings of the page before may still come

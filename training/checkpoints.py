@@ -1,7 +1,6 @@
 """A run on disk: checkpoints, whole or not there, and what must agree when it goes on."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -11,7 +10,6 @@ import pickle
 import re
 import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +29,15 @@ from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from common.files import USER_ERRORS, digest, one_line, read_json, replace_folder, write_json
+from common.files import (
+    USER_ERRORS,
+    digest,
+    lock,
+    one_line,
+    read_json,
+    replace_folder,
+    write_json,
+)
 from qilin_min import part_of
 from training.ranks import leave, on_rank0, print0, together
 
@@ -413,18 +419,12 @@ def describe_setup(args, config, tokenizer, sources, data):
     }
 
 
-def lock(out):
+def hold_out(out):
     """Hold --out/.lock until this process ends. While the ranks of an earlier start still save what they have, wait for them."""
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "w")
-    for second in range(660):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if second == 5:
-                print0(f"another run is still writing to {out}: waiting for it, up to 11 minutes")
-            time.sleep(1)
-        except OSError:  # a file system without locks
-            return file
-    raise ValueError(f"another run is writing to {out}: stop it, or give another --out")
+    return lock(
+        out / ".lock",
+        f"another run is writing to {out}: stop it, or give another --out",
+        patience=660,
+        waiting=f"another run is still writing to {out}: waiting for it, up to 11 minutes",
+    )

@@ -1,7 +1,6 @@
 """The processes of a run: how they start, agree, stop."""
 
 import ctypes
-import errno
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.files import USER_ERRORS, one_line
+from common.files import USER_ERRORS, exit_code, one_line
 
 
 def print0(*values):
@@ -41,13 +40,7 @@ def agree(function, *args):
     try:
         result = function(*args)
     except USER_ERRORS as raised:
-        error = (
-            one_line(raised),
-            1
-            if getattr(raised, "errno", None)
-            in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-            else 2,
-        )
+        error = one_line(raised), exit_code(raised)
     return result, next((e for e in gather(error) if e), None)
 
 
