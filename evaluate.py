@@ -36,7 +36,7 @@ from evaluation.quantised import quantised_change
 from evaluation.report import write_report
 from evaluation.scores import judge
 from evaluation.testsets import read_testset
-from model_io.options import add_model_flags, model_from_flags
+from model_io.options import add_model_options, chosen_model, open_model
 from model_io.pixels import PAD_COLOR, preprocess_image
 
 GREY = Image.new("RGB", (8, 8), PAD_COLOR)  # almost 0 once normalised
@@ -195,7 +195,7 @@ def parse_args():
         action="store_true",
         help="throw away the answers that --out holds of another run",
     )
-    add_model_flags(parser)
+    add_model_options(parser)
     args = parser.parse_args()
     check_ranges(
         args, batch_size=(1, 10**6), max_new_tokens=(1, 10**6), n=(1, 10**9), seed=(0, 2**63 - 1)
@@ -213,7 +213,17 @@ def evaluate():
                 np.random.default_rng(args.seed).choice(len(questions), args.n, replace=False)
             )
         ]
-    model, tokenizer, _ = model_from_flags(args)
+    args.model = chosen_model(args.model, args.llm, args.vision)
+    model, tokenizer, _ = open_model(
+        args.model,
+        llm=args.llm,
+        vision=args.vision,
+        projector=args.projector,
+        device=args.device,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        is_compiled=args.compile,
+    )
     limit, fitting = model.config.text.max_position_embeddings, []
     for question in questions:
         n = len(encode_question(question, tokenizer, model.config, options=bool(question.choices)))

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from common.files import OUT_OF_MEMORY, USER_ERRORS, check_ranges, one_line, run_cli
-from model_io.options import add_model_flags, model_from_flags
+from model_io.options import add_model_options, open_model
 from model_io.pixels import open_image, preprocess_image
 from model_io.tokens import TEMPLATES, StreamedAnswer, build_prompt, encode_prompt
 from qilin_min import IMAGE_TOKEN_INDEX, KVCache, apply_rotary_pos_emb
@@ -100,7 +100,7 @@ def parse_args():
         metavar="A-B",
         help="layers whose heads are averaged, counted from 1 (default: the middle third)",
     )
-    add_model_flags(parser)
+    add_model_options(parser)
     args = parser.parse_intermixed_args()
     check_ranges(
         args,
@@ -434,7 +434,16 @@ def main():
     }
     paths = args.words if args.chat else args.words[:-1]
     tic = time.perf_counter()
-    model, tokenizer, device = model_from_flags(args)
+    model, tokenizer, device = open_model(
+        args.model,
+        llm=args.llm,
+        vision=args.vision,
+        projector=args.projector,
+        device=args.device,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        is_compiled=args.compile,
+    )
     limit, layers = (
         model.config.text.max_position_embeddings,
         layers_of(args.heatmap_layers, model.config.text.num_hidden_layers),

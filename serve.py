@@ -42,7 +42,7 @@ import torch
 from PIL import Image
 
 from common.files import check_ranges, one_line, run_cli
-from model_io.options import add_model_flags, model_from_flags
+from model_io.options import add_model_options, chosen_model, open_model
 from model_io.pixels import is_dicom, open_image, preprocess_image
 from model_io.tokens import TEMPLATES, StreamedAnswer, encode_prompt
 
@@ -562,7 +562,7 @@ def parse_args():
         choices=TEMPLATES,
         help="the one it was trained with (default %(default)s)",
     )
-    add_model_flags(parser)
+    add_model_options(parser)
     args = parser.parse_args()
     check_ranges(
         args,
@@ -637,7 +637,17 @@ def main():
             f"serve.py: warning: whoever reaches {address} can ask{without}; what is sent can be read on its way",
             file=sys.stderr,
         )
-    model, tokenizer, device = model_from_flags(args)
+    args.model = chosen_model(args.model, args.llm, args.vision)
+    model, tokenizer, device = open_model(
+        args.model,
+        llm=args.llm,
+        vision=args.vision,
+        projector=args.projector,
+        device=args.device,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        is_compiled=args.compile,
+    )
     name = f"[{address}]" if ":" in address else address  # in a URL
     app, jobs = build_app(
         model,

@@ -35,7 +35,7 @@ from evaluation.pages import LABELS, data_url, turns, wording, write_blind, writ
 from evaluation.ranking import add_rank_flags, rank
 from evaluation.testsets import read_testset
 from model_io.load import read_checkpoint
-from model_io.options import model_from_flags
+from model_io.options import open_model
 from model_io.pixels import open_image, preprocess_image
 from model_io.tokens import Tokenizer, encode_prompt
 from qilin_min import answer_ids
@@ -230,17 +230,14 @@ def vision_messages(question):
 
 def ask_folder(system, todo, args, keep, bar):
     """The same for a folder: loaded, asked in batches, and freed when this returns."""
-    model, tokenizer, _ = model_from_flags(
-        argparse.Namespace(
-            model=str(system.folder),
-            llm=None,
-            vision=None,
-            projector=None,
-            device=args.device,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            compile=False,
-        )
+    model, tokenizer, _ = open_model(
+        str(system.folder),
+        llm=None,
+        vision=None,
+        projector=None,
+        device=args.device,
+        dtype=args.dtype,
+        quantize=args.quantize,
     )
     config, failed = model.config, {}
     limit = config.text.max_position_embeddings

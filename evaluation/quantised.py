@@ -1,6 +1,5 @@
 """What int8 or int4 change, against the model as it is."""
 
-import argparse
 import math
 from collections import defaultdict
 
@@ -8,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.asking import encode_question, prefill
-from model_io.options import model_from_flags
+from model_io.options import open_model
 from model_io.pixels import preprocess_image
 
 
@@ -34,8 +33,14 @@ def true_logits(model, prompts, answers, pixels):
 @torch.no_grad()
 def quantised_change(args, questions, model, tokenizer, n=64):
     """What --quantize does to the logits of the first n true answers, against the same weights as they are; both are in memory for it."""
-    plain = model_from_flags(
-        argparse.Namespace(**{**vars(args), "quantize": None, "compile": False})
+    plain = open_model(
+        args.model,
+        llm=args.llm,
+        vision=args.vision,
+        projector=args.projector,
+        device=args.device,
+        dtype=args.dtype,
+        quantize=None,
     )[0]
     questions, total = questions[:n], defaultdict(float)
     for start in tqdm(

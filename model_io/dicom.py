@@ -10,6 +10,10 @@ import numpy as np
 from PIL import Image
 
 
+class TooManyPixels(ValueError):
+    """A picture that would fill the memory: its few bytes on disk are taken for a bomb."""
+
+
 def has_window(dataset):
     """True when centre and width are both there as numbers, the width at least 1: de-identified files may have empty ones."""
     try:
@@ -45,7 +49,7 @@ def dicom_image(source, frame=0, window=None):
         except Exception:
             raise ValueError("no readable DICOM picture in it") from None
         if n_pixels > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{n_pixels} pixels: taken for a decompression bomb")
+            raise TooManyPixels(f"{n_pixels} pixels: taken for a decompression bomb")
         if not 0 <= frame < n_frames:
             raise ValueError(f"it has {n_frames} frames, no frame {frame}")
         try:

@@ -1,5 +1,7 @@
-"""The options that choose a model: what sample.py, evaluate.py and serve.py ask for alike: which model, where, in which numbers."""
+"""The options that choose a model, alike in sample.py, evaluate.py and serve.py: which model,
+where, in which numbers."""
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -7,16 +9,20 @@ import torch
 from common.files import one_line
 from model_io.load import load_qilin
 from model_io.tokens import Tokenizer
+from qilin_min import Qilin
+
+DEFAULT_MODEL = "out/stage2"
 
 
-def add_model_flags(parser):
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model and the other options that open_model takes, in a group of their own."""
+    add = parser.add_argument_group("model").add_argument
     add(
         "--model",
         default=None,
         metavar="DIR",
-        help="folder of a whole model: a train.py --out folder, llava-hf, original LLaVA or Qilin (default out/stage2)",
+        help="folder of a whole model: a train.py --out folder, llava-hf, original LLaVA or Qilin "
+        "(default out/stage2)",
     )
     add("--llm", default=None, metavar="DIR", help="LLaMA folder, in place of the one in --model")
     add("--vision", default=None, metavar="DIR", help="CLIP folder, likewise")
@@ -32,57 +38,95 @@ def add_model_flags(parser):
         "--quantize",
         default=None,
         choices=("int8", "int4"),
-        help="keep the linear layers of the language model's blocks in 8 or 4 bits (tower, projector, embeddings and "
-        "head as they are): a quarter or an eighth of float32's memory; int8 also writes faster on a CPU",
+        help="keep the linear layers of the language model's blocks in 8 or 4 bits (tower, "
+        "projector, embeddings and head as they are): a quarter or an eighth of float32's memory; "
+        "int8 also writes faster on a CPU",
     )
     add(
         "--compile",
         action="store_true",
-        help="torch.compile the language model: faster on CUDA after a slow first answer; needs a C++ compiler",
+        help="torch.compile the language model: faster on CUDA after a slow first answer; needs a "
+        "C++ compiler",
     )
 
 
-def model_from_flags(args):
-    """(model, tokenizer, device) as add_model_flags' options say. ValueError or FileNotFoundError says what to do."""
-    if args.model is None and not (args.llm and args.vision):
-        args.model = "out/stage2"
-        if not Path(args.model).exists():
-            raise FileNotFoundError(
-                "no model in out/stage2: train one (bash demo.sh shows how), or give --model DIR"
-            )
-    if args.model is None and args.projector is None:
-        raise ValueError(
-            "--llm and --vision need the projector between them: give --projector FILE (or fresh: untrained, its answers mean nothing)"
+def chosen_model(model: str | None, llm: str | None, vision: str | None) -> str | None:
+    """--model as given; where it is not, the folder that train.py leaves, unless parts are given.
+
+    FileNotFoundError where that folder is needed and not there.
+    """
+    if model is not None or (llm and vision):
+        return model
+    if not Path(DEFAULT_MODEL).exists():
+        raise FileNotFoundError(
+            "no model in out/stage2: train one (bash demo.sh shows how), or give --model DIR"
         )
-    device = args.device or (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
+    return DEFAULT_MODEL
+
+
+def chosen_device(device: str | None) -> str:
+    """--device as given, or the first there is. ValueError where nothing can be computed on it."""
+    if not device:
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+        else:
+            device = "cpu"
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"--device {device}: not to be had here ({one_line(error)[:100]})"
         ) from None
+    return device
+
+
+def default_dtype(device: str) -> str:
+    """The dtype that a kind of device computes fast: float32 on a CPU, else one of 16 bits."""
     kind = torch.device(device).type
-    default = {
-        "cuda": "bfloat16"
-        if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "float16",
-        "mps": "float16",
-    }.get(kind, "float32")
-    model = load_qilin(
-        args.model,
-        llm=args.llm,
-        vision=args.vision,
-        projector=args.projector,
-        dtype=getattr(torch, args.dtype or default),
+    if kind == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_bfloat16 else "float16"
+    if kind == "mps":
+        return "float16"
+    return "float32"
+
+
+def open_model(
+    model: str | None,
+    *,
+    llm: str | None,
+    vision: str | None,
+    projector: str | None,
+    device: str | None,
+    dtype: str | None,
+    quantize: str | None,
+    is_compiled: bool = False,
+) -> tuple[Qilin, Tokenizer, str]:
+    """(model, tokenizer, device) as the options of the same names say.
+
+    ValueError or FileNotFoundError says what to do.
+    """
+    model = chosen_model(model, llm, vision)
+    if model is None and projector is None:
+        raise ValueError(
+            "--llm and --vision need the projector between them: give --projector FILE "
+            "(or fresh: untrained, its answers mean nothing)"
+        )
+    device = chosen_device(device)
+    qilin = load_qilin(
+        model,
+        llm=llm,
+        vision=vision,
+        projector=projector,
+        dtype=getattr(torch, dtype or default_dtype(device)),
         device=device,
-        quantize=args.quantize,
+        quantize=quantize,
     )
-    if args.compile:
-        model.model.compile(dynamic=True)  # in place, so that names stay
-    return model, Tokenizer(args.llm or args.model), device
+    if is_compiled:
+        # in place, so that names stay
+        qilin.model.compile(dynamic=True)
+    folder = llm or model
+    assert folder is not None, "chosen_model names one, or both parts are given"
+    return qilin, Tokenizer(folder), device

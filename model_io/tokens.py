@@ -19,6 +19,14 @@ TEMPLATES = (
 PICTURE, END = object(), object()  # what stands between two texts of a prompt
 
 
+class BadDialog(ValueError):
+    """What is wrong with a conversation; `kind` says it in a few words that can be counted."""
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
+
+
 class Tokenizer:
     """The sentencepiece model of a LLaMA folder. Never adds or recognises control ids in text: `</s>` typed by a person is four plain characters."""
 
@@ -74,22 +82,28 @@ def pictures_before(i, n_images):
     return n_images if i == 0 else 0
 
 
-def check_conversation(conversation, n_images=None):
-    """ValueError unless it is a list of {"from", "value"} turns, human and gpt by turns, human first; n_images as in encode_conversation."""
+def check_conversation(conversation: object, n_images: int | list[int] | None = None) -> None:
+    """BadDialog unless it is a list of {"from", "value"} turns, human and gpt by turns, human first.
+
+    n_images as in encode_conversation. Kinds: "no dialog", "question is empty", "answer is empty",
+    "<image> in an answer".
+    """
     if not isinstance(conversation, list) or not conversation:
-        raise ValueError("conversations is not a list of turns")
+        raise BadDialog("conversations is not a list of turns", "no dialog")
     for i, turn in enumerate(conversation):
         role = ("human", "gpt")[i % 2]
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {i} is not an object with text under 'value'")
+            raise BadDialog(f"turn {i} is not an object with text under 'value'", "no dialog")
         if turn.get("from") != role:
-            raise ValueError(f"turn {i} is from {turn.get('from')!r}, expected {role!r}")
-        if not turn["value"].strip() and not pictures_before(
-            i, n_images
-        ):  # a picture alone may be a question
-            raise ValueError(f"turn {i} is an empty {'question' if role == 'human' else 'answer'}")
+            message = f"turn {i} is from {turn.get('from')!r}, expected {role!r}"
+            raise BadDialog(message, "no dialog")
+        # a picture alone may be a question
+        if not turn["value"].strip() and not pictures_before(i, n_images):
+            side = "question" if role == "human" else "answer"
+            raise BadDialog(f"turn {i} is an empty {side}", f"{side} is empty")
         if role == "gpt" and n_images is None and IMAGE_TOKEN in turn["value"]:
-            raise ValueError(f"turn {i} is an answer that holds {IMAGE_TOKEN}")
+            message = f"turn {i} is an answer that holds {IMAGE_TOKEN}"
+            raise BadDialog(message, f"{IMAGE_TOKEN} in an answer")
 
 
 def count_images(conversation):
