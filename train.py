@@ -56,8 +56,8 @@ from training.batches import (
 )
 from training.checkpoints import Checkpoints, Progress, describe_setup, hold_out
 from training.costs import Sizes, blocks_to_checkpoint, flops
-from training.log import Log, answer_held_out, evaluate
-from training.plan import LLAMA_SIZES, Fit, choose, describe_fit, run_plan, this_machine
+from training.log import Log, answer_held_out, held_out_loss, write_run_json
+from training.plan import LLAMA_SIZES, Fit, choose_fit, describe_fit, run_plan, this_machine
 from training.ranks import (
     StopRequest,
     gather,
@@ -589,15 +589,26 @@ def start(args):
         files and Dialogs(files, tokenizer, config.n_image_tokens, config.vision.image_size, args)
         for files in (args.data, args.val_data and [args.val_data])
     )
-    batches = all_batches(args, dataset.lengths)
+    batches = all_batches(
+        dataset.lengths,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        seed=args.seed,
+        max_steps=args.max_steps,
+    )
     sizes = Sizes(config, args.trained, args.lora, args.quantize, 2 if device.type == "cuda" else 4)
-    machine, is_peak_known = this_machine(args, device)
+    machine = this_machine(
+        device,
+        gpu_memory=args.gpu_memory,
+        gpu_tflops=args.gpu_tflops,
+        replicate=args.replicate,
+    )
     per_gpu, reshard = (
         math.ceil(max(map(len, batches)) / world_size),
         {"auto": None, "always": False, "never": True}[args.reshard],
     )
     fit = on_rank0(
-        choose,
+        choose_fit,
         sizes,
         machine,
         dataset.lengths,
@@ -664,14 +675,21 @@ def start(args):
         for dialogs in filter(None, (dataset, held_out))
         for rows, sha256 in zip(dialogs.files, dialogs.digests)
     }
+    on_rank0(
+        lambda: write_run_json(
+            args.out, arguments=vars(args), n_params=n_params, data=data, start=progress.step
+        )
+    )
     log = together(
-        Log,
-        args,
-        len(batches),
-        n_params,
-        data,
-        progress.step,
-        machine.flops * world_size if is_peak_known else None,
+        lambda: Log(
+            args.out,
+            stage=args.stage,
+            n_steps=len(batches),
+            start=progress.step,
+            log_every=args.log_every,
+            peak_flops=machine.flops * world_size if machine.is_peak_known else None,
+            has_tensorboard=args.tensorboard,
+        )
     )
     print0(
         f"stage {args.stage}: {n_params['trained']:,} of {n_params['all']:,} parameters trained; {accounting}"
@@ -738,10 +756,17 @@ def look(run, step):
     if run.held_out:
         run.checkpoints.finish()  # should this end the run, a checkpoint on its way is not lost
         try:
-            run.log.held_out_loss(
-                step, evaluate(run.model, run.held_out, run.fit.micro_batch_size, run.device)
+            loss = held_out_loss(run.model, run.held_out, run.fit.micro_batch_size, run.device)
+            run.log.evaluation(step, loss)
+            answer_held_out(
+                run.model,
+                run.held_out,
+                template=run.args.template,
+                n_samples=run.args.samples,
+                step=step,
+                out=run.args.out,
+                device=run.device,
             )
-            answer_held_out(run.model, run.held_out, run.args, step, run.device)
         except ValueError as error:  # the same on all ranks
             run.checkpoints.save(run.progress, wait=True)
             leave(2, one_line(error))
@@ -881,10 +906,40 @@ def main():
             return run_smoke()
         if args.plan:
             setup_distributed()
+
+            def open_dialogs(files, tokenizer, config):
+                return Dialogs(
+                    files, tokenizer, config.n_image_tokens, config.vision.image_size, args
+                )
+
             return run_plan(
-                args,
-                STAGES[args.stage]["micro_batch_size"],
-                args.trained if args.stage == 1 or args.lora else LORA["trained"],
+                stage=args.stage,
+                model=args.model,
+                llm=args.llm,
+                vision=args.vision,
+                projector_type=args.projector_type,
+                default_weights=DEFAULT_WEIGHTS,
+                size=args.size,
+                data=args.data,
+                is_default_data=args.is_default_data,
+                open_dialogs=open_dialogs,
+                max_length=args.max_length,
+                trained=args.trained,
+                lighter=args.trained if args.stage == 1 or args.lora else LORA["trained"],
+                lora=args.lora,
+                quantize=args.quantize,
+                batch_size=args.batch_size,
+                epochs=args.epochs,
+                seed=args.seed,
+                max_steps=args.max_steps,
+                micro_batch_size=args.micro_batch_size,
+                most=STAGES[args.stage]["micro_batch_size"],
+                reshard=args.reshard,
+                world_size=args.world_size,
+                replicate=args.replicate,
+                gpu_memory=args.gpu_memory,
+                gpu_tflops=args.gpu_tflops,
+                keep=args.keep,
             )
         return run_guarded(args)
     try:  # what is wrong with the options rank 0 says, once

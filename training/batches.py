@@ -292,13 +292,15 @@ def cut_batch(batch, rank, world_size, micro_batch_size):
     return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(n)]
 
 
-def all_batches(args, lengths):
-    """The global batches of the whole run, lists of sample numbers, epoch after epoch."""
+def all_batches(
+    lengths: np.ndarray, *, batch_size: int, epochs: int, seed: int, max_steps: int
+) -> list[list[int]]:
+    """The global batches of the whole run, lists of sample numbers, epoch after epoch; max_steps 0: all."""
     batches = []
-    for epoch in range(args.epochs):
-        batches += batch_order(lengths, args.batch_size, args.seed, epoch)
-        if args.max_steps and len(batches) >= args.max_steps:
-            return batches[: args.max_steps]
+    for epoch in range(epochs):
+        batches += batch_order(lengths, batch_size, seed, epoch)
+        if max_steps and len(batches) >= max_steps:
+            return batches[:max_steps]
     return batches
 
 

@@ -174,6 +174,7 @@ class Machine:
     bandwidth: float = 200e9  # NVLink of an A100, what collectives reach of 300
     replicate: int = 1
     reserve: float = (RESERVE_GIB + SPARE_GIB) * GIB
+    is_peak_known: bool = True  # False: flops are those of an A100 for want of better
 
     @property
     def budget(self):

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from common.files import one_line, write_json, write_text
 from model_io.tokens import count_images, encode_prompt
-from qilin_min import answer_ids
-from training.batches import check_batches, count, cut_batch, load_ahead, to_device
+from qilin_min import Qilin, answer_ids
+from training.batches import Dialogs, check_batches, count, cut_batch, load_ahead, to_device
 from training.costs import GIB
 from training.ranks import agree, print0, sum_over_ranks
 
@@ -97,35 +97,45 @@ def draw_curves(path, title, train, held_out):
 
 
 class Log:
-    """run.json, log.jsonl, loss.png and the printed lines, all from rank 0. A run that goes on at a step drops what was logged after it."""
+    """log.jsonl, loss.png and the printed lines, all from rank 0. A run that goes on at a step drops what was logged after it."""
 
-    def __init__(self, args, n_steps, n_params, data, start, peak_flops):
-        self.args, self.n_steps, self.peak_flops, self.train, self.held_out, self.is_rank0 = (
-            args,
-            n_steps,
-            peak_flops,
-            [],
-            [],
-            dist.get_rank() == 0,
-        )
-        self.seconds, self.board = deque(maxlen=50), None
+    def __init__(
+        self,
+        out: Path,
+        *,
+        stage: int,
+        n_steps: int,
+        start: int,
+        log_every: int,
+        peak_flops: float | None,
+        has_tensorboard: bool,
+    ):
+        self.out = out
+        self.stage = stage
+        self.n_steps = n_steps
+        self.log_every = log_every
+        self.peak_flops = peak_flops
+        self.train = []
+        self.held_out = []
+        self.is_rank0 = dist.get_rank() == 0
+        self.seconds = deque(maxlen=50)
+        self.board = None
         if self.is_rank0:
-            write_run_json(args, n_params, data, start)
             for name in ("log.jsonl", "samples.jsonl"):
-                self.truncate(args.out / name, start)
-            self.file = open(args.out / "log.jsonl", "a", encoding="utf-8")
-            if args.tensorboard:
+                self.truncate(out / name, start)
+            self.file = open(out / "log.jsonl", "a", encoding="utf-8")
+            if has_tensorboard:
                 try:
                     from torch.utils.tensorboard import SummaryWriter
                 except ImportError:
                     raise ValueError(
                         "--tensorboard needs a package more: pip install tensorboard"
                     ) from None
-                self.board = SummaryWriter(args.out / "tensorboard", purge_step=start)
+                self.board = SummaryWriter(out / "tensorboard", purge_step=start)
         self.bar = tqdm(
             total=n_steps,
             initial=start,
-            desc=f"stage {args.stage}",
+            desc=f"stage {stage}",
             unit="step",
             disable=None if self.is_rank0 else True,
         )
@@ -201,7 +211,7 @@ class Log:
         self.train.append((step, loss))
         self.seconds.append(seconds)
         self.bar.update()
-        if step % self.args.log_every == 0 or step in (1, self.n_steps):
+        if step % self.log_every == 0 or step in (1, self.n_steps):
             eta = timedelta(
                 seconds=round((self.n_steps - step) * sum(self.seconds) / len(self.seconds))
             )
@@ -233,7 +243,7 @@ class Log:
             + f" and {len(names) - 3} more, in log.jsonl" * (len(names) > 3)
         )
 
-    def held_out_loss(self, step, loss):
+    def evaluation(self, step: int, loss: float | None) -> None:
         if loss is None:
             return print0(
                 f"step {step}/{self.n_steps} | no held-out loss: none of its pictures can be read"
@@ -248,8 +258,8 @@ class Log:
         if self.is_rank0:
             try:
                 draw_curves(
-                    self.args.out / "loss.png",
-                    f"stage {self.args.stage}",
+                    self.out / "loss.png",
+                    f"stage {self.stage}",
                     self.train,
                     self.held_out,
                 )
@@ -264,7 +274,9 @@ class Log:
 
 
 @torch.no_grad()
-def evaluate(model, dataset, micro_batch_size, device):
+def held_out_loss(
+    model: Qilin, dataset: Dialogs, micro_batch_size: int, device: torch.device
+) -> float | None:
     """Held-out loss: mean over all labelled tokens of the file whose pictures decode; None where there is none. Every rank takes its share and as many
     forward passes. ValueError, on all ranks, when a row can no longer be read."""
     model.eval()
@@ -286,13 +298,21 @@ def evaluate(model, dataset, micro_batch_size, device):
     return totals["ce_sum"] / totals["targets"] if totals["targets"] else None
 
 
-def answer_held_out(model, dataset, args, step, device):
+def answer_held_out(
+    model: Qilin,
+    dataset: Dialogs,
+    *,
+    template: str,
+    n_samples: int,
+    step: int,
+    out: Path,
+    device: torch.device,
+) -> None:
     """Greedy answers to the first questions of some held-out rows, the same each time, into samples.jsonl. All ranks answer all and step together."""
 
     def read():
         rows = [
-            dataset.row(i)
-            for i in np.random.default_rng(0).permutation(len(dataset))[: args.samples]
+            dataset.row(i) for i in np.random.default_rng(0).permutation(len(dataset))[:n_samples]
         ]
         return rows, [
             picture
@@ -308,7 +328,7 @@ def answer_held_out(model, dataset, args, step, device):
     model.eval()
     questions = [row["conversations"][:1] for row in rows]
     prompts = [
-        encode_prompt(question, dataset.tokenizer, dataset.n_image_tokens, args.template)
+        encode_prompt(question, dataset.tokenizer, dataset.n_image_tokens, template)
         for question in questions
     ]
     pixels = torch.stack(pictures) if pictures else None
@@ -322,7 +342,7 @@ def answer_held_out(model, dataset, args, step, device):
     model.reshard()
     model.train()
     if dist.get_rank() == 0:
-        with open(args.out / "samples.jsonl", "a", encoding="utf-8") as file:
+        with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
             for row, answer in zip(rows, answers):
                 question, truth = row["conversations"][0]["value"], row["conversations"][1]["value"]
                 file.write(
@@ -343,8 +363,15 @@ def answer_held_out(model, dataset, args, step, device):
                 )
 
 
-def write_run_json(args, n_params, data, start):
-    """run.json: what was run, with what, on what."""
+def write_run_json(
+    out: Path,
+    *,
+    arguments: dict[str, object],
+    n_params: dict[str, int],
+    data: dict[str, str],
+    start: int,
+) -> None:
+    """run.json: what was run, with what, on what. data: sha256 of each file; n_params: all, and those trained."""
     try:
         commit = (
             subprocess.run(
@@ -358,10 +385,10 @@ def write_run_json(args, n_params, data, start):
     except OSError:  # no git on this machine
         commit = None
     write_json(
-        args.out / "run.json",
+        out / "run.json",
         {
             "command": sys.argv,
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()},
             "commit": commit,
             "versions": {
                 "python": platform.python_version(),

@@ -9,6 +9,7 @@ e bytes of a number in compute (2: bf16 on CUDA, 4: float32 on a CPU). Trained w
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,7 +65,7 @@ PAPER_TOWER = VisionConfig(1024, 4096, 24, 16, 336, 14)  # CLIP ViT-L/14-336
 
 @dataclass
 class Fit:
-    """How a run is cut: see choose()."""
+    """How a run is cut: see choose_fit()."""
 
     micro_batch_size: int
     is_kept: bool  # blocks stay gathered between forward and backward
@@ -82,7 +83,7 @@ def micro_batch_slots(lengths, batch, W, micro_batch_size):
     ]
 
 
-def choose(sizes, machine, lengths, batches, micro_batch_size=None, is_kept=None, at_most=None):
+def choose_fit(sizes, machine, lengths, batches, micro_batch_size=None, is_kept=None, at_most=None):
     """The Fit that is done soonest among those that fit into the machine's memory, or None.
 
     Fewer samples at a time leave room for activations, so that fewer blocks compute theirs again (all of them: a third more work forward and backward
@@ -277,74 +278,97 @@ def print_plan(
     )
 
 
-def run_plan(args, most, lighter):
+def run_plan(
+    *,
+    stage: int,
+    model: str | None,
+    llm: str | None,
+    vision: str | None,
+    projector_type: str,
+    default_weights: dict[str, str],
+    size: str,
+    data: list[str],
+    is_default_data: bool,
+    open_dialogs: Callable[[list[str], Tokenizer, QilinConfig], Dialogs],
+    max_length: int,
+    trained: tuple[str, ...],
+    lighter: tuple[str, ...],
+    lora: int,
+    quantize: str | None,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    max_steps: int,
+    micro_batch_size: int | None,
+    most: int,
+    reshard: str,
+    world_size: int,
+    replicate: int,
+    gpu_memory: float | None,
+    gpu_tflops: float | None,
+    keep: int,
+) -> None:
     """--plan: what there is of weights and data, and the paper's figures for the rest. most: the largest micro-batch; lighter: what is trained when this does not fit."""
     missing = [
         name
-        for name, default in args.default_weights.items()
-        if args.model is None and getattr(args, name) == default and not Path(default).exists()
+        for name, given in (("llm", llm), ("vision", vision))
+        if model is None and given == default_weights[name] and not Path(given).exists()
     ]
     config = (
-        read_checkpoint(args.model).config
-        if args.model
+        read_checkpoint(model).config
+        if model
         else QilinConfig(
-            LLAMA_SIZES[args.size] if "llm" in missing else text_config(*folder_config(args.llm)),
-            PAPER_TOWER if "vision" in missing else vision_config(*folder_config(args.vision)),
-            args.projector_type,
+            LLAMA_SIZES[size] if "llm" in missing else text_config(*folder_config(llm)),
+            PAPER_TOWER if "vision" in missing else vision_config(*folder_config(vision)),
+            projector_type,
         )
     )
     where = (
-        f"no weights at {args.llm}: sizes of LLaMA-2 {args.size}"
+        f"no weights at {llm}: sizes of LLaMA-2 {size}"
         if "llm" in missing
-        else f"sizes of {args.model or args.llm}"
+        else f"sizes of {model or llm}"
     )
-    if args.is_default_data and not all(map(os.path.exists, args.data)):
-        lengths, labels = paper_lengths(args.stage, config.n_image_tokens)
-        n_over = np.maximum(lengths - args.max_length, 0)
+    if is_default_data and not all(map(os.path.exists, data)):
+        lengths, labels = paper_lengths(stage, config.n_image_tokens)
+        n_over = np.maximum(lengths - max_length, 0)
         lengths, labels, where = (
             lengths - n_over,
             labels - n_over,
-            where + f"; no data at {args.data[0]}: lengths drawn by the paper's Table {args.stage}",
+            where + f"; no data at {data[0]}: lengths drawn by the paper's Table {stage}",
         )
         lengths, labels = lengths[labels > 0], labels[labels > 0]
         n_pictures = np.ones_like(lengths)
     else:
-        dataset = Dialogs(
-            args.data,
-            together(Tokenizer, args.llm or args.model),
-            config.n_image_tokens,
-            config.vision.image_size,
-            args,
-        )
+        dataset = open_dialogs(data, together(Tokenizer, llm or model), config)
         lengths, labels, n_pictures, where = (
             dataset.lengths,
             dataset.n_labels,
             dataset.n_pictures,
-            where + f"; lengths of {', '.join(args.data)}",
+            where + f"; lengths of {', '.join(data)}",
         )
     if not len(lengths):
-        raise ValueError(
-            f"no sample is left of which --max-length {args.max_length} leaves a label"
-        )
-    sizes = Sizes(config, args.trained, args.lora, args.quantize)
+        raise ValueError(f"no sample is left of which --max-length {max_length} leaves a label")
+    sizes = Sizes(config, trained, lora, quantize)
     machine = Machine(
-        args.world_size,
-        (args.gpu_memory or 80) * GIB,
-        (args.gpu_tflops or 312) * 1e12,
-        replicate=args.replicate,
+        world_size,
+        (gpu_memory or 80) * GIB,
+        (gpu_tflops or 312) * 1e12,
+        replicate=replicate,
     )
     if machine.world_size % machine.replicate:
         raise ValueError(
             f"--replicate {machine.replicate} does not divide {machine.world_size} GPUs"
         )
-    batches = all_batches(args, lengths)
-    fit = choose(
+    batches = all_batches(
+        lengths, batch_size=batch_size, epochs=epochs, seed=seed, max_steps=max_steps
+    )
+    fit = choose_fit(
         sizes,
         machine,
         lengths,
         batches,
-        args.micro_batch_size,
-        {"auto": None, "always": False, "never": True}[args.reshard],
+        micro_batch_size,
+        {"auto": None, "always": False, "never": True}[reshard],
         most,
     )
 
@@ -352,7 +376,7 @@ def run_plan(args, most, lighter):
         """Changes with which the largest batch fits."""
 
         def fits(sizes, machine):
-            return choose(sizes, machine, lengths, batches[:1], None, None, most)
+            return choose_fit(sizes, machine, lengths, batches[:1], None, None, most)
 
         for n in (machine.world_size * 2**k for k in range(1, 8)):
             if fits(sizes, replace(machine, world_size=n)):
@@ -362,21 +386,15 @@ def run_plan(args, most, lighter):
             if gib * GIB > machine.memory and fits(sizes, replace(machine, memory=gib * GIB)):
                 yield f"GPUs of {gib} GiB"
                 break
-        for words in (
-            ((64, None), (64, "int8"), (16, "int4")) if args.stage == 2 and not args.lora else ()
-        ):
+        for words in ((64, None), (64, "int8"), (16, "int4")) if stage == 2 and not lora else ():
             if fits(Sizes(config, lighter, *words), machine):
                 yield f"--lora {words[0]}" + f" --quantize {words[1]}" * bool(words[1])
                 break
-        if (
-            args.stage == 1
-            and not args.quantize
-            and fits(Sizes(config, args.trained, 0, "int8"), machine)
-        ):
+        if stage == 1 and not quantize and fits(Sizes(config, trained, 0, "int8"), machine):
             yield "--quantize int8"
 
     print_plan(
-        args.stage,
+        stage,
         sizes,
         machine,
         lengths,
@@ -384,7 +402,7 @@ def run_plan(args, most, lighter):
         n_pictures,
         batches,
         fit,
-        args.keep,
+        keep,
         where,
         would_fit,
     )
@@ -403,25 +421,35 @@ PEAK_TFLOPS = {
 }  # bf16, dense, by the makers' sheets
 
 
-def this_machine(args, device):
-    """(Machine of this run, whether its peak is known): on a CPU all ranks share its memory, a fifth is left to others."""
-    world_size, name, tflops = dist.get_world_size(), "", args.gpu_tflops
+def this_machine(
+    device: torch.device,
+    *,
+    gpu_memory: float | None,
+    gpu_tflops: float | None,
+    replicate: int,
+) -> Machine:
+    """The Machine of this run: on a CPU all ranks share its memory, a fifth is left to others."""
     if device.type == "cuda":
-        name, memory = (
-            torch.cuda.get_device_name(device),
-            torch.cuda.get_device_properties(device).total_memory,
-        )
-        tflops = tflops or next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        name = torch.cuda.get_device_name(device)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        known = [peak for key, peak in PEAK_TFLOPS.items() if key in name]
     else:
-        memory = (
-            os.sysconf("SC_PAGE_SIZE")
-            * os.sysconf("SC_PHYS_PAGES")
-            / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        )
-    memory = (
-        args.gpu_memory * GIB if args.gpu_memory else min(gather(memory))
-    )  # every rank must cut its batch into as many pieces
-    reserve = {} if device.type == "cuda" else dict(reserve=0.2 * memory)
-    return Machine(
-        world_size, memory, (tflops or 312) * 1e12, replicate=args.replicate, **reserve
-    ), tflops is not None
+        all_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = all_memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        known = []
+    if gpu_memory:
+        memory = gpu_memory * GIB
+    else:
+        # every rank must cut its batch into as many pieces
+        memory = min(gather(memory))
+    tflops = gpu_tflops or next(iter(known), None)
+    machine = Machine(
+        dist.get_world_size(),
+        memory,
+        (tflops or 312) * 1e12,
+        replicate=replicate,
+        is_peak_known=tflops is not None,
+    )
+    if device.type != "cuda":
+        machine.reserve = 0.2 * memory
+    return machine

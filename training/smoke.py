@@ -17,7 +17,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -455,9 +454,7 @@ class Checks:
                 for row in read_json(TOY / "instruction.json")
             ]
         )
-        batches = all_batches(
-            SimpleNamespace(epochs=STEPS[2] // 2, batch_size=BATCH, seed=0, max_steps=0), lengths
-        )
+        batches = all_batches(lengths, batch_size=BATCH, epochs=STEPS[2] // 2, seed=0, max_steps=0)
         slots = max(max(micro_batch_slots(lengths, batch, RANKS, MICRO)) for batch in batches)
         plan = (
             memory(self.sizes, RANKS, slots, n, n_labels=LOSS_CHUNK, is_accumulating=True)["peak"]
