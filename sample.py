@@ -201,7 +201,7 @@ class Chat:
             prompt = (
                 self.said
                 + [self.tokenizer.eos_id]
-                + self.tokenizer.encode(build_prompt([human, gpt, human], n_images=0)[-1][0])
+                + self.tokenizer.encode(build_prompt([human, gpt, human], n_images=0)[-1].content)
             )
         else:
             prompt = encode_prompt(

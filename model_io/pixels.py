@@ -168,7 +168,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # CLIP_MEAN in 0 to 255: becomes almost 0 after normalisation
 PAD_COLOR = (122, 116, 104)
 # a line of 100000 x 1 pixels would need a square of 30 GB
-MAX_SIDE = 16384
+LONGEST_SIDE = 16384
 
 
 def normalised_values() -> np.ndarray:
@@ -217,7 +217,7 @@ def preprocess_image(image: ImageSource, size: int = 336, mode: str = "pad") -> 
     longest = max(picture.size)
     if mode != "pad":
         longest = size * longest // min(picture.size)
-    if longest > MAX_SIDE:
+    if longest > LONGEST_SIDE:
         raise ValueError(
             f"{name}: a picture of {picture.width} x {picture.height} pixels is too long"
         )

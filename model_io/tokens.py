@@ -1,22 +1,84 @@
 """A conversation -> input_ids and labels, and ids -> text in whole characters.
 
-in: [{"from": "human", "value": "<image>\n…"}, {"from": "gpt", "value": "…"}]; out: input_ids and labels, lists of int of one length
+in: [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", "value": "…"}]
+out: input_ids and labels, lists of int of one length
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
 import sentencepiece
+import torch
 
 from common.files import model_folder
-from qilin_min import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, generate
+from qilin_min import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Qilin, generate
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-TEMPLATES = (
-    "v1",
-    "plain",
-)  # v1: dialogs (paper, both stages; released stage 2). plain: picture, caption (released stage 1)
-PICTURE, END = object(), object()  # what stands between two texts of a prompt
+# --- 1. text <-> ids ---
+
+
+class Tokenizer:
+    """The sentencepiece model of a LLaMA folder. Never adds or recognises control ids in text:
+    `</s>` typed by a person is four plain characters."""
+
+    def __init__(self, path: str | Path):
+        """path: a model's folder, or a file: tokenizer.model, or weights that it lies beside.
+        FileNotFoundError or ValueError names it."""
+        path = model_folder(path)
+        if path.suffix in (".safetensors", ".bin"):
+            path = path.parent
+        self.path = path if path.is_file() else path / "tokenizer.model"
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"no tokenizer: {self.path} does not exist (it comes with the LLaMA weights)"
+            )
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{self.path}: not a sentencepiece model") from None
+        self.vocab_size = self.sp.vocab_size()
+        self.bos_id = self.sp.bos_id()
+        self.eos_id = self.sp.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{self.path}: a tokenizer without ids for begin and end of text")
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """The ids of a text, behind the begin id where `bos` is true. ValueError for half a
+        surrogate pair."""
+        try:
+            ids = self.sp.encode(text)
+        except RuntimeError:
+            raise ValueError(f"not valid Unicode: {text[:40]!r}") from None
+        return [self.bos_id, *ids] if bos else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; those that are none of the vocabulary are left out."""
+        return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text as it becomes certain, for an iterable of ids: a Chinese character may span several
+        byte tokens and is held back until whole."""
+        seen = []
+        text = ""
+        n_shown = 0
+        for i in ids:
+            seen.append(i)
+            text = self.decode(seen)
+            stable = text.rstrip("\ufffd")
+            # a cut character shows as up to 3 replacement marks; more than that is no character,
+            # and waiting would never end
+            if len(text) - len(stable) > 3:
+                stable = text
+            if len(stable) > n_shown:
+                yield stable[n_shown:]
+                n_shown = len(stable)
+        if len(text) > n_shown:
+            yield text[n_shown:]
+
+
+# --- 2. what a conversation may be ---
 
 
 class BadDialog(ValueError):
@@ -27,63 +89,21 @@ class BadDialog(ValueError):
         self.kind = kind
 
 
-class Tokenizer:
-    """The sentencepiece model of a LLaMA folder. Never adds or recognises control ids in text: `</s>` typed by a person is four plain characters."""
-
-    def __init__(self, path):
-        """path: a model's folder, or a file: tokenizer.model, or weights that it lies beside. FileNotFoundError or ValueError names it."""
-        path = model_folder(path)
-        path = path.parent if path.suffix in (".safetensors", ".bin") else path
-        self.path = path if path.is_file() else path / "tokenizer.model"
-        if not self.path.is_file():
-            raise FileNotFoundError(
-                f"no tokenizer: {self.path} does not exist (it comes with the LLaMA weights)"
-            )
-        try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError):
-            raise ValueError(f"{self.path}: not a sentencepiece model") from None
-        self.vocab_size, self.bos_id, self.eos_id = (
-            self.sp.vocab_size(),
-            self.sp.bos_id(),
-            self.sp.eos_id(),
-        )
-        if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{self.path}: a tokenizer without ids for begin and end of text")
-
-    def encode(self, text, bos=False):
-        try:
-            return [self.bos_id] * bos + self.sp.encode(text)
-        except RuntimeError:
-            raise ValueError(f"not valid Unicode: {text[:40]!r}") from None
-
-    def decode(self, ids):
-        return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size])
-
-    def decode_stream(self, ids):
-        """Text as it becomes certain, for an iterable of ids: a Chinese character may span several byte tokens and is held back until whole."""
-        seen, shown = [], ""
-        for i in ids:
-            seen.append(i)
-            text = self.decode(seen)
-            # a cut character shows as up to 3 replacement marks; more than that is no character, and waiting would never end
-            stable = text if len(text) - len(text.rstrip("\ufffd")) > 3 else text.rstrip("\ufffd")
-            if len(stable) > len(shown):
-                yield stable[len(shown) :]
-                shown = stable
-        if seen and len(self.decode(seen)) > len(shown):
-            yield self.decode(seen)[len(shown) :]
-
-
-def pictures_before(i, n_images):
-    """How many pictures stand in front of turn i: n_images is an int (all in front of the first turn) or a list with a number a human turn."""
+def pictures_before(i: int, n_images: int | list[int] | None) -> int:
+    """How many pictures stand in front of turn i: n_images is an int (all in front of the first
+    turn) or a list with a number a human turn."""
     if isinstance(n_images, list):
-        return n_images[i // 2] if i % 2 == 0 and i // 2 < len(n_images) else 0
-    return n_images if i == 0 else 0
+        k = i // 2
+        is_human = i % 2 == 0
+        return n_images[k] if is_human and k < len(n_images) else 0
+    if i > 0 or n_images is None:
+        return 0
+    return n_images
 
 
 def check_conversation(conversation: object, n_images: int | list[int] | None = None) -> None:
-    """BadDialog unless it is a list of {"from", "value"} turns, human and gpt by turns, human first.
+    """BadDialog unless it is a list of {"from", "value"} turns: human and gpt by turns, human
+    first.
 
     n_images as in encode_conversation. Kinds: "no dialog", "question is empty", "answer is empty",
     "<image> in an answer".
@@ -106,112 +126,208 @@ def check_conversation(conversation: object, n_images: int | list[int] | None = 
             raise BadDialog(message, f"{IMAGE_TOKEN} in an answer")
 
 
-def count_images(conversation):
+def count_images(conversation: list[dict]) -> int:
     """Placeholders in a conversation of a data file: as many pictures belong to it."""
     return sum(turn["value"].count(IMAGE_TOKEN) for turn in conversation)
 
 
-def build_prompt(conversation, template="v1", n_images=None):
-    """The prompt as a list of (part, learn): part is a text, PICTURE or END (</s>); learn says whether the loss counts it.
+# --- 3. a conversation -> the parts of its prompt ---
 
-    Texts are cut only where tokenising the whole released string would cut as well: at pictures, at </s>, and right after "ASSISTANT:".
-    A turn's pictures move to its front, each followed by a newline. Source: released code, llava/conversation.py (v1, plain)
-    and llava/train/train.py preprocess_multimodal; for n pictures n times what it does for one.
-    """
-    check_conversation(conversation, n_images)
-    if template not in TEMPLATES:
-        raise ValueError(f"template {template!r} is unknown: {' or '.join(TEMPLATES)}")
-    if template == "plain":
-        n = count_images(conversation[:1]) if n_images is None else pictures_before(0, n_images)
-        if n == 0 or len(conversation) > 2:
-            raise ValueError("template plain wants one turn with a picture and at most one answer")
-        return [(PICTURE, False)] * n + [(turn["value"] + "\n", True) for turn in conversation[1:]]
-    parts, text = [], SYSTEM + " "
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# v1: dialogs (paper, both stages; released stage 2). plain: picture, caption (released stage 1)
+TEMPLATES = ("v1", "plain")
+
+
+class Mark(Enum):
+    """What stands between two texts of a prompt."""
+
+    PICTURE = "a picture"
+    END = "</s>"
+
+
+@dataclass
+class Part:
+    """A piece of a prompt, and whether the loss counts it."""
+
+    content: str | Mark
+    is_learnt: bool = False
+
+
+def _question_of(turn: dict, i: int, n_images: int | list[int] | None) -> tuple[int, str]:
+    """(number of pictures, the text that follows them) of human turn i."""
+    text = turn["value"]
+    if n_images is None:
+        n = text.count(IMAGE_TOKEN)
+    else:
+        n = pictures_before(i, n_images)
+    if n == 0:
+        return 0, text
+    if n_images is None:
+        text = text.replace(IMAGE_TOKEN, "")
+    text = text.strip()
+    return n, "\n" + text if text else ""
+
+
+def _v1_parts(conversation: list[dict], n_images: int | list[int] | None) -> list[Part]:
+    parts = []
+    text = SYSTEM + " "  # what stands in front of the next picture, or of the question
     for i, turn in enumerate(conversation):
-        value = turn["value"]
         if turn["from"] == "gpt":
-            parts += [
-                (value, True),
-                (END, True),
-            ]  # the blank after "ASSISTANT:" is the one that sentencepiece puts in front of every text
+            # the blank after "ASSISTANT:" is the one that sentencepiece puts in front of every text
+            parts.append(Part(turn["value"], is_learnt=True))
+            parts.append(Part(Mark.END, is_learnt=True))
             continue
-        n = value.count(IMAGE_TOKEN) if n_images is None else pictures_before(i, n_images)
-        if n:
-            value = (value.replace(IMAGE_TOKEN, "") if n_images is None else value).strip()
-            value = "\n" + value if value else ""
+        n, question = _question_of(turn, i, n_images)
         text += "USER: "
         for k in range(n):
-            parts += [(text, False), (PICTURE, False)]
+            parts.append(Part(text))
+            parts.append(Part(Mark.PICTURE))
             text = "\n" if k < n - 1 else ""
-        parts += [(text + value + " ASSISTANT:", False)]
+        parts.append(Part(text + question + " ASSISTANT:"))
         text = ""
     return parts
 
 
-def _encode_parts(parts, tokenizer, n_image_tokens):
-    ids, labels = [tokenizer.bos_id], [IGNORE_INDEX]
-    for part, learn in parts:
-        if part is PICTURE:
+def _plain_parts(conversation: list[dict], n_images: int | list[int] | None) -> list[Part]:
+    if n_images is None:
+        n = count_images(conversation[:1])
+    else:
+        n = pictures_before(0, n_images)
+    if n == 0 or len(conversation) > 2:
+        raise ValueError("template plain wants one turn with a picture and at most one answer")
+    pictures = [Part(Mark.PICTURE) for _ in range(n)]
+    captions = [Part(turn["value"] + "\n", is_learnt=True) for turn in conversation[1:]]
+    return pictures + captions
+
+
+def build_prompt(
+    conversation: list[dict], template: str = "v1", n_images: int | list[int] | None = None
+) -> list[Part]:
+    """The parts of a prompt: texts, pictures and </s>, each with whether the loss counts it.
+
+    Texts are cut only where tokenising the whole released string would cut as well: at pictures, at
+    </s>, and right after "ASSISTANT:". A turn's pictures move to its front, each followed by a
+    newline. Source: released code, llava/conversation.py (v1, plain) and llava/train/train.py
+    preprocess_multimodal; for n pictures n times what it does for one.
+    """
+    check_conversation(conversation, n_images)
+    if template == "v1":
+        return _v1_parts(conversation, n_images)
+    if template == "plain":
+        return _plain_parts(conversation, n_images)
+    raise ValueError(f"template {template!r} is unknown: {' or '.join(TEMPLATES)}")
+
+
+# --- 4. parts -> input_ids and labels ---
+
+
+def _encode_parts(
+    parts: list[Part], tokenizer: Tokenizer, n_image_tokens: int
+) -> tuple[list[int], list[int]]:
+    ids = [tokenizer.bos_id]
+    labels = [IGNORE_INDEX]
+    for part in parts:
+        if part.content is Mark.PICTURE:
             piece = [IMAGE_TOKEN_INDEX] * n_image_tokens
-        elif part is END:
+        elif part.content is Mark.END:
             piece = [tokenizer.eos_id]
         else:
-            piece = tokenizer.encode(part)
+            piece = tokenizer.encode(part.content)
         ids += piece
-        labels += piece if learn else [IGNORE_INDEX] * len(piece)
+        labels += piece if part.is_learnt else [IGNORE_INDEX] * len(piece)
     return ids, labels
 
 
 def encode_conversation(
-    conversation, tokenizer, n_image_tokens, template="v1", max_length=2048, n_images=None
-):
-    """(input_ids, labels) of a dialog for training: lists of int of the same length, at most max_length tokens.
+    conversation: list[dict],
+    tokenizer: Tokenizer,
+    n_image_tokens: int,
+    template: str = "v1",
+    max_length: int = 2048,
+    n_images: int | list[int] | None = None,
+) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of a dialog for training: lists of int of the same length, at most
+    max_length tokens.
 
-    n_images: None counts the <image> in the text (data files); an int puts that many pictures in front of the first turn, a list as many
-    as it says in front of each human turn, and all text is taken literally. Too long: the end is cut, never a picture: where a picture would be cut both lists come back empty.
-    ValueError when it is no conversation or ends with a question.
+    n_images: None counts the <image> in the text (data files); an int puts that many pictures in
+    front of the first turn, a list as many as it says in front of each human turn, and all text is
+    taken literally. Too long: the end is cut, never a picture: where a picture would be cut both
+    lists come back empty. ValueError when it is no conversation or ends with a question.
     """
     check_conversation(conversation, n_images)
     if conversation[-1]["from"] != "gpt":
         raise ValueError("the conversation ends with a question: nothing to learn from")
-    ids, labels = _encode_parts(
-        build_prompt(conversation, template, n_images), tokenizer, n_image_tokens
-    )
+    parts = build_prompt(conversation, template, n_images)
+    ids, labels = _encode_parts(parts, tokenizer, n_image_tokens)
     if IMAGE_TOKEN_INDEX in ids[max_length:]:
         return [], []
     return ids[:max_length], labels[:max_length]
 
 
-def encode_prompt(conversation, tokenizer, n_image_tokens, template="v1", n_images=None):
-    """input_ids of a dialog that ends with a question: they end where the assistant starts to speak, exactly as in training."""
+def encode_prompt(
+    conversation: list[dict],
+    tokenizer: Tokenizer,
+    n_image_tokens: int,
+    template: str = "v1",
+    n_images: int | list[int] | None = None,
+) -> list[int]:
+    """input_ids of a dialog that ends with a question: they end where the assistant starts to
+    speak, exactly as in training."""
     check_conversation(conversation, n_images)
     if conversation[-1]["from"] != "human":
         raise ValueError("the conversation ends with an answer: nothing to ask")
-    return _encode_parts(build_prompt(conversation, template, n_images), tokenizer, n_image_tokens)[
-        0
-    ]
+    parts = build_prompt(conversation, template, n_images)
+    ids, _ = _encode_parts(parts, tokenizer, n_image_tokens)
+    return ids
+
+
+# --- 5. an answer, as it is written ---
+
+
+def _n_held(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of `text` may become one of the texts `stop`."""
+    n_held = 0
+    for stop_text in stop:
+        for n in range(1, len(stop_text)):
+            if text.endswith(stop_text[:n]):
+                n_held = max(n_held, n)
+    return n_held
 
 
 class StreamedAnswer:
-    """Iterate for the text of one prompt's answer, piece by piece and in whole characters. Afterwards, also after an interruption:
-    ids (list of int without the end id), n_new (with it), finish_reason: "stop" (an end id or a stop text, which is not shown) or "length".
+    """Iterate for the text of one prompt's answer, piece by piece and in whole characters.
+    Afterwards, also after an interruption: ids (list of int without the end id), n_new (with it),
+    finish_reason: "stop" (an end id or a stop text, which is not shown) or "length".
 
     stop: texts at which the answer ends. Other options as for generate(), one prompt.
     """
 
-    def __init__(self, model, tokenizer, prompt, pixel_values=None, stop=(), **options):
-        self.ids, self.n_new, self.finish_reason = [], 0, "length"
+    def __init__(
+        self,
+        model: Qilin,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        pixel_values: torch.Tensor | None = None,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ):
+        self.ids = []
+        self.n_new = 0
+        self.finish_reason = "length"
         self.interrupted = False  # set it, from any thread, to end the answer at the next token
         self._decode = tokenizer.decode
-        self._text = self._until_stop(
-            tokenizer.decode_stream(self._new_ids(model, prompt, pixel_values, options)), stop
-        )
+        new_ids = self._new_ids(model, prompt, pixel_values, options)
+        self._text = self._until_stop(tokenizer.decode_stream(new_ids), stop)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return self._text
 
     def _new_ids(self, model, prompt, pixel_values, options):
         for (i,) in generate(model, [prompt], pixel_values, **options):
+            assert i is not None, "only what follows an end id is None"
             self.n_new += 1
             if i in model.config.end_ids:
                 self.finish_reason = "stop"
@@ -222,22 +338,25 @@ class StreamedAnswer:
             yield i
 
     def _until_stop(self, texts, stop):
-        text, n_shown = "", 0  # text: not shown yet
+        text = ""  # not shown yet
+        n_shown = 0
         for piece in texts:
             text += piece
-            found = min((at for s in stop if (at := text.find(s)) >= 0), default=-1)
-            if found >= 0:
+            places = [text.find(stop_text) for stop_text in stop]
+            found = [place for place in places if place >= 0]
+            if found:
+                first = min(found)
                 self.finish_reason = "stop"
-                while (
-                    self.ids and len(self._decode(self.ids)) > n_shown + found
-                ):  # a dialog must not go on from what nobody saw
-                    self.ids.pop()
-                yield text[:found]
+                self._forget_after(n_shown + first)
+                yield text[:first]
                 return
-            n_held = max(
-                (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
-            )  # may become a stop text
-            yield text[: len(text) - n_held]
-            n_shown += len(text) - n_held
-            text = text[len(text) - n_held :]
+            n_certain = len(text) - _n_held(text, stop)
+            yield text[:n_certain]
+            n_shown += n_certain
+            text = text[n_certain:]
         yield text
+
+    def _forget_after(self, n_characters):
+        """Drop the ids of what was not shown: a dialog must not go on from what nobody saw."""
+        while self.ids and len(self._decode(self.ids)) > n_characters:
+            self.ids.pop()
