@@ -23,23 +23,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from chimed.check import check
+from chimed import check, review, stats, translate
 from chimed.groups import MAX_TURNS, Teams, connected, held_out
 from chimed.pictures import MAX_PICTURES, place_pictures
 from chimed.prompts import CAPTION, CONTEXT, VQA
 from chimed.sources import (
     SOURCES,
     Row,
-    add_source_flags,
+    add_source_options,
     article_of,
     candidates,
     named_columns,
     open_sources,
     read_row,
 )
-from chimed.workers import BLOCK, in_order
-from common.endpoint import add_endpoint_flags
-from common.files import check_ranges, digest, lock, run_cli, write_json
+from chimed.workers import BLOCK, add_workers_option, in_order
+from common.files import digest, lock, run_cli, write_json
+from common.options import InRange
 from common.rows import BadRow
 from common.text import CHOICES, impractical, is_untranslated, text_key, text_length
 from model_io.tokens import check_conversation
@@ -54,7 +54,7 @@ REFERENCE_ONLY = re.compile(
 )
 
 
-def draw(seed, row_id, what, choices):
+def draw_prompt(seed, row_id, what, choices):
     """One of `choices`, by seed and row id alone: the same for any number of workers, and for each row on its own."""
     return choices[text_key(str(seed), row_id, what) % len(choices)]
 
@@ -98,7 +98,7 @@ def alignment_texts(row, row_id, options):
     return (
         usable
         if options["alignment_text"] == "both"
-        else [draw(options["seed"], row_id, "kind", usable)]
+        else [draw_prompt(options["seed"], row_id, "kind", usable)]
     )
 
 
@@ -123,7 +123,7 @@ def question_and_answer(row, row_id, options):
             raise BadRow("answer is none of the choices")
         listed = "\n".join(f"{letter}. {text}" for letter, text in choices)
         return (
-            f"{question}\n{draw(options['seed'], row_id, 'choices', CHOICES)}\n{listed}",
+            f"{question}\n{draw_prompt(options['seed'], row_id, 'choices', CHOICES)}\n{listed}",
             f"{row.letter}. {answer}",
         )
     return question, answer
@@ -167,14 +167,16 @@ ALIGNED, ASKED = (
     ("pmc-oa", "pmc-casereport", "chimed-alignment", "own"),
     ("pmc-casereport", "pmc-vqa", "chimed-instruction", "own"),
 )
-BUILD = None  # the Build that worker processes inherit
 
 
 class Build:
     """What pass 1 found and pass 2 needs. Rows are numbered through all files."""
 
     def __init__(self, args):
-        self.files, self.columns = open_sources(args, SOURCES), named_columns(args)
+        self.files = open_sources(
+            args.raw_files, SOURCES, own_columns=args.own_columns, encoding=args.encoding
+        )
+        self.columns = named_columns(args.own_columns)
         self.options = {
             name: getattr(args, name)
             for name in (
@@ -233,7 +235,7 @@ class Build:
         parts, n_test = [], 0
         with tqdm(total=int(self.starts[-1]), desc="reading", unit=" rows", disable=None) as bar:
             for (_, start, stop), (arrays, tests) in zip(
-                self.blocks(), in_order(survey_block, self.blocks(), args.workers)
+                self.blocks(), in_order(survey_block, self.blocks(), args.workers, self)
             ):
                 parts.append(arrays)
                 n_test += tests
@@ -253,14 +255,14 @@ class Build:
             )
 
 
-def survey_block(f, start, stop):
+def survey_block(build, f, start, stop):
     """Pass 1 over a block, four arrays: a key of each row's article and text (0: it joins nobody), one of its pictures, the keys that tie it to others
     and how many those are; and how many rows are test data."""
     groups, pictures, ties, counts, n_test = array("Q"), array("Q"), array("Q"), array("q"), 0
-    for i, raw in BUILD.files[f][1].read(start, stop):
+    for i, raw in build.files[f][1].read(start, stop):
         group, picture, keys = 0, 0, []
         try:
-            row = BUILD.read(f, i, raw)
+            row = build.read(f, i, raw)
             names = [candidates(row, name)[0] for name in row.images]
             n_test += row.test
             articles = {row.article, *(article_of(name) for name in names)} - {""}
@@ -292,20 +294,21 @@ def survey_block(f, start, stop):
 class Block:
     """Pass 2 over a block of rows: what it writes, what it counts, what it drops."""
 
-    def __init__(self, f, start, stop):
+    def __init__(self, build, f, start, stop):
+        self.build = build
         self.lines, self.counts, self.dropped = {}, Counter(), []
-        for i, raw in BUILD.files[f][1].read(start, stop):
-            number = int(BUILD.starts[f]) + i
+        for i, raw in self.build.files[f][1].read(start, stop):
+            number = int(self.build.starts[f]) + i
             try:
-                row = BUILD.read(f, i, raw)
+                row = self.build.read(f, i, raw)
             except BadRow as error:
                 row = error
             subsets = [
                 subset
                 for subset, sources in (("alignment", ALIGNED), ("instruction", ASKED))
-                if BUILD.files[f][0] in sources
+                if self.build.files[f][0] in sources
             ]
-            if BUILD.files[f][0] == "own":
+            if self.build.files[f][0] == "own":
                 fit = isinstance(row, Row) and [
                     subset
                     for subset, text in (("alignment", "caption"), ("instruction", "question"))
@@ -313,13 +316,13 @@ class Block:
                 ]
                 subsets = fit or subsets[:1]
             for subset in subsets:
-                teams = BUILD.joined if subset == "alignment" else BUILD.merged
+                teams = self.build.joined if subset == "alignment" else self.build.merged
                 if not teams.follows[number]:
                     self.add(subset, f, i, row, teams.of(number))
 
     def drop(self, subset, number, reason):
-        f, i = BUILD.locate(number)
-        source, records = BUILD.files[f]
+        f, i = self.build.locate(number)
+        source, records = self.build.files[f]
         self.counts[subset, source, f"dropped: {reason}"] += 1
         self.dropped.append(
             json.dumps(
@@ -338,19 +341,19 @@ class Block:
         """The dialogs of a row, or of the team it leads. Every row of it is counted once: kept, joined or merged into another, or dropped by a reason."""
         members = []  # (number, Row, id) of those that are fit
         for number in team:
-            g, k = BUILD.locate(number)
-            self.counts[subset, BUILD.files[g][0], "rows"] += 1
+            g, k = self.build.locate(number)
+            self.counts[subset, self.build.files[g][0], "rows"] += 1
             try:
-                other = row if (g, k) == (f, i) else BUILD.read(g, k)
+                other = row if (g, k) == (f, i) else self.build.read(g, k)
                 if isinstance(other, BadRow):
                     raise other
-                row_id = BUILD.id_of(g, k, other)
+                row_id = self.build.id_of(g, k, other)
                 parts = (
                     ()
                     if other.source.startswith("chimed")
-                    else alignment_texts(other, row_id, BUILD.options)
+                    else alignment_texts(other, row_id, self.build.options)
                     if subset == "alignment"
-                    else question_and_answer(other, row_id, BUILD.options)
+                    else question_and_answer(other, row_id, self.build.options)
                 )
                 members.append((number, other, row_id, parts))
             except BadRow as error:
@@ -369,22 +372,25 @@ class Block:
             ] += 1
             self.counts[subset, other.source, "dialogs"] += len(dialogs) if n == 0 else 0
         if dialogs:
-            self.lines.setdefault((subset, bool(BUILD.val[members[0][0]])), []).extend(
+            self.lines.setdefault((subset, bool(self.build.val[members[0][0]])), []).extend(
                 json.dumps(d, ensure_ascii=False) for d in dialogs
             )
 
     def dialogs(self, subset, members):
-        (_, row, row_id, parts), seed = members[0], BUILD.options["seed"]
+        (_, row, row_id, parts), seed = members[0], self.build.options["seed"]
         if row.source.startswith("chimed"):
             made = published(
-                row, row_id, lambda names: BUILD.place([Row(row.source, names, {})]), BUILD.options
+                row,
+                row_id,
+                lambda names: self.build.place([Row(row.source, names, {})]),
+                self.build.options,
             )
             self.counts[subset, row.source, "untranslated"] += any(
                 is_untranslated(turn["value"]) for turn in made["conversations"][1::2]
             )
             return [made]
         if subset == "alignment":
-            picture = BUILD.place([other for _, other, *_ in members])
+            picture = self.build.place([other for _, other, *_ in members])
             self.counts[subset, row.source, "untranslated"] += sum(
                 is_untranslated(text) for _, text in parts
             )
@@ -392,12 +398,12 @@ class Block:
                 dialog(
                     f"{row_id}-{kind}",
                     picture,
-                    f"{IMAGE_TOKEN}\n{draw(seed, row_id, kind, CONTEXT if kind == 'context' else CAPTION)}",
+                    f"{IMAGE_TOKEN}\n{draw_prompt(seed, row_id, kind, CONTEXT if kind == 'context' else CAPTION)}",
                     text,
                 )
                 for kind, text in parts
             ]
-        picture, turns = BUILD.place([row]), []
+        picture, turns = self.build.place([row]), []
         for _, other, other_id, (question, answer) in members:
             self.counts[subset, other.source, "untranslated"] += is_untranslated(
                 question
@@ -406,20 +412,92 @@ class Block:
                 turns or "\n" in question
             )  # later questions of a dialog, and those with choices, stand as they are
             turns += [
-                question if whole else put_question(draw(seed, other_id, "vqa", VQA), question),
+                question
+                if whole
+                else put_question(draw_prompt(seed, other_id, "vqa", VQA), question),
                 answer,
             ]
         return [dialog(row_id, picture, f"{IMAGE_TOKEN}\n{turns[0]}", *turns[1:])]
 
 
-def make_block(f, start, stop):
-    block = Block(f, start, stop)
+def make_block(build, f, start, stop):
+    block = Block(build, f, start, stop)
     return block.lines, block.counts, block.dropped
 
 
-def build(args):
-    global BUILD
-    check_ranges(args, val_fraction=(0, 0.9), workers=(1, 512))
+def add_command(commands: argparse._SubParsersAction) -> None:
+    about = "raw or translated sets -> OUT/alignment.json, instruction.json, images/, dropped.jsonl, manifest.json"
+    parser = commands.add_parser(
+        "build",
+        help=about,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add_source_options(parser, SOURCES)
+    add(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders the picture names are relative to, searched in this order",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where to write; run again after a stop, it makes no finished picture twice",
+    )
+    add(
+        "--val-fraction",
+        action=InRange,
+        type=float,
+        low=0,
+        high=0.9,
+        default=0,
+        metavar="X",
+        help="share of rows for *-val.json; rows of one article, group or picture stay on one side (default 0)",
+    )
+    add(
+        "--alignment-text",
+        choices=("draw", "inline", "context", "both"),
+        default="draw",
+        help="what stage 1 learns of a case report: one of its two texts drawn by row id (default), always this one, or a dialog for each",
+    )
+    add(
+        "--choices",
+        action="store_true",
+        help="keep multiple-choice questions as such (default: open questions, as the paper)",
+    )
+    add(
+        "--merge-turns",
+        action="store_true",
+        help="all questions about one picture in one dialog: the picture is trained on once",
+    )
+    add(
+        "--require-chinese",
+        action="store_true",
+        help="drop rows that are not translated (default: keep them, and warn)",
+    )
+    add("--seed", type=int, default=0, help="of prompts, kinds of text and the split (default 0)")
+    add(
+        "--copy",
+        action="store_true",
+        help="copy pictures (default: hard links where the disk allows)",
+    )
+    add(
+        "--skip-pictures",
+        action="store_true",
+        help="write the texts alone: pictures are named as they would be, and neither sought nor made",
+    )
+    add_workers_option(
+        parser, "processes (default %(default)s, the CPUs here); the output does not depend on it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     if not args.images and not args.skip_pictures:
         raise ValueError(
             "name the folders of the pictures by --images (or --skip-pictures, to write the texts alone)"
@@ -428,31 +506,32 @@ def build(args):
         if not Path(root).is_dir():
             raise FileNotFoundError(f"no such image folder: {root}")
     place_pictures.cache_clear()  # what an earlier build of this process saw may have changed
-    BUILD = Build(args)
+    build = Build(args)
     args.out.mkdir(parents=True, exist_ok=True)
     with lock(args.out / ".lock", f"{args.out} is being written by another run"):
-        write_build(args)
+        write_build(build, args)
+    return 0
 
 
-def write_build(args):
+def write_build(build, args):
     """Both passes, and what they leave in --out."""
-    BUILD.survey(args)
+    build.survey(args)
     targets = {
         (subset, side): args.out / f"{subset}{'-val' if side else ''}.json"
         for subset in ("alignment", "instruction")
         for side in (False, True)
     }
-    inputs = {os.path.realpath(records.path) for _, records in BUILD.files}
+    inputs = {os.path.realpath(records.path) for _, records in build.files}
     for target in (*targets.values(), args.out / "dropped.jsonl", args.out / "manifest.json"):
         if os.path.realpath(target) in inputs:
             raise ValueError(f"{target} is an input: name another --out")
     files, counts, written = {}, Counter(), Counter()
     with (
-        tqdm(total=int(BUILD.starts[-1]), desc="building", unit=" rows", disable=None) as bar,
+        tqdm(total=int(build.starts[-1]), desc="building", unit=" rows", disable=None) as bar,
         open(args.out / "dropped.jsonl.partial", "w", encoding="utf-8") as dropped,
     ):
         for (_, start, stop), (lines, more, drops) in zip(
-            BUILD.blocks(), in_order(make_block, BUILD.blocks(), args.workers)
+            build.blocks(), in_order(make_block, build.blocks(), args.workers, build)
         ):
             for key, rows in lines.items():
                 if key not in files:
@@ -472,7 +551,7 @@ def write_build(args):
     if not written:
         Path(args.out, "dropped.jsonl.partial").replace(args.out / "dropped.jsonl")
         raise ValueError(
-            f"no row is left of {int(BUILD.starts[-1]):,}: {reasons_of(counts)} (each in {args.out / 'dropped.jsonl'})"
+            f"no row is left of {int(build.starts[-1]):,}: {reasons_of(counts)} (each in {args.out / 'dropped.jsonl'})"
         )
     for key, target in targets.items():
         if key in files:
@@ -490,13 +569,13 @@ def write_build(args):
                     "rows": len(records),
                     "sha256": digest(records.path),
                 }
-                for source, records in BUILD.files
+                for source, records in build.files
             ],
-            "settings": BUILD.options
+            "settings": build.options
             | {
                 "images": list(args.images),
                 "skip_pictures": args.skip_pictures,
-                "columns": {name: names[0] for name, names in BUILD.columns.items() if names},
+                "columns": {name: names[0] for name, names in build.columns.items() if names},
                 "encoding": args.encoding,
                 "max_pictures": MAX_PICTURES,
                 "min_length": MIN_LENGTH,
@@ -583,215 +662,16 @@ def print_summary(table):
 # --- 3. command line ------------------------------------------------------------------------------------------------
 
 
-def parse_args():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    n_cpus = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-
-    def command(name, about):
-        return commands.add_parser(
-            name,
-            help=about,
-            description=about,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    b = command(
-        "build",
-        "raw or translated sets -> OUT/alignment.json, instruction.json, images/, dropped.jsonl, manifest.json",
-    )
-    add_source_flags(b, *SOURCES)
-    b.add_argument(
-        "--images",
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="folders the picture names are relative to, searched in this order",
-    )
-    b.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="where to write; run again after a stop, it makes no finished picture twice",
-    )
-    b.add_argument(
-        "--val-fraction",
-        type=float,
-        default=0,
-        metavar="X",
-        help="share of rows for *-val.json; rows of one article, group or picture stay on one side (default 0)",
-    )
-    b.add_argument(
-        "--alignment-text",
-        choices=("draw", "inline", "context", "both"),
-        default="draw",
-        help="what stage 1 learns of a case report: one of its two texts drawn by row id (default), always this one, or a dialog for each",
-    )
-    b.add_argument(
-        "--choices",
-        action="store_true",
-        help="keep multiple-choice questions as such (default: open questions, as the paper)",
-    )
-    b.add_argument(
-        "--merge-turns",
-        action="store_true",
-        help="all questions about one picture in one dialog: the picture is trained on once",
-    )
-    b.add_argument(
-        "--require-chinese",
-        action="store_true",
-        help="drop rows that are not translated (default: keep them, and warn)",
-    )
-    b.add_argument(
-        "--seed", type=int, default=0, help="of prompts, kinds of text and the split (default 0)"
-    )
-    b.add_argument(
-        "--copy",
-        action="store_true",
-        help="copy pictures (default: hard links where the disk allows)",
-    )
-    b.add_argument(
-        "--skip-pictures",
-        action="store_true",
-        help="write the texts alone: pictures are named as they would be, and neither sought nor made",
-    )
-    b.add_argument(
-        "--workers",
-        type=int,
-        default=n_cpus,
-        help="processes (default %(default)s, the CPUs here); the output does not depend on it",
-    )
-
-    t = command(
-        "translate",
-        "English to Chinese: OUT/<same name and form>, a journal beside it; stopped at any moment, the same command goes on",
-    )
-    add_source_flags(t, "pmc-oa", "pmc-casereport", "pmc-vqa", "own")
-    t.add_argument(
-        "--out", required=True, metavar="DIR", help="where the translated files and journals go"
-    )
-    t.add_argument(
-        "--glossary",
-        metavar="FILE",
-        help=".csv of English and Chinese terms that must be used (a|b: either)",
-    )
-    t.add_argument(
-        "--translations",
-        metavar="FILE",
-        help="finished translations instead of an endpoint (with --base-url: before it): rows of english and chinese, a journal, or the raw file with Chinese in place",
-    )
-    t.add_argument(
-        "--attempts",
-        type=int,
-        default=2,
-        metavar="N",
-        help="translations asked for of a row that fails the checks (default %(default)s)",
-    )
-    t.add_argument(
-        "--retry-rejected",
-        action="store_true",
-        help="ask again for rows that failed the checks earlier",
-    )
-    add_endpoint_flags(t)
-
-    r = command(
-        "review",
-        "a random sample of translations, stratified by file, for a doctor: review.html (self-contained) and review.csv; --import reads it back",
-    )
-    r.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILE",
-        help="translated files, as translate wrote them (their journals beside them)",
-    )
-    r.add_argument("--out", type=Path, metavar="DIR", help="where the sample goes")
-    r.add_argument(
-        "--n",
-        type=int,
-        default=200,
-        help="rows, over all files in proportion to their size (default %(default)s)",
-    )
-    r.add_argument("--images", nargs="+", default=[], metavar="DIR", help="folders of the pictures")
-    r.add_argument("--seed", type=int, default=0)
-    r.add_argument(
-        "--import",
-        dest="filled",
-        metavar="CSV",
-        help="the filled-in file: fixes and rejections go into the files, acceptance is reported",
-    )
-
-    c = command("check", "every row and picture of a dialog file; exit code 1 when any is unfit")
-    c.add_argument("file", help="a .json or .jsonl of dialogs, the published form")
-    c.add_argument(
-        "--images", required=True, metavar="DIR", help="folder the picture names are relative to"
-    )
-    c.add_argument(
-        "--bad", metavar="FILE", help="where rows with problems go (default: FILE.bad.jsonl)"
-    )
-    c.add_argument("--fix", metavar="FILE", help="where to write the rows without problems")
-    c.add_argument(
-        "--tokenizer", metavar="DIR", help="a LLaMA folder: lengths are then counted in tokens, too"
-    )
-    c.add_argument(
-        "--max-length",
-        type=int,
-        default=2048,
-        help="tokens of a dialog, pictures included (default %(default)s)",
-    )
-    c.add_argument(
-        "--n-image-tokens", type=int, default=576, help="tokens of a picture (default %(default)s)"
-    )
-    c.add_argument(
-        "--max-characters", type=int, default=20_000, help="of one turn (default %(default)s)"
-    )
-    c.add_argument("--workers", type=int, default=n_cpus, help="processes (default %(default)s)")
-
-    s = command(
-        "stats",
-        "Tables 1 and 2, Figures 1 and 2 of the paper for built files: stats.md, stats.json, PNGs",
-    )
-    s.add_argument("--alignment", nargs="+", default=[], metavar="FILE", help="dialogs of stage 1")
-    s.add_argument(
-        "--instruction", nargs="+", default=[], metavar="FILE", help="dialogs of stage 2"
-    )
-    s.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="DIR",
-        help="a LLaMA folder or tokenizer.model: what tokens are counted with",
-    )
-    s.add_argument("--out", type=Path, required=True, metavar="DIR")
-    s.add_argument(
-        "--images", metavar="DIR", help="folder of the pictures, for the contact sheet (Figure 1)"
-    )
-    s.add_argument(
-        "--font",
-        metavar="FILE",
-        help="a font with Chinese characters, for word clouds (default: looked for)",
-    )
-    s.add_argument("--no-figures", action="store_true", help="tables alone")
-    s.add_argument("--workers", type=int, default=n_cpus, help="processes (default %(default)s)")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
-    if args.command == "build":
-        return build(args)
-    if args.command == "check":
-        sys.exit(check(args))
-    if args.command == "translate":
-        from chimed.translate import translate as run
-    elif args.command == "review":
-        from chimed.review import review as run
-    else:
-        from chimed.stats import stats as run
-    sys.exit(run(args) or 0)
+    add_command(commands)
+    for command in (translate, review, check, stats):
+        command.add_command(commands)
+    args = parser.parse_args()
+    sys.exit(args.run(args))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`data_prep.py check`: what is wrong with a data file, before training finds it."""
 
+import argparse
 import functools
 import json
 import os
@@ -11,8 +12,8 @@ from tqdm import tqdm
 
 from chimed.pictures import CACHE
 from chimed.sources import own_question
-from chimed.workers import BLOCK, in_order
-from common.files import check_ranges
+from chimed.workers import BLOCK, add_workers_option, in_order
+from common.options import InRange
 from common.rows import BadRow, Rows
 from common.text import text_key
 from model_io.pixels import find_picture, open_image, picture_names
@@ -90,9 +91,6 @@ def row_problems(row, root, options, tokenizer=None):
     return problems
 
 
-CHECK = None  # (Rows, root, options, tokenizer) that worker processes inherit
-
-
 def content_key(row):
     """A key of a row's pictures, questions and answers, the prompts around them left out: they are drawn anew for each row."""
     turns = row.get("conversations") if isinstance(row.get("conversations"), list) else []
@@ -103,9 +101,9 @@ def content_key(row):
     )
 
 
-def check_block(start, stop):
+def check_block(shared, start, stop):
     """[(problems, id key or 0, content key or 0)] of rows start to stop."""
-    rows, root, options, tokenizer = CHECK
+    rows, root, options, tokenizer = shared
     found = []
     for i in range(start, stop):
         try:
@@ -135,15 +133,54 @@ def repeated(keys):
     return again & (keys != 0)
 
 
-def check(args):
-    global CHECK
-    check_ranges(
-        args,
-        workers=(1, 512),
-        max_length=(1, 10**9),
-        max_characters=(1, 10**9),
-        n_image_tokens=(1, 10**6),
+def add_command(commands: argparse._SubParsersAction) -> None:
+    about = "every row and picture of a dialog file; exit code 1 when any is unfit"
+    parser = commands.add_parser(
+        "check",
+        help=about,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("file", help="a .json or .jsonl of dialogs, the published form")
+    add("--images", required=True, metavar="DIR", help="folder the picture names are relative to")
+    add("--bad", metavar="FILE", help="where rows with problems go (default: FILE.bad.jsonl)")
+    add("--fix", metavar="FILE", help="where to write the rows without problems")
+    add(
+        "--tokenizer", metavar="DIR", help="a LLaMA folder: lengths are then counted in tokens, too"
+    )
+    add(
+        "--max-length",
+        action=InRange,
+        type=int,
+        low=1,
+        high=10**9,
+        default=2048,
+        help="tokens of a dialog, pictures included (default %(default)s)",
+    )
+    add(
+        "--n-image-tokens",
+        action=InRange,
+        type=int,
+        low=1,
+        high=10**6,
+        default=576,
+        help="tokens of a picture (default %(default)s)",
+    )
+    add(
+        "--max-characters",
+        action=InRange,
+        type=int,
+        low=1,
+        high=10**9,
+        default=20_000,
+        help="of one turn (default %(default)s)",
+    )
+    add_workers_option(parser, "processes (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
     if not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
     bad = Path(args.bad or f"{args.file}.bad.jsonl")
@@ -159,7 +196,7 @@ def check(args):
     if not len(rows):
         raise ValueError(f"{args.file}: it has no rows")
     known_problem.cache_clear()
-    CHECK = (
+    shared = (
         rows,
         os.path.realpath(args.images),
         vars(args),
@@ -174,7 +211,7 @@ def check(args):
         (start, min(start + BLOCK // 10, len(rows))) for start in range(0, len(rows), BLOCK // 10)
     ]
     with tqdm(total=len(rows), desc="checking", unit=" rows", disable=None) as bar:
-        for (start, stop), found in zip(tasks, in_order(check_block, tasks, args.workers)):
+        for (start, stop), found in zip(tasks, in_order(check_block, tasks, args.workers, shared)):
             for i, (wrong, id_key, content_key) in enumerate(found, start):
                 ids[i], contents[i] = id_key, content_key
                 if wrong:

@@ -1,5 +1,6 @@
 """The experts' part of data_prep.py: a stratified sample of translations as one self-contained page and a table, and what a doctor decided taken back in."""
 
+import argparse
 import base64
 import csv
 import html
@@ -15,9 +16,10 @@ from pathlib import Path
 from chimed.prompts import FIELDS
 from chimed.quality import quality
 from chimed.translate import Task
-from common.files import check_ranges, write_json, write_text
+from common.files import write_json, write_text
 from common.intervals import wilson
 from common.journal import Journal
+from common.options import InRange
 from common.rows import BadRow, Records
 from common.text import clean_text
 from model_io.pixels import find_picture, open_image
@@ -134,7 +136,6 @@ def shares(sizes, n):
 def take_sample(args):
     if args.out is None:
         raise ValueError("name a folder for the sample by --out (or a filled-in table by --import)")
-    check_ranges(args, n=(1, 10**6))
     for root in args.images:
         if not Path(root).is_dir():
             raise FileNotFoundError(f"no such image folder: {root}")
@@ -361,6 +362,46 @@ def report(args, counts):
     write_json(Path(args.filled).with_suffix(".report.json"), result)
 
 
-def review(args):
+def add_command(commands: argparse._SubParsersAction) -> None:
+    about = "a random sample of translations, stratified by file, for a doctor: review.html (self-contained) and review.csv; --import reads it back"
+    parser = commands.add_parser(
+        "review",
+        help=about,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="translated files, as translate wrote them (their journals beside them)",
+    )
+    add("--out", type=Path, metavar="DIR", help="where the sample goes")
+    add(
+        "--n",
+        action=InRange,
+        type=int,
+        low=1,
+        high=10**6,
+        default=200,
+        help="rows, over all files in proportion to their size (default %(default)s)",
+    )
+    add("--images", nargs="+", default=[], metavar="DIR", help="folders of the pictures")
+    add("--seed", type=int, default=0)
+    add(
+        "--import",
+        dest="filled",
+        metavar="CSV",
+        help="the filled-in file: fixes and rejections go into the files, acceptance is reported",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     args.files = list(dict.fromkeys(args.files))
-    return take_back(args) if args.filled else take_sample(args)
+    if args.filled:
+        take_back(args)
+    else:
+        take_sample(args)
+    return 0

@@ -7,9 +7,12 @@ ChiMed-VL       .json .jsonl  id, image, conversations: dialogs already, with a 
 own             .csv .tsv .json .jsonl  image(s), question, answer or caption; columns named by flags
 """
 
+import argparse
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from chimed.prompts import CAPTION, CONTEXT, VQA
 from common.files import one_line
@@ -28,7 +31,7 @@ SOURCES = {  # set: what its records must hold, one of each tuple
     "chimed-instruction": [("conversations",)],
     "own": [],
 }
-COLUMNS = {
+OWN_COLUMNS = {
     "image": ("image", "images"),
     "question": ("question",),
     "answer": ("answer",),
@@ -157,7 +160,7 @@ def open_answer(record):
     )
 
 
-def read_row(source, record, columns=COLUMNS):
+def read_row(source, record, columns=OWN_COLUMNS):
     """The Row of a record of `source`. BadRow names what is wrong with it."""
 
     def get(*names):
@@ -244,7 +247,7 @@ def to_translate(row):
     }
 
 
-def put_texts(source, record, row, chinese, columns=COLUMNS):
+def put_texts(source, record, row, chinese, columns=OWN_COLUMNS):
     """The record with `chinese` ({field: text}) in place of its texts: same columns, letters and pictures untouched."""
     record = dict(record)
 
@@ -278,8 +281,31 @@ def put_texts(source, record, row, chinese, columns=COLUMNS):
     return record
 
 
-def add_source_flags(parser, *names):
-    """--pmc-oa FILE … and the like, the same for every command."""
+class RawFile(NamedTuple):
+    """A file of one of the raw sets."""
+
+    source: str  # a name of SOURCES
+    records: Records
+
+
+class UnderName(argparse.Action):
+    """An option's value, put into one dictionary with those of its kind, under the name `const`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        values_by_name = dict(getattr(namespace, self.dest))
+        values_by_name[self.const] = values
+        setattr(namespace, self.dest, values_by_name)
+
+
+def add_source_options(parser: argparse.ArgumentParser, sources: Iterable[str]) -> None:
+    """--pmc-oa FILE … and the like, the same for every command: args.raw_files, {set: paths}, and,
+    where rows of one's own are taken, args.own_columns, {field: column}, and args.encoding."""
     about = {
         "pmc-oa": "PMC-OA, .jsonl",
         "pmc-casereport": "PMC-CaseReport, .csv .json .jsonl",
@@ -291,52 +317,87 @@ def add_source_flags(parser, *names):
     group = parser.add_argument_group(
         "the raw sets (several files each; translated ones have the same form)"
     )
-    for name in names:
-        group.add_argument(f"--{name}", nargs="+", default=[], metavar="FILE", help=about[name])
-    if "own" in names:
-        own = parser.add_argument_group("columns of --own, where they are named otherwise")
-        for name, usual in COLUMNS.items():
-            own.add_argument(
-                f"--{name}-column",
-                metavar="NAME",
-                help={
-                    "id": "where a row's id stands (default: rows are numbered)",
-                    "image": "several in one field: a.png;b.png, or a list (default image or images)",
-                    "group": "what must stay on one side of --val-fraction, e.g. the patient (default: the pictures)",
-                }.get(name, f"(default {' or '.join(usual)})"),
-            )
-        own.add_argument(
-            "--encoding", default="utf-8", help="of tables that are not UTF-8, e.g. gb18030"
+    for source in sources:
+        group.add_argument(
+            f"--{source}",
+            dest="raw_files",
+            action=UnderName,
+            const=source,
+            nargs="+",
+            default={},
+            metavar="FILE",
+            help=about[source],
         )
+    if "own" in sources:
+        add_column_options(parser)
 
 
-def named_columns(args):
-    """COLUMNS with the flags' names in place."""
-    return {
-        name: (given,) if (given := getattr(args, f"{name}_column", None)) else usual
-        for name, usual in COLUMNS.items()
+def add_column_options(parser: argparse.ArgumentParser) -> None:
+    """--image-column NAME … and --encoding, of rows of one's own."""
+    about = {
+        "id": "where a row's id stands (default: rows are numbered)",
+        "image": "several in one field: a.png;b.png, or a list (default image or images)",
+        "group": "what must stay on one side of --val-fraction, e.g. the patient "
+        "(default: the pictures)",
     }
+    group = parser.add_argument_group("columns of --own, where they are named otherwise")
+    for name, usual in OWN_COLUMNS.items():
+        group.add_argument(
+            f"--{name}-column",
+            dest="own_columns",
+            action=UnderName,
+            const=name,
+            default={},
+            metavar="NAME",
+            help=about.get(name, f"(default {' or '.join(usual)})"),
+        )
+    group.add_argument(
+        "--encoding", default="utf-8", help="of tables that are not UTF-8, e.g. gb18030"
+    )
 
 
-def open_sources(args, names):
-    """[(set, Records)] of the files named on the command line. ValueError names a file that is not what its flag says."""
-    columns, opened = named_columns(args), []
-    for source in names:
-        for path in getattr(args, source.replace("-", "_"), []):
+def named_columns(given: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """OWN_COLUMNS with the names given by options in place."""
+    columns = dict(OWN_COLUMNS)
+    for name, column in given.items():
+        if column:
+            columns[name] = (column,)
+    return columns
+
+
+def needed_columns(source: str, given: dict[str, str]) -> list[tuple[str, ...]]:
+    """What the records of a set must hold, one of each tuple; given: columns of --own by option."""
+    needed = list(SOURCES[source])
+    if source != "own":
+        return needed
+    columns = named_columns(given)
+    asked = [name for name in columns if given.get(name)]
+    for name in dict.fromkeys(["image", *asked]):
+        needed.append(columns[name])
+    needed.append((*columns["question"], *columns["caption"]))
+    return needed
+
+
+def open_sources(
+    files: dict[str, list[str]],
+    sources: Iterable[str],
+    *,
+    own_columns: dict[str, str],
+    encoding: str,
+) -> list[RawFile]:
+    """The files named on the command line, {set: paths}, in the order of `sources`. ValueError
+    names a file that is not what its option says."""
+    opened = []
+    for source in sources:
+        for path in files.get(source, []):
             try:
-                records = Records(path, getattr(args, "encoding", "utf-8"))
+                records = Records(path, encoding)
             except (LookupError, UnicodeError) as error:
-                raise ValueError(f"--encoding {args.encoding}: {one_line(error)}") from None
-            needed = list(SOURCES[source])
-            if source == "own":
-                asked = [name for name in columns if getattr(args, f"{name}_column", None)]
-                needed += [columns[name] for name in dict.fromkeys(["image", *asked])] + (
-                    [(*columns["question"], *columns["caption"])]
-                )
-            records.require(needed, f"--{source}")
-            opened.append((source, records))
+                raise ValueError(f"--encoding {encoding}: {one_line(error)}") from None
+            records.require(needed_columns(source, own_columns), f"--{source}")
+            opened.append(RawFile(source, records))
     if not opened:
-        raise ValueError(f"name a raw set: {', '.join(f'--{name} FILE' for name in names)}")
+        raise ValueError(f"name a raw set: {', '.join(f'--{source} FILE' for source in sources)}")
     return opened
 
 

@@ -1,6 +1,7 @@
 """Tables 1 and 2 and Figures 1 and 2 of the paper (arXiv 2310.17956) for built files: token counts by set, exact quantiles in one pass; histograms,
 word clouds, a sheet of pictures by modality."""
 
+import argparse
 import heapq
 import importlib.util
 import os
@@ -15,8 +16,8 @@ from tqdm import tqdm
 
 from chimed.prompts import CONTEXT, MODALITIES
 from chimed.sources import SOURCES, own_question
-from chimed.workers import in_order
-from common.files import check_ranges, write_json, write_text
+from chimed.workers import add_workers_option, in_order
+from common.files import write_json, write_text
 from common.rows import BadRow, Rows, find_rows
 from common.text import text_key
 from model_io.pixels import find_picture, open_image
@@ -49,7 +50,6 @@ HITS = {
     )
     for name, words in MODALITIES.items()
 }
-STATE = None  # (files, tokenizer) that worker processes inherit
 
 
 def source_of(row_id):
@@ -64,9 +64,9 @@ def modality_of(text):
     return next((name for name, pattern in HITS.items() if pattern.search(text)), "unknown")
 
 
-def count_block(f, start, stop):
+def count_block(state, f, start, stop):
     """Counts of rows start to stop of a file: lengths {(set, kind): {tokens: n}}, pairs, modalities, pictures for the sheet, texts for the cloud, bad rows."""
-    (subset, rows, every), tokenizer = STATE[0][f], STATE[1]
+    (subset, rows, every), tokenizer = state[0][f], state[1]
     lengths, pairs, modalities, sheet, texts, bad = {}, Counter(), Counter(), [], [], 0
     for i in range(start, stop):
         try:
@@ -355,8 +355,38 @@ def draw_sheet(entries, counts, root, font, path):
 # --- 4. command -----------------------------------------------------------------------------------------------------
 
 
-def stats(args):
-    global STATE
+def add_command(commands: argparse._SubParsersAction) -> None:
+    about = (
+        "Tables 1 and 2, Figures 1 and 2 of the paper for built files: stats.md, stats.json, PNGs"
+    )
+    parser = commands.add_parser(
+        "stats",
+        help=about,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--alignment", nargs="+", default=[], metavar="FILE", help="dialogs of stage 1")
+    add("--instruction", nargs="+", default=[], metavar="FILE", help="dialogs of stage 2")
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help="a LLaMA folder or tokenizer.model: what tokens are counted with",
+    )
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--images", metavar="DIR", help="folder of the pictures, for the contact sheet (Figure 1)")
+    add(
+        "--font",
+        metavar="FILE",
+        help="a font with Chinese characters, for word clouds (default: looked for)",
+    )
+    add("--no-figures", action="store_true", help="tables alone")
+    add_workers_option(parser, "processes (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
     named = [("alignment", path) for path in args.alignment] + [
         ("instruction", path) for path in args.instruction
     ]
@@ -364,7 +394,6 @@ def stats(args):
         raise ValueError("name built files by --alignment FILE, --instruction FILE or both")
     if args.images and not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
-    check_ranges(args, workers=(1, 512))
     font = find_font(args.font)
     files = [(subset, Rows(path, find_rows(path))) for subset, path in named]
     totals = Counter()
@@ -372,7 +401,7 @@ def stats(args):
         totals[subset] += len(rows)
     if not totals.total():
         raise ValueError(f"{', '.join(path for _, path in named)}: no rows")
-    STATE = (
+    state = (
         [(subset, rows, max(1, totals[subset] // CLOUD_TEXTS)) for subset, rows in files],
         Tokenizer(args.tokenizer),
     )
@@ -384,7 +413,7 @@ def stats(args):
     ]
     with tqdm(total=totals.total(), desc="counting", unit=" rows", disable=None) as bar:
         for (f, start, stop), (more, n_pairs, kinds, sheet, texts, n_bad) in zip(
-            tasks, in_order(count_block, tasks, args.workers)
+            tasks, in_order(count_block, tasks, args.workers, state)
         ):
             subset = files[f][0]
             for key, counts in more.items():
@@ -441,6 +470,7 @@ def stats(args):
     print(
         "written: " + ", ".join(str(args.out / name) for name in ("stats.md", "stats.json", *made))
     )
+    return 0
 
 
 def figures(args, lengths, clouds, sheets, total, font):

@@ -1,5 +1,6 @@
 """English to Chinese for data_prep.py: rows asked for together, a journal that survives any kill, and a check of every translation with a named reason."""
 
+import argparse
 import asyncio
 import hashlib
 import json
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from chimed.prompts import AGAIN, FIELDS, GLOSSARY, REASONS, TRANSLATE
 from chimed.quality import REFUSAL, glossary_breaks, quality, read_glossary, reason_name
 from chimed.sources import (
+    add_source_options,
     candidates,
     named_columns,
     open_sources,
@@ -22,9 +24,10 @@ from chimed.sources import (
     read_row,
     to_translate,
 )
-from common.endpoint import Endpoint, EndpointFailed, RequestFailed
-from common.files import check_ranges, one_line
+from common.endpoint import Endpoint, EndpointFailed, RequestFailed, add_endpoint_flags
+from common.files import one_line
 from common.journal import Journal
+from common.options import InRange
 from common.rows import BadRow, Records
 from common.text import clean_text, impractical, is_untranslated, text_key
 
@@ -353,12 +356,51 @@ async def run_requests(endpoint, todo, glossary, args, bar, any_done):
     return failed
 
 
-def translate(args):
-    check_ranges(args, attempts=(1, 20))
+def add_command(commands: argparse._SubParsersAction) -> None:
+    about = "English to Chinese: OUT/<same name and form>, a journal beside it; stopped at any moment, the same command goes on"
+    parser = commands.add_parser(
+        "translate",
+        help=about,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add_source_options(parser, RAW)
+    add("--out", required=True, metavar="DIR", help="where the translated files and journals go")
+    add(
+        "--glossary",
+        metavar="FILE",
+        help=".csv of English and Chinese terms that must be used (a|b: either)",
+    )
+    add(
+        "--translations",
+        metavar="FILE",
+        help="finished translations instead of an endpoint (with --base-url: before it): rows of english and chinese, a journal, or the raw file with Chinese in place",
+    )
+    add(
+        "--attempts",
+        action=InRange,
+        type=int,
+        low=1,
+        high=20,
+        default=2,
+        metavar="N",
+        help="translations asked for of a row that fails the checks (default %(default)s)",
+    )
+    add(
+        "--retry-rejected",
+        action="store_true",
+        help="ask again for rows that failed the checks earlier",
+    )
+    add_endpoint_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
     glossary = read_glossary(args.glossary, args.encoding)
     digest = hashlib.sha256(repr([term[:2] for term in glossary]).encode()).hexdigest()[:16]
-    columns, out = named_columns(args), Path(args.out)
-    opened = open_sources(args, RAW)
+    columns, out = named_columns(args.own_columns), Path(args.out)
+    opened = open_sources(args.raw_files, RAW, own_columns=args.own_columns, encoding=args.encoding)
     names = [records.path.name for _, records in opened]
     if len(set(names)) < len(names):
         raise ValueError(
