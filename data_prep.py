@@ -218,7 +218,9 @@ class Build:
     def read(self, f, i, raw=None):
         """A Row. BadRow."""
         source, records = self.files[f]
-        return read_row(source, records[i] if raw is None else records.parse(raw), self.columns)
+        return read_row(
+            source, records.record(i) if raw is None else records.parse(raw), self.columns
+        )
 
     def place(self, rows):
         """The picture of some rows with one text. BadRow."""

@@ -14,7 +14,7 @@ from chimed.pictures import CACHE
 from chimed.sources import own_question
 from chimed.workers import BLOCK, add_workers_option, in_order
 from common.options import InRange
-from common.rows import BadRow, Rows
+from common.rows import BadRow, FileChanged, Records, find_rows
 from common.text import text_key
 from model_io.pixels import find_picture, open_image, picture_names
 from model_io.tokens import Tokenizer, check_conversation, encode_conversation
@@ -108,9 +108,9 @@ def check_block(shared, start, stop):
     for i in range(start, stop):
         try:
             row = rows[i]
-        except ValueError as error:
-            if "changed while" in str(error):
-                raise
+        except FileChanged:
+            raise
+        except ValueError:
             found.append((["not JSON"], 0, 0))
             continue
         problems = row_problems(row, root, options, tokenizer)
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--fix {args.fix}: must end in {Path(args.file).suffix}, as the file checked does"
         )
-    rows = Rows(args.file)
+    rows = Records(args.file, ranges=find_rows(args.file))
     if not len(rows):
         raise ValueError(f"{args.file}: it has no rows")
     known_problem.cache_clear()

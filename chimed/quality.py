@@ -479,7 +479,7 @@ def read_glossary(path, encoding="utf-8"):
         )
     for i in range(len(records)):
         try:
-            english, chinese = (clean_text(value) for value in list(records[i].values())[:2])
+            english, chinese = (clean_text(value) for value in list(records.record(i).values())[:2])
         except BadRow as error:
             raise ValueError(f"{path}: row {i + 1}: {error}") from None
         accepted = [word.strip() for word in chinese.split("|") if word.strip()]

@@ -18,7 +18,7 @@ from chimed.prompts import CONTEXT, MODALITIES
 from chimed.sources import SOURCES, own_question
 from chimed.workers import add_workers_option, in_order
 from common.files import write_json, write_text
-from common.rows import BadRow, Rows, find_rows
+from common.rows import BadRow, Records, find_rows
 from common.text import text_key
 from model_io.pixels import find_picture, open_image
 from model_io.tokens import Tokenizer, check_conversation
@@ -395,7 +395,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images and not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
     font = find_font(args.font)
-    files = [(subset, Rows(path, find_rows(path))) for subset, path in named]
+    files = [(subset, Records(path, ranges=find_rows(path))) for subset, path in named]
     totals = Counter()
     for subset, rows in files:
         totals[subset] += len(rows)

@@ -149,7 +149,7 @@ class Task:
 
     def images(self, i):
         """Picture names of record i, for the journal: a reviewer will want to see them."""
-        row = read_row(self.source, self.records[i], self.columns)
+        row = read_row(self.source, self.records.record(i), self.columns)
         return [candidates(row, name) for name in row.images]
 
     def is_chinese(self, english):
@@ -261,7 +261,7 @@ def given_translations(path, tasks, encoding):
             for name, text in english.items():
                 k = int(np.searchsorted(keys, np.uint64(text_key(text))))
                 chinese[name] = (
-                    dict(pairs(records[int(rows[k])])).get(text) if k < len(keys) else None
+                    dict(pairs(records.record(int(rows[k])))).get(text) if k < len(keys) else None
                 )
             return None if None in chinese.values() else chinese
 
@@ -274,7 +274,8 @@ def given_translations(path, tasks, encoding):
     def same_row(task, i, english):
         try:
             row, raw = (
-                read_row(task.source, one[i], task.columns) for one in (records, task.records)
+                read_row(task.source, one.record(i), task.columns)
+                for one in (records, task.records)
             )
         except BadRow:
             return None
@@ -290,7 +291,7 @@ def given_translations(path, tasks, encoding):
 
 def _try(records, i):
     try:
-        return records[i]
+        return records.record(i)
     except BadRow:
         return None
 
@@ -463,7 +464,7 @@ def translate_files(args, tasks, glossary, digest):
     def rows_of(numbers):
         for (task, keys, _), rows in zip(plan, numbers):
             for i in rows:
-                yield task, int(keys[i]), int(i), task.row(task.records[int(i)])[1]
+                yield task, int(keys[i]), int(i), task.row(task.records.record(int(i)))[1]
 
     todo = [rows for *_, rows in plan]
     if given:

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.files import check_replaceable, replace_folder, run_cli, write_json
-from common.rows import Rows
+from common.rows import Records
 from demo.toy import save_random_weights, turns
 from model_io.dicom import dicom_image
 from model_io.load import load_qilin
@@ -325,7 +325,7 @@ def check(out, model_path):
         raise ValueError(f"{out} was not made by `python -m demo.real prepare`")
     model, tokenizer = load_qilin(model_path), Tokenizer(model_path)
     right = {"caption": 0, "answer": 0}
-    for i, row in enumerate(Rows(out / "instruction.json")):
+    for i, row in enumerate(Records(out / "instruction.json")):
         question, truth = (turn["value"] for turn in row["conversations"])
         question, picture = (
             question.removeprefix(IMAGE_TOKEN).strip(),

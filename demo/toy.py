@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from common.files import check_ranges, check_replaceable, replace_folder, run_cli, write_json
-from common.rows import Rows
+from common.rows import Records
 from model_io.export import hf_configs, save_tensors
 from model_io.tokens import SYSTEM
 from qilin_min import IMAGE_TOKEN, Qilin, QilinConfig, TextConfig, VisionConfig, part_of
@@ -259,7 +259,7 @@ def save_random_weights(out, text, vision, seed):
 
 def ask(out):
     """Three lines for demo.sh: a held-out picture, a question about it, and its answer."""
-    row = next((row for row in Rows(out / "heldout.json") if row["kind"] == "shape"), None)
+    row = next((row for row in Records(out / "heldout.json") if row["kind"] == "shape"), None)
     if row is None:
         raise ValueError(f"{out}: no question about a shape in heldout.json")
     question, answer = (turn["value"] for turn in row["conversations"])

@@ -54,12 +54,7 @@ class Question:
 
 def set_of(records):
     """Which set a file belongs to, by its columns. ValueError when none."""
-    seen = set(records.columns or ())
-    for _, raw in records.read(0, 0 if records.columns else 100):
-        try:
-            seen |= set(records.parse(raw))
-        except BadRow:
-            pass
+    seen = records.names_seen()
     if "conversations" in seen:
         return "dialogs"
     if "img_name" in seen and "question" in seen:
@@ -149,7 +144,7 @@ def readable(records):
     """The records that can be read at all."""
     for i in range(len(records)):
         try:
-            yield records[i]
+            yield records.record(i)
         except BadRow:
             pass
 
@@ -167,7 +162,7 @@ def read_testset(path, images, skip_bad=False, encoding="utf-8"):
     )  # the published file holds both halves
     for i in range(len(records)):
         try:
-            record = records[i]
+            record = records.record(i)
             if only_test and not is_test(record):
                 left_out["not marked as test"] += 1
                 continue

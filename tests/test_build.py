@@ -19,7 +19,7 @@ from chimed.groups import Teams, connected, held_out
 from chimed.pictures import COMPOSITE_SIDE, join_pictures
 from chimed.prompts import CAPTION, CONTEXT, VQA
 from chimed.sources import read_row
-from common.rows import Records, Rows
+from common.rows import Records
 from model_io.pixels import row_pictures
 from qilin_min import IMAGE_TOKEN
 
@@ -48,7 +48,7 @@ def manifest(out):
 
 
 def dialogs(path):
-    return list(Rows(path)) if Path(path).is_file() else []
+    return list(Records(path)) if Path(path).is_file() else []
 
 
 @pytest.fixture

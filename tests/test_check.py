@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from raw_sets import picture, prep
 
-from common.rows import Rows
+from common.rows import Records
 
 
 def check(*options, code=None):
@@ -105,7 +105,7 @@ def test_every_problem_by_name(tmp_path, images, suffix, workers):
     for problem in {p for wrong in expected for p in wrong}:
         assert f"{problem}: {sum(problem in wrong for wrong in expected)}" in done.stdout
     kept = [json.loads(r) for r, p in zip(rows, expected) if not p]
-    assert list(Rows(tmp_path / f"clean{suffix}")) == kept
+    assert list(Records(tmp_path / f"clean{suffix}")) == kept
     done = check(tmp_path / f"clean{suffix}", "--images", images, code=0)
     assert (
         f"{len(kept)} fit to train on" in done.stdout

@@ -13,7 +13,7 @@ from conftest import ROOT
 from raw_sets import make_raw, prep
 from test_translate import Server
 
-from common.rows import Rows
+from common.rows import Records
 from common.text import CJK
 
 LONG = os.environ.get("LONG")
@@ -66,8 +66,8 @@ def test_the_whole_chain(tmp_path, toy):
         "--require-chinese",
     )
     alignment, instruction = (
-        list(Rows(data / "alignment.json")),
-        list(Rows(data / "instruction.json")),
+        list(Records(data / "alignment.json")),
+        list(Records(data / "instruction.json")),
     )
     assert (
         len(alignment) == 9 + 18 and len(instruction) == 18 + 18

@@ -12,7 +12,7 @@ from conftest import ROOT, run
 from PIL import Image
 
 import train
-from common.rows import Rows
+from common.rows import Records, find_rows
 from model_io.pixels import CLIP_MEAN, CLIP_STD, preprocess_image
 from model_io.tokens import Tokenizer, encode_conversation
 from training import batches, plan
@@ -72,7 +72,7 @@ def test_rows_are_those_of_the_json_module(tmp_path, writing):
         else json.dumps(rows, **(writing if isinstance(writing, dict) else {}))
     )
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" * ("bom" in writing) + text.encode())
-    assert list(Rows(tmp_path / name)) == rows
+    assert list(Records(tmp_path / name)) == rows
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,11 @@ def test_damage_is_named(tmp_path, text, words):
     """Where brackets alone do not tell (a bracket closed by the wrong one), reading the row does. An empty list is a list."""
     (tmp_path / "a.json").write_text(text)
     if words is None and "a" not in text:
-        assert len(Rows(tmp_path / "a.json")) == 0
+        path = tmp_path / "a.json"
+        assert len(Records(path, ranges=find_rows(path))) == 0
         return
     with pytest.raises(ValueError, match=words or "line 1, row 0"):
-        list(Rows(tmp_path / "a.json"))
+        list(Records(tmp_path / "a.json"))
 
 
 def test_a_large_file_takes_no_memory(tmp_path):
@@ -114,11 +115,11 @@ def test_a_large_file_takes_no_memory(tmp_path):
             file.write(ends[0].strip() + between.join([row] * (120_000_000 // len(row))) + ends[1])
         code = """
 import sys; sys.path.insert(0, sys.argv[1])
-import qilin_min as q
+from common.rows import Records
 def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-rows = q.Rows(sys.argv[2])
+rows = Records(sys.argv[2])
 assert len(rows) == int(sys.argv[3]) and all(rows[i]["id"] == "x" for i in range(0, len(rows), 50))
 print((peak() - before) / 1024)"""
         done = subprocess.run(

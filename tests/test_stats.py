@@ -12,7 +12,7 @@ from raw_sets import OA, make_raw, prep
 
 from chimed.prompts import MODALITIES, VQA
 from chimed.stats import find_font, has_chinese, modality_of, own_question, quantile
-from common.rows import Rows
+from common.rows import Records
 from model_io.tokens import Tokenizer
 
 
@@ -63,12 +63,12 @@ def test_the_papers_tables(tmp_path, toy):
         Tokenizer(toy / "llama"),
     )
     texts = {}
-    for row in Rows(out / "alignment.json"):
+    for row in Records(out / "alignment.json"):
         source = "PMC-OA" if row["id"].startswith("pmc-oa") else "PMC-CaseReport"
         texts.setdefault(("alignment", source, "C" if "context" in row["id"] else "I"), []).append(
             row["conversations"][1]["value"]
         )
-    for row in Rows(out / "instruction.json"):
+    for row in Records(out / "instruction.json"):
         source = "PMC-VQA" if row["id"].startswith("pmc-vqa") else "PMC-CaseReport"
         question = row["conversations"][0]["value"]
         inner = [
@@ -102,7 +102,7 @@ def test_the_papers_tables(tmp_path, toy):
     ]
     assert report["alignment"]["total"]["I"]["median"] == np.median(both) and report["alignment"][
         "total"
-    ]["pairs"] == len(Rows(out / "alignment.json"))
+    ]["pairs"] == len(Records(out / "alignment.json"))
     assert "C" not in report["alignment"]["PMC-OA"]
     table = (tmp_path / "stats/stats.md").read_text()
     assert (

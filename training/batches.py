@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.files import USER_ERRORS, digest, one_line
-from common.rows import Rows, find_rows
+from common.rows import Records, find_rows
 from model_io.pixels import picture_names, preprocess_image, row_pictures
 from model_io.tokens import encode_conversation
 from qilin_min import IGNORE_INDEX, pad_rows
@@ -56,7 +56,7 @@ class Dialogs(torch.utils.data.Dataset):
         self.files, self.digests, indices = [], [], []
         for file in map(Path, files):
             index, sha256 = self.index(file)
-            self.files.append(Rows(file, index[:, :2]))
+            self.files.append(Records(file, ranges=index[:, :2]))
             self.digests.append(sha256)
             indices.append(
                 np.column_stack(
@@ -118,7 +118,7 @@ class Dialogs(torch.utils.data.Dataset):
 
         sha256, name, index, ranges = on_rank0(look_up)
         if index is None:
-            shares = gather(together(self.measure, Rows(file, ranges), rank, world_size))
+            shares = gather(together(self.measure, Records(file, ranges=ranges), rank, world_size))
             index = np.empty((len(ranges), len(INDEX)), dtype=np.int64)
             for r, share in enumerate(shares):
                 index[r::world_size] = np.column_stack((ranges[r::world_size], share))
