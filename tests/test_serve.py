@@ -1,4 +1,6 @@
-"""Promise: serve.py answers what generate() answers, to the openai client and to a real browser; one at a time, in order; bad input is refused and harms nobody."""
+"""Promise: serve.py answers what generate() answers, to the openai client and to a real browser;
+one at a time, in order; bad input is refused and harms nobody.
+"""
 
 import base64
 import http.client
@@ -43,7 +45,7 @@ def world(tmp_path_factory, spm_path):
     folder = tmp_path_factory.mktemp("serve")
     save_qilin(make_qilin(text=TEXT, n_token_ids=32000), Tokenizer(spm_path), folder / "tiny")
     noise = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
-    for name, pixels in zip("ab", noise):
+    for name, pixels in zip("ab", noise, strict=True):
         Image.fromarray(pixels).save(folder / f"{name}.png")
     return load_qilin(folder / "tiny"), Tokenizer(folder / "tiny"), folder
 
@@ -64,7 +66,9 @@ def start(world, *options, run=(ROOT / "serve.py",), **env):
 
 @pytest.fixture(scope="module")
 def server(world):
-    """URL of a server with room for two that wait and bodies of 1 MB. At the end SIGTERM ends it, and it has not complained."""
+    """URL of a server with room for two that wait and bodies of 1 MB. At the end SIGTERM ends it,
+    and it has not complained.
+    """
     process, url = start(world, "--queue", 2, "--max-body-mb", 1, "--max-new-tokens", 12)
     yield url
     process.send_signal(signal.SIGTERM)
@@ -134,6 +138,18 @@ def jobs(url):
     return httpx.get(url + "/health").json()["jobs"]
 
 
+def begun(url, length, *headers):
+    """The bytes of a request whose body of `length` bytes ends after its first."""
+    head = [
+        "POST /v1/chat/completions HTTP/1.1",
+        f"Host: {url[7:]}",
+        *headers,
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+    ]
+    return ("\r\n".join(head) + "\r\n\r\n{").encode()
+
+
 def is_well(world, url):
     answer = post(url, {"messages": [asks("well?")]})
     return (
@@ -143,11 +159,13 @@ def is_well(world, url):
     )
 
 
-# --- 1. the same answers as without a server ------------------------------------------------------------------------
+# --- 1. the same answers as without a server ------------------------------------------------------
 
 
 def cases(folder):
-    """name: (messages, texts, n_images, pictures) of one conversation, as a client and as encode_prompt says it."""
+    """name: (messages, texts, n_images, pictures) of one conversation, as a client and as
+    encode_prompt says it.
+    """
     a, b = (folder / "a.png").read_bytes(), (folder / "b.png").read_bytes()
     assistant = {"role": "assistant", "content": "an <image> of </s>"}
     return {
@@ -283,7 +301,7 @@ def test_an_answer_ends_at_the_last_position(world, server):
     )
 
 
-# --- 2. bad input ---------------------------------------------------------------------------------------------------
+# --- 2. bad input ---------------------------------------------------------------------------------
 
 
 def saved(mode, size, kind):
@@ -481,7 +499,9 @@ def test_other_addresses_and_methods(server):
 
 
 def test_a_body_is_counted_while_it_comes(world, server):
-    """Too large with its length told, or in pieces that tell nothing; and a client that never ends is cut off."""
+    """Too large with its length told, or in pieces that tell nothing; and a client that never ends
+    is cut off.
+    """
     large, sent = json.dumps({"messages": [asks("a" * 1200000)]}).encode(), []
 
     def endless():
@@ -516,14 +536,14 @@ def test_a_body_is_counted_while_it_comes(world, server):
 def test_a_slow_body_holds_nobody_up(world, server):
     host, port = server[7:].split(":")
     with socket.create_connection((host, int(port))) as slow:
-        slow.sendall(
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{".encode()
-        )
+        slow.sendall(begun(server, 1000))
         assert is_well(world, server)
 
 
 def test_other_web_sites_are_refused(world, server):
-    """What a page elsewhere could make a browser send: a form, a script of its own origin, a name pointed at 127.0.0.1."""
+    """What a page elsewhere could make a browser send: a form, a script of its own origin, a name
+    pointed at 127.0.0.1.
+    """
     good = {"messages": [asks("a")], "max_tokens": 1}
     port = server.rpartition(":")[2]
     for headers, status in (
@@ -573,7 +593,7 @@ def test_the_key(guarded):
     )
 
 
-# --- 3. one at a time, in order -------------------------------------------------------------------------------------
+# --- 3. one at a time, in order -------------------------------------------------------------------
 
 
 class Ask(threading.Thread):
@@ -608,11 +628,10 @@ def long_answer(url, text, stream, **headers):
 
 def test_requests_wait_in_order_and_the_queue_is_bounded(world, server):
     asked = []
-    for i, options in enumerate(
-        ({"max_tokens": 700}, {"max_tokens": 150}, {"max_tokens": 150})
-    ):  # long enough to be heard of in order
-        asked.append(Ask(server, f"question {i}", **options))
-        wait_until(lambda: jobs(server) == i + 1)
+    # long enough to be heard of in order
+    for i, n in enumerate((700, 150, 150)):
+        asked.append(Ask(server, f"question {i}", max_tokens=n))
+        wait_until(lambda n_jobs=i + 1: jobs(server) == n_jobs)
     full = post(server, {"messages": [asks("one more")]})
     assert (
         full.status_code == 503
@@ -678,7 +697,7 @@ def test_a_waiting_stream_says_how_many_are_before_it(world, server):
     assert "".join(said) == want(world, ["well?"])[0]
 
 
-# --- 4. the page, in a real browser ---------------------------------------------------------------------------------
+# --- 4. the page, in a real browser ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -728,7 +747,8 @@ def test_the_page_asks_and_shows_the_streamed_answer(world, server, page):
     )
     drop = page.evaluate_handle(
         """text => { const data = new DataTransfer();
-        data.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], "b.png", { type: "image/png" })); return data; }""",
+        const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+        data.items.add(new File([bytes], "b.png", { type: "image/png" })); return data; }""",
         base64.b64encode(b.read_bytes()).decode(),
     )
     page.dispatch_event("main", "drop", {"dataTransfer": drop})
@@ -799,11 +819,11 @@ def test_the_page_stops_and_waits(world, guarded, page):
     wait_until(lambda: jobs(url) == 0, 5)
 
 
-# --- 5. what goes wrong within --------------------------------------------------------------------------------------
+# --- 5. what goes wrong within --------------------------------------------------------------------
 
-ODD = """import sys; sys.path.insert(0, sys.argv.pop(1)); import serve
+ODD = """import sys; sys.path.insert(0, sys.argv.pop(1)); import serve; from serving import app
 
-class Failing(serve.StreamedAnswer):
+class Failing(app.StreamedAnswer):
     def __init__(self, *words, **options):
         super().__init__(*words, **options)
         self._text = self.fail(self._text)
@@ -812,7 +832,7 @@ class Failing(serve.StreamedAnswer):
         yield next(texts)
         raise RuntimeError("details for the terminal")
 
-serve.StreamedAnswer, serve.BODY_SECONDS = Failing, 1
+app.StreamedAnswer, app.BODY_SECONDS = Failing, 1
 serve.run_cli(serve.main)
 """
 
@@ -831,9 +851,7 @@ def test_a_model_that_fails_and_a_body_that_does_not_come(world):
                 client(url).chat.completions.create(model="any", messages=[asks("a")], stream=True)
             )
         with socket.create_connection(url[7:].split(":")) as slow:
-            slow.sendall(
-                f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url[7:]}\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{".encode()
-            )
+            slow.sendall(begun(url, 1000))
             assert b" 408 " in slow.recv(1000)
         assert jobs(url) == 0
     finally:
@@ -842,16 +860,14 @@ def test_a_model_that_fails_and_a_body_that_does_not_come(world):
     assert said.count("details for the terminal") == 2 and "Traceback" not in said
 
 
-# --- 6. beginning and end -------------------------------------------------------------------------------------------
+# --- 6. beginning and end -------------------------------------------------------------------------
 
 
 def test_ctrl_c_ends_it_within_an_answer(guarded):
     """Also while a client has not sent its request to the end."""
     process, url = guarded
     slow = socket.create_connection(url[7:].split(":"))
-    slow.sendall(
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url[7:]}\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode()
-    )
+    slow.sendall(begun(url, 9, "Authorization: Bearer secret"))
     connection = long_answer(url, "a", True, Authorization="Bearer secret")
     connection.getresponse().readline()
     process.send_signal(signal.SIGINT)
