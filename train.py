@@ -586,7 +586,19 @@ def start(args):
         return None
     config = checkpoint.config
     dataset, held_out = (
-        files and Dialogs(files, tokenizer, config.n_image_tokens, config.vision.image_size, args)
+        files
+        and Dialogs(
+            files,
+            tokenizer,
+            config.n_image_tokens,
+            config.vision.image_size,
+            template=args.template,
+            max_length=args.max_length,
+            images=args.images,
+            image_mode=args.image_mode,
+            strict=args.strict,
+            out=args.out,
+        )
         for files in (args.data, args.val_data and [args.val_data])
     )
     batches = all_batches(
@@ -909,7 +921,16 @@ def main():
 
             def open_dialogs(files, tokenizer, config):
                 return Dialogs(
-                    files, tokenizer, config.n_image_tokens, config.vision.image_size, args
+                    files,
+                    tokenizer,
+                    config.n_image_tokens,
+                    config.vision.image_size,
+                    template=args.template,
+                    max_length=args.max_length,
+                    images=args.images,
+                    image_mode=args.image_mode,
+                    strict=args.strict,
+                    out=args.out,
                 )
 
             return run_plan(

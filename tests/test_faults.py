@@ -342,20 +342,19 @@ def test_a_picture_that_does_not_decode_teaches_nothing(toy, tmp_path, lost):
         and grey[0].startswith(json.loads(lost.read_text())[13]["id"])
     )
     labels = sum(r["n_targets"] for r in rows if "seconds" in r)
-    args = train.parse_args(
-        [
-            "--stage",
-            "2",
-            "--projector",
-            "fresh",
-            "--images",
-            str(toy / "images"),
-            "--data",
-            str(lost),
-        ]
-    )
     setup_distributed()
-    dialogs = batches.Dialogs([lost], train.Tokenizer(toy / "llama"), 16, 64, args)
+    dialogs = batches.Dialogs(
+        [lost],
+        train.Tokenizer(toy / "llama"),
+        16,
+        64,
+        template="v1",
+        max_length=2048,
+        images=toy / "images",
+        image_mode="pad",
+        strict=False,
+        out=tmp_path / "out",
+    )
     batch = dialogs[[12, 13]]
     train.dist.destroy_process_group()
     assert labels == dialogs.n_labels[:13].sum() < dialogs.n_labels.sum()

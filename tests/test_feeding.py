@@ -11,7 +11,6 @@ import torch
 from conftest import ROOT, run
 from PIL import Image
 
-import train
 from common.rows import Records, find_rows
 from model_io.pixels import CLIP_MEAN, CLIP_STD, preprocess_image
 from model_io.tokens import Tokenizer, encode_conversation
@@ -138,21 +137,19 @@ def group():
     torch.distributed.destroy_process_group()
 
 
-def dialogs(toy, tmp_path, files, *options):
-    args = train.parse_args(
-        [
-            "--stage",
-            "2",
-            "--projector",
-            "fresh",
-            "--images",
-            str(toy / "images"),
-            "--out",
-            str(tmp_path),
-            *map(str, options),
-        ]
+def dialogs(toy, tmp_path, files, max_length=2048):
+    return batches.Dialogs(
+        files,
+        Tokenizer(toy / "llama"),
+        16,
+        64,
+        template="v1",
+        max_length=max_length,
+        images=toy / "images",
+        image_mode="pad",
+        strict=False,
+        out=tmp_path,
     )
-    return batches.Dialogs(files, Tokenizer(toy / "llama"), 16, 64, args)
 
 
 def test_lengths_are_tokens_and_are_kept(toy, tmp_path, group, monkeypatch):
@@ -183,7 +180,7 @@ def test_lengths_are_tokens_and_are_kept(toy, tmp_path, group, monkeypatch):
         lambda self, rows, *a: calls.append(rows.path.name) or measure(self, rows, *a),
     )
     assert (dialogs(toy, tmp_path, files).lengths == first.lengths).all() and calls == []
-    dialogs(toy, tmp_path, files, "--max-length", 100)
+    dialogs(toy, tmp_path, files, max_length=100)
     assert calls == ["a.json", "b.jsonl"]
     for cache in tmp_path.glob("a.json.*.npy"):
         cache.write_bytes(cache.read_bytes()[:100])
@@ -219,7 +216,7 @@ def test_too_long_samples_lose_the_end_of_their_answer(toy, tmp_path, group):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     tokenizer = Tokenizer(toy / "llama")
     for limit in (60, 80, 100, 140):
-        data = dialogs(toy, tmp_path, [tmp_path / "a.json"], "--max-length", limit)
+        data = dialogs(toy, tmp_path, [tmp_path / "a.json"], max_length=limit)
         kept = [
             row
             for row in rows

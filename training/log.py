@@ -286,7 +286,7 @@ def held_out_loss(
     for batch in load_ahead(dataset, micro_batches, 0):
         if error := agree(check_batches, [batch])[1]:
             model.reshard()
-            raise ValueError(error[0])
+            raise ValueError(error.line)
         totals["ce_sum"] += float(model(**to_device(batch, device), reduction="sum"))
         for name in ("targets", "grey"):
             totals[name] += count([batch])[name]
@@ -322,7 +322,7 @@ def answer_held_out(
 
     (rows, pictures), error = agree(read)
     if error:
-        raise ValueError(error[0])
+        raise ValueError(error.line)
     if not rows:
         return
     model.eval()

@@ -168,20 +168,19 @@ def bench_loader(runs):
         (folder / "rows.json").write_text(
             json.dumps([dict(row, id=str(i), image=f"{i}.jpg") for i in range(n)])
         )
-        args = train.parse_args(
-            [
-                "--stage",
-                "1",
-                "--images",
-                str(folder),
-                "--data",
-                str(folder / "rows.json"),
-                "--out",
-                str(folder),
-            ]
-        )
         setup_distributed()
-        data = batches.Dialogs(args.data, Tokenizer(folder / "toy/llama"), 576, 336, args)
+        data = batches.Dialogs(
+            [folder / "rows.json"],
+            Tokenizer(folder / "toy/llama"),
+            576,
+            336,
+            template="v1",
+            max_length=2048,
+            images=folder,
+            image_mode="pad",
+            strict=False,
+            out=folder,
+        )
         order = [b for b in batches.batch_order(data.lengths, 16, 0, 0)]
         processor = CLIPImageProcessorPil(
             do_center_crop=False, size={"height": 336, "width": 336}, do_resize=True

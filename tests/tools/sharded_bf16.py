@@ -33,13 +33,17 @@ for stage in (1, 2):
     )
     checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
     config = checkpoint.config
-    args.images = toy / "images"
     data = train.Dialogs(
         [toy / "mixed.json"],
         Tokenizer(args.llm),
         config.n_image_tokens,
         config.vision.image_size,
-        args,
+        template=args.template,
+        max_length=args.max_length,
+        images=toy / "images",
+        image_mode=args.image_mode,
+        strict=args.strict,
+        out=args.out,
     )
     batch = data[[0, 1, 2] if rank == 0 else [len(data) - 3, len(data) - 4]]  # rank 1: text only
     n_targets = train.sum_over_ranks(train.count([batch]), device)["targets"]

@@ -26,9 +26,17 @@ args = train.parse_args(
 rank, world_size, device = setup_distributed()
 checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
 config = checkpoint.config
-args.images = toy / "images"
 data = train.Dialogs(
-    [toy / "mixed.json"], Tokenizer(args.llm), config.n_image_tokens, config.vision.image_size, args
+    [toy / "mixed.json"],
+    Tokenizer(args.llm),
+    config.n_image_tokens,
+    config.vision.image_size,
+    template=args.template,
+    max_length=args.max_length,
+    images=toy / "images",
+    image_mode=args.image_mode,
+    strict=args.strict,
+    out=args.out,
 )
 
 plain = load_qilin(llm=args.llm, vision=args.vision).train()
