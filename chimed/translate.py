@@ -61,9 +61,9 @@ def read_answer(text, english):
 async def translate_row(endpoint, english, glossary, attempts):
     """(chinese, reasons): the best of up to `attempts` translations; each that fails the rules is sent back with what is wrong."""
     terms = {
-        term: accepted[0]
-        for term, accepted, pattern in glossary
-        if any(pattern.search(text) for text in english.values())
+        term.english: term.accepted[0]
+        for term in glossary
+        if any(term.pattern.search(text) for text in english.values())
     }
     system = TRANSLATE.replace(
         "{fields}", "\uff0c".join(f"{name}\uff1a{FIELDS[name]}" for name in english)
@@ -399,7 +399,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     glossary = read_glossary(args.glossary, args.encoding)
-    digest = hashlib.sha256(repr([term[:2] for term in glossary]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr([(term.english, term.accepted) for term in glossary]).encode()).hexdigest()[:16]
     columns, out = named_columns(args.own_columns), Path(args.out)
     opened = open_sources(args.raw_files, RAW, own_columns=args.own_columns, encoding=args.encoding)
     names = [records.path.name for _, records in opened]

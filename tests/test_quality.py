@@ -1,7 +1,9 @@
-"""Promise: of translations the checks find what a doctor must not find, by name, and let good ones pass.
+"""Promise: of translations the checks find what a doctor must not find, by name, and let good ones
+pass.
 
-translation_pairs.jsonl: 325 pairs, written for this test without sight of the rules, each with spoilt versions of its Chinese. The second 120 were
-measured before any rule had been adapted to them: 7 good ones stopped, 234 of 255 spoilt ones found.
+translation_pairs.jsonl: 325 pairs, written for this test without sight of the rules, each with
+spoilt versions of its Chinese. The second 120 were measured before any rule had been adapted to
+them: 7 good ones stopped, 234 of 255 spoilt ones found.
 """
 
 import json
@@ -133,7 +135,8 @@ def test_each_field_for_itself(tmp_path):
 
 
 def test_the_glossary(tmp_path):
-    """Longest term first, either of two words, plural and case; a term inside a longer one is not asked for."""
+    """Longest term first, either of two words, plural and case; a term inside a longer one is not
+    asked for."""
     (tmp_path / "g.csv").write_text(
         "English,Chinese\nventricle,脑室|心室\nleft ventricle,左室\nstent,支架\n", encoding="utf-8"
     )
@@ -173,7 +176,8 @@ def test_impractical_texts(text, reason):
 
 
 def test_answers_of_models():
-    """JSON as it comes: fenced, with words around, with line breaks inside; anything else is asked for again."""
+    """JSON as it comes: fenced, with words around, with line breaks inside; anything else is asked
+    for again."""
     english = {"question": "q", "answer": "a"}
     good = {"question": "问", "answer": "答"}
     for text in (
@@ -199,7 +203,8 @@ def test_answers_of_models():
 
 
 def test_no_text_takes_the_checks_long():
-    """40,000 characters of anything: no rule goes through a text for each of its characters again (a hospital's odd row must not hold up a run for hours)."""
+    """40,000 characters of anything: no rule goes through a text for each of its characters again
+    (a hospital's odd row must not hold up a run for hours)."""
     for text in (
         "a",
         "1",
