@@ -32,6 +32,7 @@ Needs two packages more: pip install fastapi uvicorn. Research code: an answer i
 
 import argparse
 import asyncio
+import importlib
 import ipaddress
 import os
 import signal
@@ -135,14 +136,15 @@ def main() -> None:
     args = build_parser().parse_args()
     api_key = clean_key(args.api_key)
     try:
-        from serving.app import ServerSettings, build_app, serve_app
-    except ImportError as error:
-        # of our own modules none may be missing in silence
-        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
-            raise
+        for package in ("fastapi", "uvicorn"):
+            importlib.import_module(package)
+    except ImportError:
         raise ValueError(
             "the server needs two packages more: pip install fastapi uvicorn"
         ) from None
+    # here, since it needs them
+    from serving.app import ServerSettings, build_app, serve_app
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sock = open_socket(args.host, args.port)
     address, port = sock.getsockname()[:2]
