@@ -1,10 +1,14 @@
-"""The raw sets as they are found: records of a file by byte offset, one Row for each, and the record again with Chinese in it.
+"""The raw sets as they are found: records of a file by byte offset, one Row for each, and the
+record again with Chinese in it.
 
 PMC-OA          .jsonl        image, caption [, pmcid, url_name, …]
-PMC-CaseReport  .csv .json .jsonl  PMC_id, context, question, answer, inline, img_ref (a string that holds a Python list of names)
-PMC-VQA v1, v2  .csv          Figure_path, Question, Answer (text or letter), Choice A … Choice D [, Answer_label, Caption, index, split]
+PMC-CaseReport  .csv .json .jsonl  PMC_id, context, question, answer, inline, img_ref (a string
+                              that holds a Python list of names)
+PMC-VQA v1, v2  .csv          Figure_path, Question, Answer (text or letter), Choice A … Choice D
+                              [, Answer_label, Caption, index, split]
 ChiMed-VL       .json .jsonl  id, image, conversations: dialogs already, with a picture or without
-own             .csv .tsv .json .jsonl  image(s), question, answer or caption; columns named by flags
+own             .csv .tsv .json .jsonl  image(s), question, answer or caption; columns named by
+                              options
 """
 
 import argparse
@@ -20,10 +24,11 @@ from common.rows import BadRow, Records
 from common.text import clean_text
 from qilin_min import IMAGE_TOKEN
 
-# --- 1. rows: what the sets have in common --------------------------------------------------------------------------
+# --- 1. rows: what the sets have in common --------------------------------------------------------
 
 LETTERS = "ABCD"
-SOURCES = {  # set: what its records must hold, one of each tuple
+# set: what its records must hold, one of each tuple
+SOURCES = {
     "pmc-oa": [("image",), ("caption",)],
     "pmc-casereport": [("PMC_id",), ("img_ref",), ("question", "context", "inline")],
     "pmc-vqa": [("Figure_path",), ("Question",), ("Answer", "Anwser", "Answer_label")],
@@ -31,6 +36,7 @@ SOURCES = {  # set: what its records must hold, one of each tuple
     "chimed-instruction": [("conversations",)],
     "own": [],
 }
+# field: columns of --own it is looked for in, unless one is named by an option
 OWN_COLUMNS = {
     "image": ("image", "images"),
     "question": ("question",),
@@ -38,247 +44,348 @@ OWN_COLUMNS = {
     "caption": ("caption",),
     "id": (),
     "group": (),
-}  # of --own, unless named by flags
+}
 
 
 @dataclass(slots=True)
 class Row:
-    """A row of any set. texts: context, inline, caption, question, answer, choice_a … choice_d, those it has. article: what must stay on one side of a split."""
+    """A row of any set."""
 
+    # its set, a name of SOURCES
     source: str
-    images: list  # names as written; names[i] of candidates() are tried in turn
-    texts: dict
+    # names as written; those of candidates() are tried in turn
+    images: list[str]
+    # context, inline, caption, question, answer, choice_a … choice_d: those it has
+    texts: dict[str, str]
+    # what must stay on one side of a split; "": nothing beside its pictures
     article: str = ""
-    letter: str = ""  # of the right choice
+    # of the right choice; "" where there is none
+    letter: str = ""
+    # as the set has it; "" where rows are numbered
     id: str = ""
-    conversations: list = field(default_factory=list)
-    test: bool = False  # marked as test data by its set
+    # turns of a dialog that is one already, as found: nobody has looked at them
+    conversations: Any = field(default_factory=list)
+    # marked as test data by its set
+    test: bool = False
 
 
-def names_in(value, separators=None):
-    """Picture names in a value: a list, a string that holds a Python or JSON list, names between `separators`, or one name. BadRow."""
-    if (
-        isinstance(value, str)
-        and value.strip()[:1] == "["
-        and (value.strip()[-1] == "]" or not separators)
-    ):
-        try:
-            value = ast.literal_eval(value.strip()[:100_000])
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            raise BadRow("list of pictures cannot be read") from None
+# --- 2. what stands in a field --------------------------------------------------------------------
+
+PICTURES_UNREADABLE = "list of pictures cannot be read"
+PICTURE_SUFFIX = re.compile(r"\.(?:jpe?g|png|gif|tiff?|webp|bmp)$", re.IGNORECASE)
+
+
+def first_filled(record: dict, names: Iterable[str]) -> Any:
+    """The first of some fields that holds something; "" where none does."""
+    for name in names:
+        if record.get(name) not in (None, ""):
+            return record[name]
+    return ""
+
+
+def has_half_pair(text: str) -> bool:
+    """True for a text with half a surrogate pair, which UTF-8 has no bytes for."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def names_in(value: Any, separators: str | None = None) -> list[str]:
+    """Picture names in a value: a list, a string that holds a Python or JSON list, names between
+    `separators`, or one name. BadRow."""
+    listed = _as_list(value, separators)
+    if not isinstance(listed, (list, tuple)):
+        raise BadRow(PICTURES_UNREADABLE)
+    names = {}
+    for entry in listed:
+        if not isinstance(entry, (str, int)):
+            raise BadRow(PICTURES_UNREADABLE)
+        if isinstance(entry, int) and abs(entry) > 10**18:
+            raise BadRow(PICTURES_UNREADABLE)
+        name = str(entry).strip()
+        # half a surrogate pair: no file name
+        if has_half_pair(name):
+            raise BadRow(PICTURES_UNREADABLE)
+        if name:
+            names[name] = True
+    return list(names)
+
+
+def _as_list(value: Any, separators: str | None) -> Any:
+    """A list, where `value` stands for one; else what it is."""
     if isinstance(value, str):
-        value = re.split(separators, value) if separators else [value]
+        text = value.strip()
+        if text.startswith("[") and (text.endswith("]") or not separators):
+            return _read_list(text)
+        if separators:
+            return re.split(separators, value)
+        return [value]
     if isinstance(value, int) and not isinstance(value, bool):
-        value = [value]
+        return [value]
+    # nan, as pandas writes a gap
     if value is None or value != value:
         return []
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(name, (str, int)) for name in value
-    ):
-        raise BadRow("list of pictures cannot be read")
-    if any(isinstance(name, int) and abs(name) > 10**18 for name in value):
-        raise BadRow("list of pictures cannot be read")
-    names = list(dict.fromkeys(str(name).strip() for name in value if str(name).strip()))
-    if any(
-        "\ud800" <= c <= "\udfff" for name in names for c in name
-    ):  # half a surrogate pair: no file name
-        raise BadRow("list of pictures cannot be read")
-    return names
+    return value
 
 
-def article_of(text):
+def _read_list(text: str) -> Any:
+    try:
+        return ast.literal_eval(text[:100_000])
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        raise BadRow(PICTURES_UNREADABLE) from None
+
+
+def article_of(text: Any) -> str:
     """PMC number in a text, as PMC123, or ""."""
     match = re.search(r"PMC[-_ ]?(\d+)", str(text), re.IGNORECASE)
     return f"PMC{match[1]}" if match else ""
 
 
-def candidates(row, name):
-    """File names a picture may have: PMC-CaseReport's references become {PMC_id}_{reference}.jpg on disk."""
+def candidates(row: Row, name: str) -> list[str]:
+    """File names a picture may have: PMC-CaseReport's references become {PMC_id}_{reference}.jpg on
+    disk."""
     if row.source != "pmc-casereport":
         return [name]
-    whole = re.search(r"\.(?:jpe?g|png|gif|tiff?|webp|bmp)$", name, re.IGNORECASE)
-    stems = (
-        [name]
-        if article_of(name)
-        else [f"{row.article}_{name}", f"{row.article.removeprefix('PMC')}_{name}"]
-    )
-    return (
-        [*stems, name]
-        if whole
-        else [f"{stem}{suffix}" for suffix in (".jpg", "") for stem in stems]
-    )
+    if article_of(name):
+        stems = [name]
+    else:
+        number = row.article.removeprefix("PMC")
+        stems = [f"{row.article}_{name}", f"{number}_{name}"]
+    if PICTURE_SUFFIX.search(name):
+        return [*stems, name]
+    return [f"{stem}.jpg" for stem in stems] + stems
 
 
-def strip_mark(text, letter):
+def without_decimals(number: str) -> str:
+    """A number without the .0 that pandas gives it."""
+    return re.sub(r"\.0$", "", number)
+
+
+def strip_mark(text: str, letter: str) -> str:
     """`Q: text`, `A: text`, `问：text` without the mark; only the letters given count as marks."""
     return re.sub(rf"^\s*(?:{letter})\s*[:\uff1a]\s*", "", text, flags=re.IGNORECASE)
 
 
-def read_choices(record):
+def choice_mark(letter: str, text: str) -> re.Match | None:
+    """The letter that stands before a choice, as in `A: text`; its group 1 is the mark after it."""
+    return re.match(rf"\(?{letter}\s*([:.)\u3001\uff1a\uff0e\uff09])\s*", text, re.IGNORECASE)
+
+
+def read_choices(record: dict) -> dict[str, str]:
     """{A: text, …} of a PMC-VQA record: ` A: text ` loses its letter and blanks."""
     choices = {}
     for letter in LETTERS:
         text = clean_text(record.get(f"Choice {letter}"))
         if text:
             choices[letter] = text
-    marks = {
-        letter: re.match(rf"\(?{letter}\s*([:.)\u3001\uff1a\uff0e\uff09])\s*", text, re.IGNORECASE)
-        for letter, text in choices.items()
-    }
-    lettered = all(
-        marks.values()
-    )  # a point after a letter is a mark only where all have one: C. albicans keeps its C
+    marks = {letter: choice_mark(letter, text) for letter, text in choices.items()}
+    is_lettered = all(marks.values())
     return {
-        letter: text[mark.end() :]
-        if (mark := marks[letter])
-        and (lettered or mark[1] not in ".\uff0e")
-        and mark.end() < len(text)
-        else text
+        letter: _without_letter(text, marks[letter], is_lettered)
         for letter, text in choices.items()
     }
 
 
-def read_letter(record, choices):
-    """The letter of the right choice: from Answer_label, from an Answer that is a letter, or from an Answer that is a choice's text; "" without."""
+def _without_letter(text: str, mark: re.Match | None, is_lettered: bool) -> str:
+    """A choice without its letter. is_lettered: all choices of the row have one."""
+    if mark is None:
+        return text
+    # a point after a letter is a mark only where all have one: C. albicans keeps its C
+    if mark[1] in ".\uff0e" and not is_lettered:
+        return text
+    rest = text[mark.end() :]
+    return rest or text
+
+
+def read_letter(record: dict, choices: dict[str, str]) -> str:
+    """The letter of the right choice: from Answer_label, from an Answer that is a letter, or from
+    an Answer that is a choice's text; "" without."""
     for name in ("Answer_label", "Answer", "Anwser"):
         text = clean_text(record.get(name))
         match = re.fullmatch(r"\(?([A-D])\)?\s*[:.)\u3001\uff1a\uff0e]?", text, re.IGNORECASE)
         if match:
-            if match[1].upper() not in choices:
+            letter = match[1].upper()
+            if letter not in choices:
                 raise BadRow("answer letter names no choice")
-            return match[1].upper()
-    answer = open_answer(record)
-    return next(
-        (letter for letter, text in choices.items() if text.casefold() == answer.casefold()), ""
-    )
+            return letter
+    answer = open_answer(record).casefold()
+    for letter, text in choices.items():
+        if text.casefold() == answer:
+            return letter
+    return ""
 
 
-def open_answer(record):
+def written_answer(record: dict) -> str:
+    """What stands under Answer in a PMC-VQA record; v1 writes Anwser."""
+    return clean_text(record.get("Answer", record.get("Anwser")))
+
+
+def open_answer(record: dict) -> str:
     """A PMC-VQA answer given as a text: `B: text` and `text` alike."""
-    return re.sub(
-        r"^\(?[A-D]\s*[:)\uff1a]\s*", "", clean_text(record.get("Answer", record.get("Anwser")))
-    )
+    return re.sub(r"^\(?[A-D]\s*[:)\uff1a]\s*", "", written_answer(record))
 
 
-def read_row(source, record, columns=OWN_COLUMNS):
+# --- 3. a record -> a Row -------------------------------------------------------------------------
+
+
+def read_row(source: str, record: dict, columns: dict[str, tuple[str, ...]] = OWN_COLUMNS) -> Row:
     """The Row of a record of `source`. BadRow names what is wrong with it."""
-
-    def get(*names):
-        return next((record[name] for name in names if record.get(name) not in (None, "")), "")
-
     if source.startswith("chimed"):
-        return Row(
-            source,
-            names_in(get("image")),
-            {},
-            article_of(get("image")),
-            id=clean_text(get("id")),
-            conversations=record.get("conversations"),
-        )
+        return read_published(source, record)
     if source == "pmc-oa":
-        images = names_in(get("image"))
-        return Row(
-            source,
-            images,
-            {"caption": clean_text(get("caption"))},
-            article_of(get("pmcid")) or article_of(f"PMC{get('pmcid')}") or article_of(images[:1]),
-        )
+        return read_pmc_oa(record)
     if source == "pmc-casereport":
-        number = re.sub(r"\.0$", "", str(get("PMC_id")).strip())  # as pandas writes a number
-        inline = get("inline")
-        if isinstance(inline, (list, str)) and str(inline).strip().startswith(
-            "["
-        ):  # several sentences about the same figures
-            try:
-                inline = " ".join(names_in(inline))
-            except BadRow:
-                pass  # a sentence may begin with a bracket
-        texts = {
-            "context": clean_text(get("context")),
-            "inline": clean_text(inline),
-            "question": strip_mark(clean_text(get("question")), "Q|问|问题"),
-            "answer": strip_mark(clean_text(get("answer")), "A|答|答案|回答"),
-        }
-        return Row(
-            source,
-            names_in(get("img_ref")),
-            texts,
-            article_of(number) or (f"PMC{number}" if number.isdigit() else number),
-        )
+        return read_case(record)
     if source == "pmc-vqa":
-        choices = read_choices(record)
-        letter = read_letter(record, choices)
-        texts = {
-            "caption": clean_text(get("Caption")),
-            "question": clean_text(get("Question")),
-            "answer": choices[letter] if letter else open_answer(record),
-            **{f"choice_{letter.lower()}": text for letter, text in choices.items()},
-        }
-        images = names_in(get("Figure_path"))
-        return Row(
-            source,
-            images,
-            texts,
-            article_of(images[:1]),
-            letter,
-            test=clean_text(get("split")).lower() == "test",
-        )
-    texts = {name: clean_text(get(*columns[name])) for name in ("question", "answer", "caption")}
-    group = (
-        re.sub(r"\.0$", "", clean_text(get(*columns["group"])).casefold())
-        if columns["group"]
-        else ""
-    )
+        return read_pmc_vqa(record)
+    return read_own(record, columns)
+
+
+def read_published(source: str, record: dict) -> Row:
+    """A Row of ChiMed-VL. BadRow."""
+    image = first_filled(record, ["image"])
     return Row(
-        source,
-        names_in(get(*columns["image"]), r"[;|]"),
-        texts,
-        f"own {group}" if group else "",
-        id=clean_text(get(*columns["id"])) if columns["id"] else "",
+        source=source,
+        images=names_in(image),
+        texts={},
+        article=article_of(image),
+        id=clean_text(first_filled(record, ["id"])),
+        conversations=record.get("conversations"),
     )
 
 
-def to_translate(row):
-    """The texts of a row that a translator is sent: an answer that is one of the choices is translated as that choice, or it would get two names."""
-    return {
-        name: text
-        for name, text in row.texts.items()
-        if text and not (name == "answer" and row.letter)
+def read_pmc_oa(record: dict) -> Row:
+    """A Row of PMC-OA. BadRow."""
+    images = names_in(first_filled(record, ["image"]))
+    caption = clean_text(first_filled(record, ["caption"]))
+    number = first_filled(record, ["pmcid"])
+    article = article_of(number) or article_of(f"PMC{number}") or article_of(images[:1])
+    return Row(source="pmc-oa", images=images, texts={"caption": caption}, article=article)
+
+
+def read_case(record: dict) -> Row:
+    """A Row of PMC-CaseReport. BadRow."""
+    question = clean_text(first_filled(record, ["question"]))
+    texts = {
+        "context": clean_text(first_filled(record, ["context"])),
+        "inline": clean_text(joined_sentences(first_filled(record, ["inline"]))),
+        "question": strip_mark(question, "Q|问|问题"),
+        "answer": strip_mark(clean_text(first_filled(record, ["answer"])), "A|答|答案|回答"),
     }
+    number = without_decimals(str(first_filled(record, ["PMC_id"])).strip())
+    article = article_of(number)
+    if not article:
+        article = f"PMC{number}" if number.isdigit() else number
+    images = names_in(first_filled(record, ["img_ref"]))
+    return Row(source="pmc-casereport", images=images, texts=texts, article=article)
 
 
-def put_texts(source, record, row, chinese, columns=OWN_COLUMNS):
-    """The record with `chinese` ({field: text}) in place of its texts: same columns, letters and pictures untouched."""
+def joined_sentences(inline: Any) -> Any:
+    """The inline text of a case report, where it is a list of several sentences about the same
+    figures as one text; else what it is."""
+    if not isinstance(inline, (list, str)) or not str(inline).strip().startswith("["):
+        return inline
+    try:
+        return " ".join(names_in(inline))
+    except BadRow:
+        # a sentence may begin with a bracket
+        return inline
+
+
+def read_pmc_vqa(record: dict) -> Row:
+    """A Row of PMC-VQA. BadRow."""
+    choices = read_choices(record)
+    right = read_letter(record, choices)
+    texts = {
+        "caption": clean_text(first_filled(record, ["Caption"])),
+        "question": clean_text(first_filled(record, ["Question"])),
+        "answer": choices[right] if right else open_answer(record),
+    }
+    for letter, text in choices.items():
+        texts[f"choice_{letter.lower()}"] = text
+    images = names_in(first_filled(record, ["Figure_path"]))
+    return Row(
+        source="pmc-vqa",
+        images=images,
+        texts=texts,
+        article=article_of(images[:1]),
+        letter=right,
+        test=clean_text(first_filled(record, ["split"])).lower() == "test",
+    )
+
+
+def read_own(record: dict, columns: dict[str, tuple[str, ...]]) -> Row:
+    """A Row of one's own. columns: where each field of OWN_COLUMNS is looked for. BadRow."""
+    texts = {}
+    for name in ("question", "answer", "caption"):
+        texts[name] = clean_text(first_filled(record, columns[name]))
+    group = clean_text(first_filled(record, columns["group"])).casefold()
+    group = without_decimals(group)
+    return Row(
+        source="own",
+        images=names_in(first_filled(record, columns["image"]), r"[;|]"),
+        texts=texts,
+        article=f"own {group}" if group else "",
+        id=clean_text(first_filled(record, columns["id"])),
+    )
+
+
+# --- 4. translation: what is sent, and the record with Chinese in it ------------------------------
+
+
+def to_translate(row: Row) -> dict[str, str]:
+    """The texts of a row that a translator is sent: an answer that is one of the choices is
+    translated as that choice, or it would get two names."""
+    texts = {name: text for name, text in row.texts.items() if text}
+    if row.letter:
+        texts.pop("answer", None)
+    return texts
+
+
+def put_texts(
+    source: str,
+    record: dict,
+    row: Row,
+    chinese: dict[str, str],
+    columns: dict[str, tuple[str, ...]] = OWN_COLUMNS,
+) -> dict:
+    """The record with `chinese` ({field: text}) in place of its texts: same columns, letters and
+    pictures untouched."""
     record = dict(record)
-
-    def put(text, *names):
-        for name in names:
-            if record.get(name) not in (None, ""):
-                record[name] = text
-                return
-
     for name, text in chinese.items():
         if name.startswith("choice_"):
-            letter = name[-1].upper()
-            marked = re.match(
-                rf"\(?{letter}\s*[:.)\u3001\uff1a\uff0e\uff09]",
-                clean_text(record.get(f"Choice {letter}")),
-                re.IGNORECASE,
-            )
-            put(
-                f"{letter}: {text}" if marked else text, f"Choice {letter}"
-            )  # or `A. fumigatus` would lose its A when read again
-            if (
-                row.letter == letter
-                and clean_text(record.get("Answer", record.get("Anwser"))).strip("()[]:. ").upper()
-                != row.letter
-            ):
-                put(text, "Answer", "Anwser")
+            _put_choice(record, row, name[-1].upper(), text)
+        elif source == "own":
+            _put(record, columns[name], text)
+        elif source == "pmc-vqa" and name == "answer":
+            _put(record, ("Answer", "Anwser"), text)
         elif source == "pmc-vqa":
-            put(text, *{"answer": ("Answer", "Anwser")}.get(name, (name.capitalize(),)))
+            _put(record, (name.capitalize(),), text)
         else:
-            put(text, *(columns[name] if source == "own" else (name,)))
+            _put(record, (name,), text)
     return record
+
+
+def _put(record: dict, names: Iterable[str], text: str) -> None:
+    """Puts a text in place of the first of these fields that holds something."""
+    for name in names:
+        if record.get(name) not in (None, ""):
+            record[name] = text
+            return
+
+
+def _put_choice(record: dict, row: Row, letter: str, text: str) -> None:
+    column = f"Choice {letter}"
+    # or `A. fumigatus` would lose its A when read again
+    is_marked = choice_mark(letter, clean_text(record.get(column)))
+    _put(record, (column,), f"{letter}: {text}" if is_marked else text)
+    if row.letter != letter:
+        return
+    # an answer that is a letter stays one
+    answer = written_answer(record).strip("()[]:. ").upper()
+    if answer != row.letter:
+        _put(record, ("Answer", "Anwser"), text)
+
+
+# --- 5. options: which files ----------------------------------------------------------------------
 
 
 class RawFile(NamedTuple):
@@ -291,13 +398,7 @@ class RawFile(NamedTuple):
 class UnderName(argparse.Action):
     """An option's value, put into one dictionary with those of its kind, under the name `const`."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser, namespace, values, option_string=None):
         values_by_name = dict(getattr(namespace, self.dest))
         values_by_name[self.const] = values
         setattr(namespace, self.dest, values_by_name)
@@ -312,7 +413,8 @@ def add_source_options(parser: argparse.ArgumentParser, sources: Iterable[str]) 
         "pmc-vqa": "PMC-VQA v1 or v2, .csv",
         "chimed-alignment": "dialogs for stage 1: ChiMed-VL-Alignment.jsonl, or your own",
         "chimed-instruction": "dialogs for stage 2: ChiMed-VL-Instruction.json, -Chat.json",
-        "own": "your own .csv .tsv .json .jsonl: image(s) and question + answer, or caption, or both",
+        "own": "your own .csv .tsv .json .jsonl: image(s) and question + answer, or caption, "
+        "or both",
     }
     group = parser.add_argument_group(
         "the raw sets (several files each; translated ones have the same form)"
@@ -401,23 +503,31 @@ def open_sources(
     return opened
 
 
-PROMPTS = sorted(
-    (tuple(template.split("{question}")) for template in VQA if template != "{question}"),
-    key=lambda parts: -len("".join(parts)),
-)
+# --- 6. dialogs as they are built: back to what was asked -----------------------------------------
 
 
-def own_question(text):
-    """A question without <image>, the prompt around it and the choices below it; "" where it is the prompt of a caption."""
+def _prompt_parts() -> list[tuple[str, str]]:
+    """What stands before and after the question in each prompt of VQA, the longest prompt first."""
+    parts = []
+    for template in VQA:
+        if template != "{question}":
+            before, after = template.split("{question}")
+            parts.append((before, after))
+    return sorted(parts, key=lambda part: -len(part[0] + part[1]))
+
+
+PROMPT_PARTS = _prompt_parts()
+
+
+def own_question(text: str) -> str:
+    """A question without <image>, the prompt around it and the choices below it; "" where it is the
+    prompt of a caption."""
     text = text.replace(IMAGE_TOKEN, "").strip()
     if text in CAPTION or text in CONTEXT:
         return ""
-    for before, after in PROMPTS:
-        if (
-            text.startswith(before)
-            and text.endswith(after)
-            and len(text) > len(before) + len(after)
-        ):
+    for before, after in PROMPT_PARTS:
+        n_prompt = len(before) + len(after)
+        if text.startswith(before) and text.endswith(after) and len(text) > n_prompt:
             text = text[len(before) : len(text) - len(after)]
             break
     return text.split("\n")[0]
