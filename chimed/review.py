@@ -15,7 +15,7 @@ from pathlib import Path
 
 from chimed.prompts import FIELDS
 from chimed.quality import quality
-from chimed.translate import Task
+from chimed.translate import Task, is_whole_line
 from common.files import write_json, write_text
 from common.intervals import wilson
 from common.journal import Journal
@@ -114,7 +114,7 @@ def journal_of(path, rejected):
         raise FileNotFoundError(
             f"{path} is no file that translate wrote (no {journal.name} beside it): review compares its English with its Chinese"
         )
-    journal = Journal(journal)
+    journal = Journal(journal, is_whole_line)
     journal.load(lambda line: rejected or not line["reasons"])
     return journal
 
@@ -143,10 +143,7 @@ def take_sample(args):
     journals = [
         journal_of(path, rejected=False) for path in args.files
     ]  # rejected rows are not in the files
-    keys = [
-        [int(key) for key, offset in zip(journal.keys, journal.offsets) if offset >= 0]
-        for journal in journals
-    ]
+    keys = [journal.keys() for journal in journals]
     if not any(keys):
         raise ValueError("no translated row in these files")
     rng, rows = random.Random(args.seed), []
@@ -320,7 +317,7 @@ def take_back(args):
             )
         journal.sync()
         header = journal.header
-        journal.file.close()
+        journal.close()
         task = Task(
             header["source"],
             Records(header["raw"], header["encoding"]),
@@ -329,7 +326,7 @@ def take_back(args):
         )
         task.journal.load()
         task.finish()
-        task.journal.file.close()
+        task.journal.close()
     report(args, counts)
 
 

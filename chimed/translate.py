@@ -118,7 +118,7 @@ class Task:
         self.out = out / records.path.name
         if self.out.resolve() == records.path.resolve():
             raise ValueError(f"--out {out} holds {records.path} itself: name another folder")
-        self.journal = Journal(out / f"{records.path.name}.journal.jsonl")
+        self.journal = Journal(out / f"{records.path.name}.journal.jsonl", is_whole_line)
 
     def sign(self):
         """Notes in the journal where its rows come from: what review --import writes the file from."""
@@ -296,6 +296,18 @@ def _try(records, i):
         return None
 
 
+def is_whole_line(line: dict) -> bool:
+    """Whether a journal's line has all that its row is written from."""
+    english = line["english"]
+    chinese = line["chinese"]
+    texts = [*english.values(), *chinese.values(), *line["reasons"], line["source"]]
+    for names in line["images"]:
+        texts += names
+    if len(line["key"]) != 16 or not all(isinstance(text, str) for text in texts):
+        return False
+    return bool(line["reasons"]) or chinese.keys() == english.keys()
+
+
 def journal_line(task, key, i, english, chinese, reasons, by):
     return {
         "key": f"{key:016x}",
@@ -413,7 +425,7 @@ def run(args: argparse.Namespace) -> int:
         return translate_files(args, tasks, glossary, digest)
     finally:
         for task in tasks:
-            task.journal.file.close()  # and with it the lock
+            task.journal.close()
 
 
 def translate_files(args, tasks, glossary, digest):

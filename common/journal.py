@@ -2,112 +2,136 @@
 
 import json
 import os
-import sys
 from array import array
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.files import lock
 
+# a power cut loses this many lines at most
+SYNC_EVERY = 100
 
-class Finished:
-    """Texts that need not be asked for again, by key: a .jsonl file that grows line by line; a line cut by a kill is forgotten."""
 
-    def __init__(self, path):
-        self.file = lock(path, f"{path} is in use by another run")
-        self.lines, position = {}, 0
-        self.file.seek(0)
-        for raw in self.file:
-            if not raw.endswith(b"\n"):
-                self.file.truncate(position)
-                break
-            position += len(raw)
-            try:
-                line = json.loads(raw)
-                if isinstance(line["text"], str):
-                    self.lines[line["key"]] = line
-            except (ValueError, LookupError, TypeError, RecursionError):
-                print(f"{path}: a damaged line: its text is asked for again", file=sys.stderr)
-
-    def add(self, key, text, **more):
-        self.lines[key] = {"key": key, "text": text, **more}
-        self.file.write(
-            json.dumps(self.lines[key], ensure_ascii=False).encode("utf-8", "backslashreplace")
-            + b"\n"
-        )
-        self.file.flush()  # a kill after this loses nothing
+def key_number(key: str) -> int:
+    """A key's first 16 hex digits as a number of 64 bits, by which lines are found."""
+    return int(key[:16], 16)
 
 
 class Journal:
-    """Finished rows by the key of their English texts; the last line of a key counts. 16 bytes of memory a row; a line cut by a kill is forgotten."""
+    """Finished lines by their key, in a .jsonl file that grows line by line and is ours alone.
 
-    def __init__(self, path):
+    A line is a dict; its "key" is hex digits, of which the first 16 tell it from others. The last
+    line of a key counts. 16 bytes of memory a line; a line cut by a kill is forgotten.
+    is_whole: whether a line has all it needs; those that have not, or are damaged, are counted.
+    """
+
+    def __init__(self, path: str | Path, is_whole: Callable[[dict], bool]):
         self.path = Path(path)
+        self.is_whole = is_whole
         self.file = lock(self.path, f"{self.path} is in use by another run")
-        self.keys, self.offsets = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
-        self.header, self.damaged, self.unsynced = None, 0, 0
+        # the line without a key, which says where the others come from
+        self.header: dict[str, Any] | None = None
+        self.damaged = 0
+        self.size = 0
+        self.unsynced = 0
+        self._clear()
 
-    def load(self, is_good=lambda line: True):
-        """Reads what is there; lines for which is_good is false, or that are damaged, do not count."""
-        found, offsets, position, self.damaged = array("Q"), array("q"), 0, 0
+    def load(self, is_good: Callable[[dict], bool] = lambda line: True) -> None:
+        """Reads what is there; lines for which is_good is false, or that are damaged, do not
+        count."""
+        self._clear()
+        self.damaged = 0
+        self.size = 0
         self.file.seek(0)
         for raw in self.file:
-            if not raw.endswith(b"\n"):  # killed in the middle of it
-                self.file.truncate(position)
+            if not raw.endswith(b"\n"):
+                # killed in the middle of it
+                self.file.truncate(self.size)
                 break
             try:
-                line = json.loads(raw)
-                if "raw" in line:  # where its rows come from
-                    self.header, position = line, position + len(raw)
-                    continue
-                texts = [
-                    text for name in ("english", "chinese") for text in line[name].values()
-                ] + line["reasons"]
-                complete = line["reasons"] or line["chinese"].keys() == line["english"].keys()
-                pictures = [name for names in line["images"] for name in names] + [line["source"]]
-                if (
-                    len(line["key"]) != 16
-                    or not complete
-                    or not all(isinstance(text, str) for text in texts + pictures)
-                ):
-                    raise ValueError
-                offsets.append(position if is_good(line) else -1)
-                found.append(int(line["key"], 16))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._take(json.loads(raw), is_good)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 self.damaged += 1
-            position += len(raw)
-        self.keys, last = np.unique(
-            np.array(found, dtype=np.uint64)[::-1], return_index=True
-        )  # of the lines of a key the last
-        self.offsets = np.array(offsets, dtype=np.int64)[::-1][last]
+            self.size += len(raw)
 
-    def find(self, key):
+    def _take(self, line: dict, is_good: Callable[[dict], bool]) -> None:
+        if "raw" in line:
+            self.header = line
+            return
+        if not self.is_whole(line):
+            raise ValueError("a line that lacks something")
+        key = key_number(line["key"])
+        offset = self.size if is_good(line) else -1
+        self._new_keys.append(key)
+        self._new_offsets.append(offset)
+
+    def find(self, key: int | str) -> dict[str, Any] | None:
         """The line of a key, or None."""
-        i = int(np.searchsorted(self.keys, np.uint64(key)))
-        if i == len(self.keys) or int(self.keys[i]) != key or self.offsets[i] < 0:
+        number = key_number(key) if isinstance(key, str) else key
+        self._sort()
+        i = int(np.searchsorted(self._keys, np.uint64(number)))
+        if i == len(self._keys) or int(self._keys[i]) != number or self._offsets[i] < 0:
             return None
-        self.file.seek(int(self.offsets[i]))
+        self.file.seek(int(self._offsets[i]))
         return json.loads(self.file.readline())
 
-    def has(self, keys):
-        """bool per key (uint64 array)."""
-        i = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys) - 1, 0))
-        return (
-            (self.keys[i] == keys) & (self.offsets[i] >= 0)
-            if len(self.keys)
-            else np.zeros(len(keys), dtype=bool)
-        )
+    def __contains__(self, key: str) -> bool:
+        return bool(self.has(np.array([key_number(key)], dtype=np.uint64))[0])
 
-    def add(self, line):
-        self.file.write(
-            json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        )
-        self.file.flush()  # safe from a kill at once, from a power cut after at most 100 rows
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """bool per key (uint64 array)."""
+        self._sort()
+        if not len(self._keys):
+            return np.zeros(len(keys), dtype=bool)
+        i = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return (self._keys[i] == keys) & (self._offsets[i] >= 0)
+
+    def keys(self) -> list[int]:
+        """The keys of the lines that count, ascending."""
+        self._sort()
+        return self._keys[self._offsets >= 0].tolist()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """A line at the end: safe from a kill at once, from a power cut after at most 100 lines."""
+        raw = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        self.file.write(raw)
+        self.file.flush()
+        if "key" in line:
+            self._new_keys.append(key_number(line["key"]))
+            self._new_offsets.append(self.size)
+        self.size += len(raw)
         self.unsynced += 1
-        if self.unsynced >= 100:
+        if self.unsynced >= SYNC_EVERY:
             self.sync()
 
-    def sync(self):
+    def sync(self) -> None:
+        """Have the disk hold what was added."""
         os.fsync(self.file.fileno())
         self.unsynced = 0
+
+    def close(self) -> None:
+        """Close the file, and with it give up the lock."""
+        self.file.close()
+
+    def _clear(self) -> None:
+        # ascending, each once, with where its last line begins, or -1
+        self._keys = np.empty(0, dtype=np.uint64)
+        self._offsets = np.empty(0, dtype=np.int64)
+        # in the order of the file, not yet among those above
+        self._new_keys = array("Q")
+        self._new_offsets = array("q")
+
+    def _sort(self) -> None:
+        """Puts what came since the last time in its place: of a key's lines the last counts."""
+        if not self._new_keys:
+            return
+        keys = np.concatenate((self._keys, np.array(self._new_keys, dtype=np.uint64)))
+        offsets = np.concatenate((self._offsets, np.array(self._new_offsets, dtype=np.int64)))
+        self._new_keys = array("Q")
+        self._new_offsets = array("q")
+        # the first of each that unique meets, going backwards
+        self._keys, last = np.unique(keys[::-1], return_index=True)
+        self._offsets = offsets[::-1][last]

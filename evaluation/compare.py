@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common.endpoint import Endpoint, EndpointFailed, add_endpoint_flags, ask_many
 from common.files import USER_ERRORS, check_ranges, digest, digest_of, model_folder, one_line
-from common.journal import Finished
+from common.journal import Journal
 from common.text import CJK, chinese_share
 from evaluation.pages import LABELS, data_url, turns, wording, write_blind, write_pages
 from evaluation.ranking import add_rank_flags, rank
@@ -185,6 +185,15 @@ def read_systems(args):
 # --- 2. answers -------------------------------------------------------------------------------------------------------
 
 
+def open_journal(path: Path) -> Journal:
+    """The texts of earlier runs, which need not be asked for again, and those of this one."""
+    journal = Journal(path, lambda line: isinstance(line["text"], str))
+    journal.load()
+    for _ in range(journal.damaged):
+        print(f"{path}: a damaged line: its text is asked for again", file=sys.stderr)
+    return journal
+
+
 def clean(text):
     """An answer as it can be written anywhere: without NUL, half surrogates and blanks around it."""
     return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd").strip()
@@ -291,15 +300,16 @@ def ask_system(system, todo, n_done, args, finished):
     """Every open question of one system. -> {key: why there is no answer}; a fault of the whole system is said, and is every question's reason."""
 
     def keep(key, question, answer):
-        finished.add(
-            key,
-            clean(answer[0]),
-            cut=answer[1],
-            system=system.name,
-            where=system.where,
-            id=question.id,
-            question=wording(question),
-        )
+        line = {
+            "key": key,
+            "text": clean(answer[0]),
+            "cut": answer[1],
+            "system": system.name,
+            "where": system.where,
+            "id": question.id,
+            "question": wording(question),
+        }
+        finished.add(line)
 
     with tqdm(total=len(todo) + n_done, initial=n_done, desc=system.name, disable=None) as bar:
         try:
@@ -323,7 +333,7 @@ def ask_system(system, todo, n_done, args, finished):
                 gc.collect()  # the model goes before the next one comes
                 torch.cuda.empty_cache()
     print(f"{system.name}: {fault}", file=sys.stderr)
-    return {key: fault for key in todo if key not in finished.lines}
+    return {key: fault for key in todo if key not in finished}
 
 
 # --- 3. English beneath the Chinese -----------------------------------------------------------------------------------
@@ -342,7 +352,7 @@ def accept_gloss(text):
 def add_glosses(endpoint, texts, finished):
     """{Chinese: English} of those that could be had, and the reasons for the others; each text is asked for once."""
     keys = {text: gloss_key(endpoint, text) for text in texts if CJK.search(text)}
-    todo, failed = {key: text for text, key in keys.items() if key not in finished.lines}, {}
+    todo, failed = {key: text for text, key in keys.items() if key not in finished}, {}
     with tqdm(total=len(keys), initial=len(keys) - len(todo), desc="gloss", disable=None) as bar:
         try:
             failed = asyncio.run(
@@ -353,15 +363,17 @@ def add_glosses(endpoint, texts, finished):
                         {"role": "system", "content": GLOSS},
                         {"role": "user", "content": text},
                     ],
-                    lambda key, text, english: finished.add(key, english, chinese=text),
+                    lambda key, text, english: finished.add(
+                        {"key": key, "text": english, "chinese": text}
+                    ),
                     bar,
                     accept=accept_gloss,
                 )
             )
         except EndpointFailed as error:
-            failed = {key: one_line(error) for key in todo if key not in finished.lines}
+            failed = {key: one_line(error) for key in todo if key not in finished}
     return {
-        text: finished.lines[key]["text"] for text, key in keys.items() if key in finished.lines
+        text: finished.find(key)["text"] for text, key in keys.items() if key in finished
     }, list(failed.values())
 
 
@@ -435,8 +447,8 @@ def compare(args, questions):
     questions, digests = choose(args, questions)
     args.out.mkdir(parents=True, exist_ok=True)
     finished, english = (
-        Finished(args.out / "answers.jsonl"),
-        Finished(args.out / "glosses.jsonl") if glosser else None,
+        open_journal(args.out / "answers.jsonl"),
+        open_journal(args.out / "glosses.jsonl") if glosser else None,
     )
     keys = [
         [
@@ -451,7 +463,7 @@ def compare(args, questions):
         for question, own in zip(questions, digests)
     ]
     todo = [
-        {own[k]: question for own, question in zip(keys, questions) if own[k] not in finished.lines}
+        {own[k]: question for own, question in zip(keys, questions) if own[k] not in finished}
         for k in range(len(systems))
     ]
     for system, part in zip(
@@ -465,11 +477,9 @@ def compare(args, questions):
             )
     if glosser:
         texts = {text for question in questions for text in (wording(question), question.truth)}
-        texts |= {
-            finished.lines[key]["text"] for own in keys for key in own if key in finished.lines
-        }
+        texts |= {finished.find(key)["text"] for own in keys for key in own if key in finished}
         if n := sum(
-            gloss_key(glosser, text) not in english.lines for text in texts if CJK.search(text)
+            gloss_key(glosser, text) not in english for text in texts if CJK.search(text)
         ) + sum(map(len, todo)):
             glosser.confirm(
                 f"for English beneath the Chinese, up to {n} texts: questions, answers, ground truths. No pictures, ids or file names."
@@ -478,7 +488,7 @@ def compare(args, questions):
     for system, part in zip(systems, todo):
         if part:
             failed |= ask_system(system, part, len(questions) - len(part), args, finished)
-    answers = [[finished.lines.get(key) or {"fault": failed[key]} for key in own] for own in keys]
+    answers = [[finished.find(key) or {"fault": failed[key]} for key in own] for own in keys]
     faults = Counter(
         f"{system.name}: {line['fault']}"
         for lines in answers
