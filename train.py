@@ -44,7 +44,7 @@ from model_io.export import full_tensors, save_qilin, save_tensors
 from model_io.load import read_checkpoint
 from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
 from model_io.tokens import TEMPLATES, Tokenizer
-from qilin_min import LOSS_CHUNK, Qilin, load_weights, part_of
+from qilin_min import LOSS_CHUNK, Qilin, load_weights
 from training.batches import (
     Dialogs,
     all_batches,
@@ -55,9 +55,19 @@ from training.batches import (
     to_device,
 )
 from training.checkpoints import Checkpoints, Progress, describe_setup, hold_out
-from training.costs import Sizes, blocks_to_checkpoint, flops
+from training.costs import Sizes, blocks_to_checkpoint, count_sizes, flops
+from training.freeze import freeze
 from training.log import Log, answer_held_out, held_out_loss, write_run_json
-from training.plan import LLAMA_SIZES, Fit, choose_fit, describe_fit, run_plan, this_machine
+from training.plan import (
+    IS_KEPT,
+    LLAMA_SIZES,
+    Fit,
+    choose_fit,
+    describe_fit,
+    planned_machine,
+    run_plan,
+    this_machine,
+)
 from training.ranks import (
     StopRequest,
     gather,
@@ -435,8 +445,8 @@ def shard_model(
     The tower is not sharded: 0.6 GB that would be gathered in every step, and a rank without pictures must not wait for it. Nor are quantised
     weights, which are there for machines whose GPUs are few.
     """
-    for name, param in model.named_parameters():
-        param.requires_grad_(part_of(name) in trained)
+    freeze(model, trained)
+    for param in model.parameters():
         if not param.requires_grad and param.is_floating_point():
             param.data = param.data.to(compute_dtype)
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -608,7 +618,9 @@ def start(args):
         seed=args.seed,
         max_steps=args.max_steps,
     )
-    sizes = Sizes(config, args.trained, args.lora, args.quantize, 2 if device.type == "cuda" else 4)
+    sizes = count_sizes(
+        config, args.trained, args.lora, args.quantize, 2 if device.type == "cuda" else 4
+    )
     machine = this_machine(
         device,
         gpu_memory=args.gpu_memory,
@@ -617,7 +629,7 @@ def start(args):
     )
     per_gpu, reshard = (
         math.ceil(max(map(len, batches)) / world_size),
-        {"auto": None, "always": False, "never": True}[args.reshard],
+        IS_KEPT[args.reshard],
     )
     fit = on_rank0(
         choose_fit,
@@ -631,7 +643,7 @@ def start(args):
     )
     is_tight, fit = (
         fit is None,
-        fit or Fit(args.micro_batch_size or 1, args.reshard == "never", deepest=sizes.L),
+        fit or Fit(args.micro_batch_size or 1, args.reshard == "never", deepest=sizes.n_blocks),
     )
 
     @functools.cache
@@ -642,14 +654,14 @@ def start(args):
             return args.checkpoint_layers
         n = blocks_to_checkpoint(
             sizes,
-            world_size // args.replicate,
+            machine.n_shards,
             slots,
             machine.budget,
             is_kept=fit.is_kept,
             is_accumulating=per_gpu > fit.micro_batch_size,
             n_labels=LOSS_CHUNK,
         )
-        return sizes.L if n is None else n
+        return sizes.n_blocks if n is None else n
 
     model, accounting = together(build_model, args, checkpoint, device, fit.is_kept)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -708,7 +720,7 @@ def start(args):
     )
     print0(
         f"{len(dataset):,} samples ({dataset.n_dropped} dropped, {dataset.n_cut} cut), median {int(np.median(dataset.lengths))} tokens; {len(batches)} steps of "
-        f"{args.batch_size} on {world_size} ranks, {device.type}; {describe_fit(fit, sizes.L, per_gpu)}"
+        f"{args.batch_size} on {world_size} ranks, {device.type}; {describe_fit(fit, sizes.n_blocks, per_gpu)}"
         + "; by --plan this may not fit into memory"
         * is_tight
     )
@@ -946,7 +958,7 @@ def main():
                 open_dialogs=open_dialogs,
                 max_length=args.max_length,
                 trained=args.trained,
-                lighter=args.trained if args.stage == 1 or args.lora else LORA["trained"],
+                lighter=None if args.stage == 1 or args.lora else LORA["trained"],
                 lora=args.lora,
                 quantize=args.quantize,
                 batch_size=args.batch_size,
@@ -955,11 +967,10 @@ def main():
                 max_steps=args.max_steps,
                 micro_batch_size=args.micro_batch_size,
                 most=STAGES[args.stage]["micro_batch_size"],
-                reshard=args.reshard,
-                world_size=args.world_size,
-                replicate=args.replicate,
-                gpu_memory=args.gpu_memory,
-                gpu_tflops=args.gpu_tflops,
+                is_kept=IS_KEPT[args.reshard],
+                machine=planned_machine(
+                    args.world_size, args.gpu_memory, args.gpu_tflops, args.replicate
+                ),
                 keep=args.keep,
             )
         return run_guarded(args)

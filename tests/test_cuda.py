@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, ROWS, make_qilin, pictures, run
 
 import qilin_min as q
-from training.costs import GIB, Sizes, memory
+from training.costs import GIB, count_sizes, step_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -105,7 +105,7 @@ for step in range(2):
 print(torch.cuda.max_memory_allocated())"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    sizes = Sizes(
+    sizes = count_sizes(
         q.QilinConfig(
             q.TextConfig(
                 vocab_size=32000,
@@ -118,7 +118,10 @@ print(torch.cuda.max_memory_allocated())"""
         ),
         ("mm_projector", "llm"),
     )
-    want, got = memory(sizes, 1, 4 * 512, 4, 4 * 511)["peak"], int(done.stdout.split()[-1])
+    want, got = (
+        step_memory(sizes, 1, 4 * 512, 4, n_labels=4 * 511).peak,
+        int(done.stdout.split()[-1]),
+    )
     report(
         f"cuda: plan {want / GIB:.2f} GiB, allocator {got / GIB:.2f} (relative)",
         abs(want / got - 1),

@@ -16,7 +16,7 @@ from PIL import Image
 from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer, encode_conversation
 from training import log
-from training.costs import Sizes, flops
+from training.costs import count_sizes, flops
 
 
 def test_a_line_a_step(toy, tmp_path):
@@ -50,7 +50,7 @@ def test_a_line_a_step(toy, tmp_path):
             and float(line[1]) == pytest.approx(row["loss"], abs=1e-4)
             and float(line[5]) == pytest.approx(100 * row["mfu"], abs=0.06)
         )
-    sizes = Sizes(
+    sizes = count_sizes(
         read_checkpoint(llm=toy / "llama", vision=toy / "clip").config, ("mm_projector", "llm")
     )
     tokenizer, data = Tokenizer(toy / "llama"), json.loads((toy / "mixed.json").read_text())

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import qilin_min as q
 from model_io.lowbit import add_lora
 from training import batches, plan
-from training.costs import GIB, Sizes, flops, memory
+from training.costs import GIB, count_sizes, flops, step_memory
 
 TRAINED = {1: ("mm_projector",), 2: ("mm_projector", "llm")}
 HERE = Path(__file__).parent
@@ -46,7 +46,14 @@ def measured(*words, ranks=0):
 
 def planned(sizes, W, rows, tokens, n_checkpointed, kept):
     return (
-        memory(sizes, W, rows * tokens, n_checkpointed, rows * N_LABELS, bool(kept))["peak"]
+        step_memory(
+            sizes,
+            W,
+            rows * tokens,
+            n_checkpointed,
+            n_labels=rows * N_LABELS,
+            is_kept=bool(kept),
+        ).peak
         - sizes.e * sizes.tower
     ) / GIB  # the tracker sees sharded modules
 
@@ -77,7 +84,7 @@ def test_memory_of_one_step_of_8_gpus(
         pytest.skip("run by tests/run.sh --long")
     got, sizes = (
         measured("fake", stage, size, rows, tokens, n_checkpointed, kept),
-        Sizes(q.QilinConfig(plan.LLAMA_SIZES[size], plan.PAPER_TOWER), TRAINED[stage]),
+        count_sizes(q.QilinConfig(plan.LLAMA_SIZES[size], plan.PAPER_TOWER), TRAINED[stage]),
     )
     want = planned(sizes, 8, rows, tokens, n_checkpointed, kept)
     report(
@@ -96,7 +103,7 @@ def test_memory_of_one_step_of_8_gpus(
 def test_memory_of_a_small_model_on_real_tensors(report, stage, rows, tokens, n_checkpointed, kept):
     """Within 15 % of the same tracker on 2 processes."""
     got = measured("real", stage, rows, tokens, n_checkpointed, kept, ranks=2)
-    sizes = Sizes(
+    sizes = count_sizes(
         q.QilinConfig(q.TextConfig(**SMALL["text"]), q.VisionConfig(**SMALL["vision"])),
         TRAINED[stage],
         e=4,
@@ -118,11 +125,11 @@ def test_parameters_are_counted_exactly(projector, text):
     for name, p in model.named_parameters():
         groups[q.part_of(name)] = groups.get(q.part_of(name), 0) + p.numel()
     for trained, lora in ((TRAINED[1], 0), (TRAINED[2], 0), (("mm_projector", "lora"), 3)):
-        sizes = Sizes(model.config, trained, lora)
+        sizes = count_sizes(model.config, trained, lora)
         assert sizes.n_trained == sum(groups[part] for part in trained)
         assert sizes.n_all == sum(groups.values()) - (0 if lora else groups["lora"])
     assert (
-        Sizes(model.config, TRAINED[1]).tower == groups["vision_tower"]
+        count_sizes(model.config, TRAINED[1]).tower == groups["vision_tower"]
         and sizes.projector == groups["mm_projector"]
     )
 
@@ -131,7 +138,7 @@ def test_parameters_are_counted_exactly(projector, text):
 def test_operations_are_those_that_pytorch_counts(report, stage):
     """Matrix products of a step, forward and backward, nothing recomputed; attention counted in full there and by its causal half here."""
     model = make_qilin("mlp2x_gelu", dict(num_key_value_heads=4)).train()
-    sizes = Sizes(model.config, TRAINED[stage])
+    sizes = count_sizes(model.config, TRAINED[stage])
     for name, p in model.named_parameters():
         p.requires_grad_(q.part_of(name) in TRAINED[stage])
     T, labelled = 120, 30
@@ -152,7 +159,9 @@ def test_operations_are_those_that_pytorch_counts(report, stage):
     finally:
         q.checkpoint = q_checkpoint
     want = flops(sizes, np.array([T] * 3), 3, 3 * labelled)
-    full_attention = want + 6 * sizes.L * sizes.q * 3 * T**2  # the other half, above the diagonal
+    full_attention = (
+        want + 6 * sizes.n_blocks * sizes.q_width * 3 * T**2
+    )  # the other half, above the diagonal
     report(
         f"plan: operations of stage {stage} (relative to {counter.get_total_flops():.3g})",
         abs(full_attention / counter.get_total_flops() - 1),

@@ -1,182 +1,364 @@
-"""What a step costs: memory and work by the model's sizes."""
+"""What a step costs: memory and work by the model's sizes.
 
-from dataclasses import dataclass
+Every figure is a formula of a line or two, in bytes and floating-point operations, that a reader
+can follow; tests hold them to a memory tracker. Only parameters are counted, on the model itself
+without its numbers, so that another projector or another choice of what is trained needs no
+formula.
+
+In the formulas: C hidden size, F MLP width, V vocabulary, L blocks, e bytes of a number in compute
+(2: bf16 on CUDA, 4: float32 on a CPU). slots are the tokens with padding that a GPU holds at one
+time; n_shards the GPUs that share one copy of the weights. Trained weights, their gradients and
+both of Adam's moments are float32: 16 bytes each.
+"""
+
+from dataclasses import astuple, dataclass
 
 import numpy as np
+import torch
+import torch.nn as nn
 
-from qilin_min import LOSS_CHUNK, QilinConfig
+from model_io.lowbit import add_lora
+from qilin_min import LOSS_CHUNK, Qilin, QilinConfig, part_of
+from training.freeze import freeze
 
 GIB = 2**30
-RESERVE_GIB = (
-    3.0  # of a GPU's memory: CUDA context, NCCL's buffers, fragmentation; an estimate, not measured
-)
-SPARE_GIB = 5.0  # what must be left beside: batches differ, and an out-of-memory in hour 19 is dear
+# of a GPU's memory: CUDA context, NCCL's buffers, fragmentation; an estimate, not measured
+RESERVE_GIB = 3.0
+# what must be left beside: batches differ, and an out-of-memory in hour 19 is dear
+SPARE_GIB = 5.0
+# bytes of a quantised weight; int4 has a scale for every 64
+QUANTIZED_BYTES = {"int8": 1, "int4": 0.5 + 2 / 64}
+
+
+# --- 1. sizes -------------------------------------------------------------------------------------
+# in: QilinConfig, what is trained; out: Sizes, numbers of parameters by group
 
 
 @dataclass
 class Sizes:
-    """Parameters by group. block: one decoder layer; root: what is gathered with the model itself (embeddings, head, norm, projector)."""
+    """Parameters by group, from count_sizes().
+
+    A block is one decoder layer; the root is what is gathered with the model itself: embed and
+    projector. All blocks are alike but for what is trained in them.
+    """
 
     config: QilinConfig
-    trained: tuple  # of PARTS and "lora"
-    lora: int = 0  # rank of the adapters
-    quantize: str | None = (
-        None  # "int8" | "int4": of the blocks' linear layers, which are then not sharded
-    )
-    e: int = 2
+    lora: int  # rank of the adapters, 0: none
+    quantize: str | None  # "int8" | "int4": of the blocks' linear layers, then not sharded
+    e: int  # bytes of a number in compute
 
-    def __post_init__(self):
-        text, vision = self.config.text, self.config.vision
-        C, F, V, Cv = text.hidden_size, text.intermediate_size, text.vocab_size, vision.hidden_size
-        q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-        self.L, self.q, self.kv = text.num_hidden_layers, q, kv
-        self.linear = 2 * C * q + 2 * C * kv + 3 * C * F  # q, o; k, v; gate, up, down
-        self.adapter = self.lora * (2 * (C + q) + 2 * (C + kv) + 3 * (C + F))
-        self.block = self.linear + 2 * C + self.adapter  # with the two norms
-        self.embed = V * C * (1 if text.tie_word_embeddings else 2) + C
-        self.projector = (
-            Cv * C + C + (C * C + C if self.config.projector_type == "mlp2x_gelu" else 0)
-        )
-        self.tower = (
-            vision.num_hidden_layers
-            * (4 * Cv * Cv + 2 * Cv * vision.intermediate_size + 9 * Cv + vision.intermediate_size)
-            + 3 * Cv * vision.patch_size**2
-            + Cv * (self.config.n_image_tokens + 2)
-            + 4 * Cv
-        )
-        is_tuned = "llm" in self.trained
-        self.block_trained = self.block if is_tuned else self.adapter
-        self.n_trained = (
-            self.L * self.block_trained + (self.embed if is_tuned else 0) + self.projector
-        )
-        self.n_all = self.L * self.block + self.embed + self.projector + self.tower
-        self.quantized = (
-            self.L * self.linear * {None: 0, "int8": 1, "int4": 0.5 + 2 / 64}[self.quantize]
-        )  # bytes, whole on every GPU; int4 has a scale for every 64
-        self.gathered_block = self.block - (self.linear if self.quantize else 0)
+    n_blocks: int
+    linear: int  # of a block's linear layers, without adapters: q, k, v, o, gate, up, down
+    block: int  # of a whole block, with norms and adapters
+    embed: int  # embeddings, head, last norm
+    projector: int
+    tower: int
 
-    def block_activations(self):
+    linear_trained: int  # of the linear layers of all blocks, without adapters
+    adapter_trained: int  # of the adapters of all blocks
+    block_trained: int  # of the block of which most is trained
+    is_head_trained: bool
+    n_trained: int
+    n_all: int
+
+    @property
+    def q_width(self) -> int:
+        return self.config.text.num_attention_heads * self.config.text.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.config.text.num_key_value_heads * self.config.text.head_dim
+
+    @property
+    def passes(self) -> float:
+        """How often a block's weights are multiplied: forward, for the input's gradient, and for
+        that of the weight where it is trained. 2 to 3."""
+        return 2 + self.linear_trained / (self.n_blocks * self.linear)
+
+    @property
+    def quantized(self) -> float:
+        """Bytes of the quantised weights, whole on every GPU."""
+        if self.quantize is None:
+            return 0
+        return self.n_blocks * self.linear * QUANTIZED_BYTES[self.quantize]
+
+    @property
+    def gathered_block(self) -> int:
+        """Parameters of a block that are sharded, and gathered before it computes."""
+        if self.quantize is None:
+            return self.block
+        return self.block - self.linear
+
+    def block_activations(self) -> int:
         """Bytes a token that one block keeps for its backward when it does not recompute."""
-        C, F, e, keep = (
-            self.config.text.hidden_size,
-            self.config.text.intermediate_size,
-            self.e,
-            "llm" in self.trained,
-        )
-        norms = 2 * (
-            4 * C + (e * C if keep else 0) + (e * C if keep or self.lora else 0)
-        )  # input in float32; normed, for the norm's own weight; output, for q k v, or gate up
-        attention = (
-            e * (2 * self.q + 2 * self.kv) + 4 * self.config.text.num_attention_heads
-        )  # q, k, v, output; log-sum-exp
-        mlp = (
-            e * F * (4 if keep or self.lora else 3)
-        )  # gate, silu(gate), up; their product, for down
-        return norms + attention + mlp + 3 * e * self.lora  # a frozen weight needs no input kept
+        C = self.config.text.hidden_size
+        F = self.config.text.intermediate_size
+        e = self.e
+        # a frozen weight needs no input kept, unless an adapter beside it does
+        keeps_for_norms = self.linear_trained > 0
+        keeps_for_linears = self.linear_trained > 0 or self.lora > 0
+
+        # input in float32; normed, for the norm's own weight; output, for q k v, or gate up
+        norm = 4 * C
+        if keeps_for_norms:
+            norm += e * C
+        if keeps_for_linears:
+            norm += e * C
+        # q, k, v, output; log-sum-exp
+        attention = e * (2 * self.q_width + 2 * self.kv_width)
+        attention += 4 * self.config.text.num_attention_heads
+        # gate, silu(gate), up; their product, for down
+        mlp = e * F * (4 if keeps_for_linears else 3)
+        return 2 * norm + attention + mlp + 3 * e * self.lora
 
 
-def memory(sizes, W, slots, n_checkpointed, n_labels=0, is_kept=False, is_accumulating=False):
-    """{category: bytes} of one GPU at the peak of a training step, `peak` being their sum; slots = rows x longest row of a micro-batch.
+def count_params(module: nn.Module, *, trained_only: bool = False) -> int:
+    params = module.parameters()
+    return sum(p.numel() for p in params if p.requires_grad or not trained_only)
 
-    n_checkpointed: blocks that keep only their input and compute the rest again in backward. is_kept: blocks stay gathered between forward and backward.
-    is_accumulating: more than one micro-batch a step, so that all gradients stand from the start.
+
+def count_sizes(
+    config: QilinConfig,
+    trained: tuple[str, ...],
+    lora: int = 0,
+    quantize: str | None = None,
+    e: int = 2,
+) -> Sizes:
+    """Sizes of a model, counted on the model itself, built on the meta device and frozen as
+    training does.
+
+    trained: as in freeze(); lora: rank of the adapters; quantize: None | "int8" | "int4"; e: bytes
+    of a number in compute.
     """
-    s, C, V = sizes, sizes.config.text.hidden_size, sizes.config.text.vocab_size
-    n_frozen = s.n_all - s.tower - s.n_trained - (s.L * s.linear if s.quantize else 0)
-    out = {
-        "parameters": (4 * s.n_trained + s.e * n_frozen) / W + s.e * s.tower + s.quantized,
-        "optimiser": 8 * s.n_trained / W,
-    }
-    n_gathered = s.L if is_kept else min(2, s.L)  # in use, and the next one on its way
-    out["gathered weights"] = s.e * (s.embed + s.projector + n_gathered * s.gathered_block)
-    # one block's weight gradients, in e bytes, and again in float32 while they are summed over ranks
-    out["gradients in flight"] = (s.e + 4) * max(
-        s.block_trained, s.projector if s.block_trained == 0 else 0
-    )
-    inside, kept_input = s.block_activations(), s.e * C
-    working = slots * (
-        s.e * (3 * s.config.text.intermediate_size + 2 * C)
-    )  # backward of one MLP: three gradients of its width, two of C
-    if s.quantize:
-        working += (
-            2 * s.e * C * s.config.text.intermediate_size
-        )  # a dequantised layer, and the product that makes it
-    gradients = 4 * s.n_trained / W
-    first = slots * (
-        n_checkpointed * kept_input + max(s.L - n_checkpointed, 1) * inside
-    )  # backward begins: all activations, few gradients
-    last = slots * (kept_input + inside)  # backward ends: all gradients, few activations
-    logits = min(n_labels, LOSS_CHUNK) * V * (s.e + 12) + n_labels * C * (
-        s.e + 4
-    )  # before backward: a chunk's logits, their float32, softmax and gradient
-    at_loss = (
-        slots * (n_checkpointed * kept_input + (s.L - n_checkpointed) * inside)
-        + logits
-        - working
-        - out["gradients in flight"]
-    )
-    early, late, loss = (
-        (first, gradients if is_accumulating else 4 * s.block_trained / W),
-        (last, gradients),
-        (at_loss, gradients if is_accumulating else 0),
-    )
-    activations, out["gradients"] = max((early, late, loss), key=sum)
-    out["logits"] = logits if (activations, out["gradients"]) == loss else 0.0
-    out["activations"] = activations - out["logits"] + working
-    return dict(out, peak=sum(out.values()))
+    with torch.device("meta"):
+        model = Qilin(config)
+        if lora:
+            add_lora(model, lora, alpha=1.0)
+    freeze(model, trained)
 
-
-def blocks_to_checkpoint(sizes, W, slots, budget, **how):
-    """The fewest blocks that must recompute for a micro-batch of `slots` to stay within `budget` bytes; None when all are too few."""
-    return next(
-        (n for n in range(sizes.L + 1) if memory(sizes, W, slots, n, **how)["peak"] <= budget), None
+    blocks = model.model.layers
+    linears = [layer for layer in blocks.modules() if isinstance(layer, nn.Linear)]
+    adapters = [p for name, p in blocks.named_parameters() if part_of(name) == "lora"]
+    head = model.model.embed_tokens if model.lm_head is None else model.lm_head
+    n_in_blocks = count_params(blocks)
+    projector = count_params(model.mm_projector)
+    tower = count_params(model.vision_tower)
+    n_all = count_params(model)
+    return Sizes(
+        config=config,
+        lora=lora,
+        quantize=quantize,
+        e=e,
+        n_blocks=len(blocks),
+        linear=sum(x.weight.numel() for x in linears) // len(blocks),
+        block=n_in_blocks // len(blocks),
+        embed=n_all - n_in_blocks - projector - tower,
+        projector=projector,
+        tower=tower,
+        linear_trained=sum(x.weight.numel() for x in linears if x.weight.requires_grad),
+        adapter_trained=sum(p.numel() for p in adapters if p.requires_grad),
+        block_trained=max(count_params(block, trained_only=True) for block in blocks),
+        is_head_trained=head.weight.requires_grad,
+        n_trained=count_params(model, trained_only=True),
+        n_all=n_all,
     )
 
 
-def flops(sizes, lengths, n_pictures, n_labels):
-    """Floating-point operations of training on samples of these lengths (tokens): what the model needs, nothing being computed twice.
+# --- 2. memory ------------------------------------------------------------------------------------
+# in: Sizes, a micro-batch; out: Memory of one GPU at the peak of a step
 
-    2 a weight and token forward, as many for the gradient of the input, as many for that of a trained weight. Causal attention: 2 T^2 C forward a layer
-    (half of QK and of AV), twice that backward. The head works where labels are; the tower forward only.
+
+@dataclass
+class Memory:
+    """Bytes of one GPU at the peak of a training step, in the order in which a plan lists them."""
+
+    parameters: float
+    optimiser: float
+    gathered_weights: float
+    gradients_in_flight: float
+    gradients: float
+    logits: float
+    activations: float
+
+    @property
+    def peak(self) -> float:
+        return sum(astuple(self))
+
+
+@dataclass
+class Moment:
+    """Bytes that stand at one moment of a step, beside what stands throughout; activations include
+    the logits."""
+
+    activations: float
+    gradients: float
+    logits: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.gradients
+
+
+def step_memory(
+    sizes: Sizes,
+    n_shards: int,
+    slots: int,
+    n_checkpointed: int,
+    *,
+    n_labels: int = 0,
+    is_kept: bool = False,
+    is_accumulating: bool = False,
+) -> Memory:
+    """Memory of one GPU at the peak of a training step; slots = rows x longest row of a
+    micro-batch.
+
+    n_checkpointed: blocks that keep only their input and compute the rest again in backward.
+    is_kept: blocks stay gathered between forward and backward. is_accumulating: more than one
+    micro-batch a step, so that all gradients stand from the start.
     """
-    s, vision = sizes, sizes.config.vision
-    n_tokens, squares = (
-        float(np.sum(lengths, dtype=np.float64)),
-        float(np.sum(np.square(lengths, dtype=np.float64))),
+    C = sizes.config.text.hidden_size
+    F = sizes.config.text.intermediate_size
+    V = sizes.config.text.vocab_size
+    L = sizes.n_blocks
+    e = sizes.e
+
+    n_frozen = sizes.n_all - sizes.tower - sizes.n_trained
+    if sizes.quantize:
+        n_frozen -= L * sizes.linear
+    sharded = (4 * sizes.n_trained + e * n_frozen) / n_shards
+    parameters = sharded + e * sizes.tower + sizes.quantized
+    optimiser = 8 * sizes.n_trained / n_shards
+
+    # in use, and the next one on its way
+    n_gathered = L if is_kept else min(2, L)
+    gathered_weights = e * (sizes.embed + sizes.projector + n_gathered * sizes.gathered_block)
+
+    # one block's weight gradients, in e bytes, and again in float32 while they are summed over
+    # ranks
+    n_in_flight = sizes.block_trained if sizes.block_trained else sizes.projector
+    gradients_in_flight = (e + 4) * n_in_flight
+
+    # backward of one MLP: three gradients of its width, two of C
+    working = slots * (e * (3 * F + 2 * C))
+    if sizes.quantize:
+        # a dequantised layer, and the product that makes it
+        working += 2 * e * C * F
+
+    # before backward: a chunk's logits, their float32, softmax and gradient; all labelled positions
+    logits = min(n_labels, LOSS_CHUNK) * V * (e + 12) + n_labels * C * (e + 4)
+
+    inside = sizes.block_activations()
+    kept_input = e * C
+    n_whole = L - n_checkpointed
+    all_gradients = 4 * sizes.n_trained / n_shards
+    first_gradients = all_gradients if is_accumulating else 4 * sizes.block_trained / n_shards
+    loss_gradients = all_gradients if is_accumulating else 0
+    inputs = n_checkpointed * kept_input
+
+    # backward begins: all activations, few gradients
+    begin = Moment(slots * (inputs + max(n_whole, 1) * inside), first_gradients)
+    # backward ends: all gradients, few activations
+    end = Moment(slots * (kept_input + inside), all_gradients)
+    # the loss: neither a gradient in flight nor a backward at work
+    at_loss = slots * (inputs + n_whole * inside) + logits - working - gradients_in_flight
+    loss = Moment(at_loss, loss_gradients, logits)
+
+    worst = max((begin, end, loss), key=lambda moment: moment.total)
+    return Memory(
+        parameters=parameters,
+        optimiser=optimiser,
+        gathered_weights=gathered_weights,
+        gradients_in_flight=gradients_in_flight,
+        gradients=worst.gradients,
+        logits=worst.logits,
+        activations=worst.activations - worst.logits + working,
     )
-    times = 3 if "llm" in s.trained else 2
-    llm = (
-        2 * times * s.L * s.linear * n_tokens
-        + 6 * s.L * s.q * squares
-        + 6 * s.L * s.adapter * n_tokens
-    )
-    head = 2 * times * s.config.text.vocab_size * s.config.text.hidden_size * n_labels
-    n_patches = s.config.n_image_tokens
-    seen = (vision.num_hidden_layers - 1) / vision.num_hidden_layers
-    tower = (
-        seen
-        * (
-            2 * s.tower * (n_patches + 1)
-            + 4 * vision.num_hidden_layers * vision.hidden_size * (n_patches + 1) ** 2
+
+
+def blocks_to_checkpoint(
+    sizes: Sizes,
+    n_shards: int,
+    slots: int,
+    budget: float,
+    *,
+    n_labels: int,
+    is_kept: bool,
+    is_accumulating: bool,
+) -> int | None:
+    """The fewest blocks that must recompute for a micro-batch of `slots` to stay within `budget`
+    bytes; None when all are too few."""
+    for n in range(sizes.n_blocks + 1):
+        needed = step_memory(
+            sizes,
+            n_shards,
+            slots,
+            n,
+            n_labels=n_labels,
+            is_kept=is_kept,
+            is_accumulating=is_accumulating,
         )
-        * n_pictures
-    )
-    return llm + head + tower + 4 * s.projector * n_patches * n_pictures
+        if needed.peak <= budget:
+            return n
+    return None
+
+
+# --- 3. work --------------------------------------------------------------------------------------
+
+
+def flops(sizes: Sizes, lengths: np.ndarray, n_pictures: float, n_labels: float) -> float:
+    """Floating-point operations of training on samples of these lengths (tokens): what the model
+    needs, nothing being computed twice.
+
+    2 a weight and token forward, as many for the gradient of the input, as many for that of a
+    trained weight. Causal attention: 2 T^2 C forward a layer of a sample of T tokens (half of QK
+    and of AV), twice that backward. The head works where labels are; the tower forward only.
+    """
+    text = sizes.config.text
+    vision = sizes.config.vision
+    L = sizes.n_blocks
+    n_tokens = float(np.sum(lengths, dtype=np.float64))
+    squares = float(np.sum(np.square(lengths, dtype=np.float64)))
+
+    linears = 2 * sizes.passes * L * sizes.linear * n_tokens
+    attention = 6 * L * sizes.q_width * squares
+    adapters = 6 * sizes.adapter_trained * n_tokens
+
+    head_passes = 3 if sizes.is_head_trained else 2
+    head = 2 * head_passes * text.vocab_size * text.hidden_size * n_labels
+
+    # the last of its layers is loaded, but not computed
+    computed = (vision.num_hidden_layers - 1) / vision.num_hidden_layers
+    n_positions = sizes.config.n_image_tokens + 1
+    tower_attention = 4 * vision.num_hidden_layers * vision.hidden_size * n_positions**2
+    tower = computed * (2 * sizes.tower * n_positions + tower_attention) * n_pictures
+
+    projector = 4 * sizes.projector * sizes.config.n_image_tokens * n_pictures
+    return linears + attention + adapters + head + tower + projector
+
+
+# --- 4. machine -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Machine:
-    """What the GPUs are. memory in bytes a GPU, flops a second at the peak in compute's dtype, bandwidth between GPUs in bytes a second."""
+    """What the GPUs are."""
 
     world_size: int
-    memory: float
-    flops: float = 312e12  # A100, bf16, dense
-    bandwidth: float = 200e9  # NVLink of an A100, what collectives reach of 300
-    replicate: int = 1
-    reserve: float = (RESERVE_GIB + SPARE_GIB) * GIB
+    memory: float  # bytes a GPU
+    flops: float = 312e12  # a second and GPU, in compute's dtype: A100, bf16, dense
+    bandwidth: float = (
+        200e9  # bytes a second between GPUs: of an A100's NVLink, what collectives reach of 300
+    )
+    replicate: int = 1  # copies of the weights
+    reserve: float = (RESERVE_GIB + SPARE_GIB) * GIB  # bytes a GPU that a step must leave
     is_peak_known: bool = True  # False: flops are those of an A100 for want of better
 
     @property
-    def budget(self):
+    def n_shards(self) -> int:
+        """GPUs that share one copy of the weights."""
+        return self.world_size // self.replicate
+
+    @property
+    def budget(self) -> float:
         """Bytes that a step's peak may take."""
         return self.memory - self.reserve

@@ -1,16 +1,18 @@
-"""What a training run needs, from its sizes alone: memory, work, time, disk. `python train.py --stage 2 --plan --world-size 8` prints it.
+"""What a training run needs, from its sizes alone: memory, work, time, disk.
 
-Every figure is a formula of a line or two, in bytes and floating-point operations, that a reader can follow; tests hold them to a memory tracker.
-train.py asks the same formulas, step by step, how many blocks must recompute their activations.
+`python train.py --stage 2 --plan --world-size 8` prints it, by the formulas of costs.py. train.py
+asks the same formulas, step by step, how many blocks must recompute their activations.
 
-C hidden size, F MLP width, V vocabulary, L blocks, T tokens with padding (slots) that a GPU holds at one time, W GPUs that share one copy of the weights,
-e bytes of a number in compute (2: bf16 on CUDA, 4: float32 on a CPU). Trained weights, their gradients and both of Adam's moments are float32: 16 bytes each.
+1. what fits    lengths of samples, a machine -> how a batch is cut
+2. samples      those of the data, or of lengths like the paper's
+3. the plan     all of it in a Plan -> lines
+4. this machine
 """
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +28,12 @@ from training.costs import (
     RESERVE_GIB,
     SPARE_GIB,
     Machine,
+    Memory,
     Sizes,
     blocks_to_checkpoint,
+    count_sizes,
     flops,
-    memory,
+    step_memory,
 )
 from training.ranks import gather, together
 
@@ -57,10 +61,23 @@ LLAMA_SIZES = {
         max_position_embeddings=4096,
     ),
 }
-PAPER_TOWER = VisionConfig(1024, 4096, 24, 16, 336, 14)  # CLIP ViT-L/14-336
+PAPER_TOWER = VisionConfig(  # CLIP ViT-L/14-336
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+DEFAULT_GPU_GIB = 80.0
+DEFAULT_TFLOPS = 312.0  # A100, bf16, dense
+
+# what --reshard says about Fit.is_kept; None: the plan chooses
+IS_KEPT = {"auto": None, "always": False, "never": True}
 
 
-# --- 1. what fits --------------------------------------------------------------------------------------------------
+# --- 1. what fits ---------------------------------------------------------------------------------
+# in: Sizes, Machine, lengths and batches of the samples; out: Fit
 
 
 @dataclass
@@ -74,208 +91,485 @@ class Fit:
     deepest: int = 0  # most blocks recomputing in any step
 
 
-def micro_batch_slots(lengths, batch, W, micro_batch_size):
-    """Slots of each micro-batch of the first rank, which gets the longest sample of every global batch (sorted, longest first)."""
-    mine = lengths[batch[::W]]
-    return [
-        int(mine[i] * len(mine[i : i + micro_batch_size]))
-        for i in range(0, len(mine), micro_batch_size)
-    ]
+def slots_of(lengths: np.ndarray, micro_batch_size: int) -> Iterator[int]:
+    """Slots of each micro-batch of one rank's samples, padded to its longest row."""
+    for start in range(0, len(lengths), micro_batch_size):
+        rows = lengths[start : start + micro_batch_size]
+        yield int(rows.max() * len(rows))
 
 
-def choose_fit(sizes, machine, lengths, batches, micro_batch_size=None, is_kept=None, at_most=None):
+def micro_batch_slots(
+    lengths: np.ndarray, batch: list[int], world_size: int, micro_batch_size: int
+) -> list[int]:
+    """Slots of each micro-batch of the first rank, which gets the longest sample of every global
+    batch (sorted, longest first)."""
+    return list(slots_of(lengths[batch[::world_size]], micro_batch_size))
+
+
+def longest_batch(batches: list[list[int]]) -> int:
+    """Samples of the largest global batch."""
+    return max(map(len, batches))
+
+
+def sizes_to_try(n_per_gpu: int, at_most: int | None) -> list[int]:
+    """Sizes of a micro-batch, the largest first, each half of the one before."""
+    largest = min(at_most or n_per_gpu, n_per_gpu)
+    halved = {math.ceil(largest / 2**k) for k in range(largest.bit_length() + 1)}
+    return sorted(halved, reverse=True)
+
+
+def choose_fit(
+    sizes: Sizes,
+    machine: Machine,
+    lengths: np.ndarray,
+    batches: list[list[int]],
+    micro_batch_size: int | None = None,
+    is_kept: bool | None = None,
+    at_most: int | None = None,
+) -> Fit | None:
     """The Fit that is done soonest among those that fit into the machine's memory, or None.
 
-    Fewer samples at a time leave room for activations, so that fewer blocks compute theirs again (all of them: a third more work forward and backward
-    than needed); but each micro-batch gathers the weights and sums gradients over ranks, which hides behind the computing only while there is enough of it.
+    Fewer samples at a time leave room for activations, so that fewer blocks compute theirs again
+    (all of them: a third more work forward and backward than needed); but each micro-batch gathers
+    the weights and sums gradients over ranks, which hides behind the computing only while there is
+    enough of it. micro_batch_size, is_kept: given ones are not chosen; at_most: the largest
+    micro-batch to choose.
     """
-    W, shards = machine.world_size, machine.world_size // machine.replicate
-    per_gpu = math.ceil(max(map(len, batches)) / W)
-    largest = min(at_most or per_gpu, per_gpu)
-    candidates = (
-        [micro_batch_size]
-        if micro_batch_size
-        else sorted(
-            {math.ceil(largest / 2**k) for k in range(largest.bit_length() + 1)}, reverse=True
-        )
-    )
-    best, blocks_of = None, {}
-    per_token = (
-        2 * sizes.linear * (3 if "llm" in sizes.trained else 2) / (0.5 * machine.flops)
-    )  # seconds a block, at half of the peak
+    n_per_gpu = math.ceil(longest_batch(batches) / machine.world_size)
+    candidates = [micro_batch_size] if micro_batch_size else sizes_to_try(n_per_gpu, at_most)
+    ways = [False, True] if is_kept is None else [is_kept]
+    best = None
     for size in candidates:
-        cuts = [micro_batch_slots(lengths, batch, W, size) for batch in batches]
-        for keep in (False, True) if is_kept is None else (is_kept,):
-            how = dict(is_kept=keep, is_accumulating=per_gpu > size, n_labels=LOSS_CHUNK)
-            gathers = sizes.e * sizes.L * sizes.gathered_block * (1 if keep else 2)
-            moved = (
-                (gathers + 4 * sizes.n_trained) * (shards - 1) / shards / machine.bandwidth
-            )  # seconds a micro-batch
-            seconds = again = total = deepest = 0.0
-            for cut in cuts:
-                for slots in cut:
-                    key = (slots, keep, how["is_accumulating"])
-                    if key not in blocks_of:
-                        blocks_of[key] = blocks_to_checkpoint(
-                            sizes, shards, slots, machine.budget, **how
-                        )
-                    n = blocks_of[key]
-                    if n is None:
-                        break
-                    deepest = max(deepest, n)
-                    again, total = again + n * slots, total + sizes.L * slots
-                    seconds += max(
-                        slots * per_token * (sizes.L + n / (3 if "llm" in sizes.trained else 2)),
-                        moved,
-                    )
-                else:
-                    continue
-                break
-            else:
-                if (
-                    best is None or seconds < 0.98 * best.seconds
-                ):  # the larger micro-batch unless the gain is real
-                    best = Fit(size, keep, seconds, again / total, int(deepest))
+        all_slots = []
+        for batch in batches:
+            all_slots += micro_batch_slots(lengths, batch, machine.world_size, size)
+        for way in ways:
+            fit = try_fit(
+                sizes,
+                machine,
+                all_slots,
+                micro_batch_size=size,
+                is_kept=way,
+                is_accumulating=n_per_gpu > size,
+            )
+            if fit is None:
+                continue
+            # the larger micro-batch unless the gain is real
+            if best is None or fit.seconds < 0.98 * best.seconds:
+                best = fit
     return best
 
 
-# --- 2. lengths where there is no data ------------------------------------------------------------------------------
+def try_fit(
+    sizes: Sizes,
+    machine: Machine,
+    all_slots: list[int],
+    *,
+    micro_batch_size: int,
+    is_kept: bool,
+    is_accumulating: bool,
+) -> Fit | None:
+    """The Fit of one way to cut the batches, or None when one of its micro-batches does not fit.
+    all_slots: of each micro-batch of the run."""
+    L = sizes.n_blocks
+    n_shards = machine.n_shards
+    # seconds a token and block, at half of the peak
+    per_token = 2 * sizes.linear * sizes.passes / (0.5 * machine.flops)
+    # seconds a micro-batch, for gathered weights and gradients
+    gathered = sizes.e * L * sizes.gathered_block * (1 if is_kept else 2)
+    moved = (gathered + 4 * sizes.n_trained) * (n_shards - 1) / n_shards / machine.bandwidth
+
+    fit = Fit(micro_batch_size, is_kept)
+    again = 0.0
+    total = 0.0
+    known: dict[int, int | None] = {}
+    for slots in all_slots:
+        if slots not in known:
+            known[slots] = blocks_to_checkpoint(
+                sizes,
+                n_shards,
+                slots,
+                machine.budget,
+                n_labels=LOSS_CHUNK,
+                is_kept=is_kept,
+                is_accumulating=is_accumulating,
+            )
+        n = known[slots]
+        if n is None:
+            return None
+        fit.deepest = max(fit.deepest, n)
+        again += n * slots
+        total += L * slots
+        fit.seconds += max(slots * per_token * (L + n / sizes.passes), moved)
+    fit.recomputed = again / total
+    return fit
+
+
+def describe_fit(fit: Fit, n_blocks: int, n_per_gpu: int) -> str:
+    """One line: how the batch is cut, and why."""
+    text = f"{n_per_gpu} samples a step and GPU, {fit.micro_batch_size} at a time; "
+    if fit.deepest == 0:
+        text += "no block recomputes its activations"
+    else:
+        text += (
+            f"at most {fit.deepest} of {n_blocks} blocks recompute their activations "
+            f"({fit.recomputed:.0%} of their work is done twice)"
+        )
+    if fit.is_kept:
+        text += "; blocks stay gathered between forward and backward"
+    return text
+
+
+def padding_share(
+    lengths: np.ndarray, batches: list, world_size: int, micro_batch_size: int
+) -> float:
+    """Share of padding in what the GPUs compute, each micro-batch being padded to its longest
+    row."""
+    n_slots = 0
+    for batch in batches:
+        for rank in range(min(world_size, len(batch))):
+            n_slots += sum(slots_of(lengths[batch[rank::world_size]], micro_batch_size))
+    n_tokens = float(sum(lengths[batch].sum() for batch in batches))
+    return 1 - n_tokens / n_slots
+
+
+# --- 2. samples -----------------------------------------------------------------------------------
+# in: data files, or nothing; out: Samples
+
+
+@dataclass
+class Samples:
+    """What a plan knows of the data: int64 (n,), in tokens but for the pictures."""
+
+    lengths: np.ndarray
+    n_labels: np.ndarray
+    n_pictures: np.ndarray
+    source: str
+
+
+@dataclass
+class Texts:
+    """Texts of one kind in the paper's data: how many, and their lengths in tokens."""
+
+    n: int
+    median: int
+    q1: int
+    q3: int
+    most: int
+
 
 PROMPT = 60  # tokens of the system sentence, roles and a request
+# Table 1: PMC-CaseReport, every other sample a context, else an inline text, and PMC-OA captions
+CAPTIONS = (
+    Texts(158_419, median=435, q1=211, q3=757, most=2576),
+    Texts(158_419, median=59, q1=41, q3=83, most=1551),
+    Texts(263_176, median=125, q1=68, q3=210, most=1417),
+)
+# Table 2: of both sources
+ANSWERS = (
+    Texts(316_838, median=27, q1=20, q3=38, most=451),
+    Texts(152_603, median=10, q1=6, q3=16, most=732),
+)
+QUESTIONS = (
+    Texts(316_838, median=21, q1=16, q3=26, most=4040),
+    Texts(152_603, median=18, q1=15, q3=22, most=335),
+)
 
 
-def paper_lengths(stage, n_image_tokens, seed=0):
-    """(lengths, labels) in tokens of samples like the paper's, int64 (n,): lognormal with the medians and quartiles of its Tables 1 and 2, cut at their maxima.
-    Stage 1: PMC-CaseReport, every other sample a context, else an inline text, and PMC-OA captions. Stage 2: questions and answers of both sources."""
+def draw_lengths(rng: np.random.Generator, kinds: tuple[Texts, ...]) -> np.ndarray:
+    """int64 (n,): lognormal with the medians and quartiles of these texts, cut at their maxima."""
+    drawn = []
+    for texts in kinds:
+        # the quartiles of a normal lie 0.67449 sigma from its middle
+        sigma = math.log(texts.q3 / texts.q1) / (2 * 0.67449)
+        logs = rng.normal(math.log(texts.median), sigma, texts.n)
+        drawn.append(np.minimum(np.exp(logs), texts.most).astype(np.int64) + 1)
+    return np.concatenate(drawn)
+
+
+def paper_lengths(stage: int, n_image_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths, labels) in tokens of samples like the paper's, int64 (n,): captions in stage 1,
+    questions and answers in stage 2."""
     rng = np.random.default_rng(seed)
-
-    def draw(n, median, q1, q3, most):
-        sigma = math.log(q3 / q1) / (
-            2 * 0.67449
-        )  # the quartiles of a normal lie 0.67449 sigma from its middle
-        return np.minimum(np.exp(rng.normal(math.log(median), sigma, n)), most).astype(np.int64) + 1
-
     if stage == 1:
-        labels = np.concatenate(
-            [
-                draw(158_419, 435, 211, 757, 2576),
-                draw(158_419, 59, 41, 83, 1551),
-                draw(263_176, 125, 68, 210, 1417),
-            ]
-        )
+        labels = draw_lengths(rng, CAPTIONS)
         return n_image_tokens + PROMPT + labels, labels
-    labels = np.concatenate([draw(316_838, 27, 20, 38, 451), draw(152_603, 10, 6, 16, 732)])
-    return n_image_tokens + PROMPT + np.concatenate(
-        [draw(316_838, 21, 16, 26, 4040), draw(152_603, 18, 15, 22, 335)]
-    ) + labels, labels
+    labels = draw_lengths(rng, ANSWERS)
+    questions = draw_lengths(rng, QUESTIONS)
+    return n_image_tokens + PROMPT + questions + labels, labels
 
 
-def padding_share(lengths, batches, W, micro_batch_size):
-    """Share of padding in what the GPUs compute, each micro-batch being padded to its longest row."""
-    slots = 0
-    for batch in batches:
-        for rank in range(min(W, len(batch))):
-            mine = lengths[batch[rank::W]]
-            slots += sum(
-                int(mine[i : i + micro_batch_size].max() * len(mine[i : i + micro_batch_size]))
-                for i in range(0, len(mine), micro_batch_size)
-            )
-    return 1 - float(sum(lengths[batch].sum() for batch in batches)) / slots
+def paper_samples(stage: int, n_image_tokens: int, max_length: int, missing: str) -> Samples:
+    """Samples like the paper's, each with a picture and cut at max_length, which leaves them a
+    label. missing: the data that is not there."""
+    lengths, labels = paper_lengths(stage, n_image_tokens)
+    n_over = np.maximum(lengths - max_length, 0)
+    lengths = lengths - n_over
+    labels = labels - n_over
+    lengths = lengths[labels > 0]
+    labels = labels[labels > 0]
+    source = f"no data at {missing}: lengths drawn by the paper's Table {stage}"
+    return Samples(lengths, labels, np.ones_like(lengths), source)
 
 
-# --- 3. the plan ----------------------------------------------------------------------------------------------------
+# --- 3. the plan ----------------------------------------------------------------------------------
+# in: what train.py's options say; out: lines
 
 
-def describe_fit(fit, n_layers, per_gpu):
-    """One line: how the batch is cut, and why."""
-    parts = f"{per_gpu} samples a step and GPU, {fit.micro_batch_size} at a time; "
-    parts += (
-        "no block recomputes its activations"
-        if fit.deepest == 0
-        else f"at most {fit.deepest} of {n_layers} blocks recompute their activations ({fit.recomputed:.0%} of their work is done twice)"
+@dataclass
+class Plan:
+    """What plan_lines() tells of a run."""
+
+    stage: int
+    where: str  # what sizes and lengths come from
+    sizes: Sizes
+    machine: Machine
+    samples: Samples
+    batches: list[list[int]]  # all global batches of the run
+    fit: Fit | None
+    would_fit: list[str]  # changes to make if it does not
+    keep: int  # checkpoints kept
+
+    @property
+    def batch_size(self) -> int:
+        return longest_batch(self.batches)
+
+    @property
+    def n_per_gpu(self) -> int:
+        return math.ceil(self.batch_size / self.machine.world_size)
+
+    @property
+    def shown(self) -> Fit:
+        """The Fit, or where there is none the one that takes least memory."""
+        return self.fit or Fit(1, False, deepest=self.sizes.n_blocks, recomputed=1.0)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan in words."""
+    return [*model_lines(plan), *memory_lines(plan), *work_lines(plan), disk_line(plan)]
+
+
+def model_lines(plan: Plan) -> list[str]:
+    """Machine, parameters, how a batch is cut."""
+    sizes = plan.sizes
+    machine = plan.machine
+    gpus = "GPUs" if machine.world_size > 1 else "GPU"
+    machine_line = (
+        f"plan of stage {plan.stage} on {machine.world_size} {gpus} "
+        f"of {machine.memory / GIB:.0f} GiB, {machine.flops / 1e12:.0f} TFLOPS ({plan.where})"
     )
-    return parts + ("; blocks stay gathered between forward and backward" if fit.is_kept else "")
+    trained = f"{sizes.n_trained / 1e9:.2f} of {sizes.n_all / 1e9:.2f} billion parameters trained"
+    if sizes.lora:
+        trained += f", LoRA of rank {sizes.lora}"
+    if sizes.quantize:
+        trained += f", base in {sizes.quantize}"
+    cut = describe_fit(plan.shown, sizes.n_blocks, plan.n_per_gpu)
+    n_idle = machine.world_size - plan.batch_size
+    if n_idle > 0:
+        cut += f"; more GPUs than samples a step: {n_idle:,} stand idle"
+    return [machine_line, f"  {trained}", f"  {cut}"]
 
 
-def print_plan(
-    stage, sizes, machine, lengths, labels, n_pictures, batches, fit, keep, where, would_fit
-):
-    """The plan on stdout. labels: labelled tokens of each sample; keep: checkpoints kept; where: what sizes and lengths come from; would_fit(): changes to make if it does not."""
-    W, shards, per_gpu = (
-        machine.world_size,
-        machine.world_size // machine.replicate,
-        math.ceil(max(map(len, batches)) / machine.world_size),
+def memory_lines(plan: Plan) -> list[str]:
+    """Memory by kind in the largest step, its peak, and what would fit if it does not."""
+    slots, n_checkpointed, needed = largest_step(plan)
+    n_blocks = plan.sizes.n_blocks
+    lines = [
+        f"memory a GPU, GiB, in the largest step (micro-batch of {slots:,} tokens with padding, "
+        f"{n_checkpointed} of {n_blocks} blocks recomputing):"
+    ]
+    for kind in fields(needed):
+        name = kind.name.replace("_", " ")
+        lines.append(f"  {name:<20} {getattr(needed, kind.name) / GIB:6.1f}")
+
+    there = plan.machine.memory / GIB
+    peak = needed.peak / GIB
+    spare = there - RESERVE_GIB - peak
+    if plan.fit:
+        verdict = f"fits, {spare:.1f} GiB to spare"
+    else:
+        verdict = f"DOES NOT FIT with {SPARE_GIB:.0f} GiB to spare ({spare:.1f})"
+    lines.append(
+        f"peak {peak:.1f} GiB a GPU of {there:.0f}; "
+        f"about {RESERVE_GIB:.0f} for CUDA context, NCCL and fragmentation; {verdict}"
     )
-    print(
-        f"plan of stage {stage} on {W} GPU{'s' * (W > 1)} of {machine.memory / GIB:.0f} GiB, {machine.flops / 1e12:.0f} TFLOPS ({where})"
-    )
-    print(
-        f"  {sizes.n_trained / 1e9:.2f} of {sizes.n_all / 1e9:.2f} billion parameters trained"
-        + f", LoRA of rank {sizes.lora}" * bool(sizes.lora)
-        + f", base in {sizes.quantize}" * bool(sizes.quantize)
-    )
-    shown = fit or Fit(1, False, deepest=sizes.L, recomputed=1.0)
+    return lines + [f"  would fit: {change}" for change in plan.would_fit]
+
+
+def largest_step(plan: Plan) -> tuple[int, int, Memory]:
+    """(slots of the largest micro-batch, blocks that recompute in it, its Memory)."""
+    sizes = plan.sizes
+    n_shards = plan.machine.n_shards
+    micro_batch_size = plan.shown.micro_batch_size
+    is_kept = plan.shown.is_kept
+    is_accumulating = plan.n_per_gpu > micro_batch_size
     slots = max(
-        max(micro_batch_slots(lengths, batch, W, shown.micro_batch_size)) for batch in batches
-    )
-    how = dict(
-        n_labels=LOSS_CHUNK, is_kept=shown.is_kept, is_accumulating=per_gpu > shown.micro_batch_size
-    )
-    n = blocks_to_checkpoint(sizes, shards, slots, machine.budget, **how)
-    parts = memory(sizes, shards, slots, sizes.L if n is None else n, **how)
-    print(
-        f"  {describe_fit(shown, sizes.L, per_gpu)}"
-        + f"; more GPUs than samples a step: {W - max(map(len, batches)):,} stand idle"
-        * (W > max(map(len, batches)))
-    )
-    print(
-        f"memory a GPU, GiB, in the largest step (micro-batch of {slots:,} tokens with padding, {sizes.L if n is None else n} of {sizes.L} blocks recomputing):"
-    )
-    for name, size in parts.items():
-        if name != "peak":
-            print(f"  {name:<20} {size / GIB:6.1f}")
-    spare = machine.memory / GIB - RESERVE_GIB - parts["peak"] / GIB
-    print(
-        f"peak {parts['peak'] / GIB:.1f} GiB a GPU of {machine.memory / GIB:.0f}; about {RESERVE_GIB:.0f} for CUDA context, NCCL and fragmentation; "
-        + (
-            f"fits, {spare:.1f} GiB to spare"
-            if fit
-            else f"DOES NOT FIT with {SPARE_GIB:.0f} GiB to spare ({spare:.1f})"
+        max(
+            micro_batch_slots(
+                plan.samples.lengths, batch, plan.machine.world_size, micro_batch_size
+            )
         )
+        for batch in plan.batches
     )
-    if not fit:
-        for line in would_fit():
-            print(f"  would fit: {line}")
-    n_tokens, steps = int(sum(lengths[b].sum() for b in batches)), len(batches)
-    work = sum(flops(sizes, lengths[b], n_pictures[b].sum(), labels[b].sum()) for b in batches)
-    print(
-        f"steps {steps:,} of {max(map(len, batches))} samples, {sum(map(len, batches)):,} samples, {n_tokens / 1e6:,.1f} M tokens, "
-        f"{sum(int(labels[b].sum()) for b in batches) / 1e6:,.1f} M of them labelled"
+    n = blocks_to_checkpoint(
+        sizes,
+        n_shards,
+        slots,
+        plan.machine.budget,
+        n_labels=LOSS_CHUNK,
+        is_kept=is_kept,
+        is_accumulating=is_accumulating,
     )
+    if n is None:
+        n = sizes.n_blocks
+    needed = step_memory(
+        sizes,
+        n_shards,
+        slots,
+        n,
+        n_labels=LOSS_CHUNK,
+        is_kept=is_kept,
+        is_accumulating=is_accumulating,
+    )
+    return slots, n, needed
+
+
+def work_lines(plan: Plan) -> list[str]:
+    """Steps, padding, operations, hours."""
+    sizes = plan.sizes
+    machine = plan.machine
+    batches = plan.batches
+    lengths = plan.samples.lengths
+    n_labels = plan.samples.n_labels
+    n_pictures = plan.samples.n_pictures
+
+    n_samples = sum(map(len, batches))
+    n_tokens = sum(int(lengths[batch].sum()) for batch in batches)
+    n_labelled = sum(int(n_labels[batch].sum()) for batch in batches)
+    steps_line = (
+        f"steps {len(batches):,} of {plan.batch_size} samples, {n_samples:,} samples, "
+        f"{n_tokens / 1e6:,.1f} M tokens, {n_labelled / 1e6:,.1f} M of them labelled"
+    )
+
+    size = len(batches[0])
     shuffled = np.random.default_rng(0).permutation(len(lengths))
-    mixed = [shuffled[i : i + len(batches[0])] for i in range(0, len(lengths), len(batches[0]))]
-    print(
-        f"padding {padding_share(lengths, batches, W, shown.micro_batch_size):.1%}, in random batches it would be {padding_share(lengths, mixed, W, shown.micro_batch_size):.1%}"
+    mixed = [shuffled[start : start + size] for start in range(0, len(lengths), size)]
+    micro_batch_size = plan.shown.micro_batch_size
+    padding = padding_share(lengths, batches, machine.world_size, micro_batch_size)
+    random_padding = padding_share(lengths, mixed, machine.world_size, micro_batch_size)
+    padding_line = f"padding {padding:.1%}, in random batches it would be {random_padding:.1%}"
+
+    work = sum(
+        flops(sizes, lengths[batch], n_pictures[batch].sum(), n_labels[batch].sum())
+        for batch in batches
     )
-    print(f"work {work / steps:.3g} FLOPs a step, {work:.3g} in all (nothing counted twice)")
-    hours = [
-        work / (share * machine.flops * min(W, max(map(len, batches)))) / 3600
-        for share in (0.4, 0.5, 0.6)
-    ]  # a GPU without a sample waits
-    print(
-        f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak"
-        + (
-            f", about {shown.recomputed / (3 if 'llm' in sizes.trained else 2):.0%} more for what is recomputed"
-            if shown.deepest
-            else ""
-        )
+    work_line = (
+        f"work {work / len(batches):.3g} FLOPs a step, {work:.3g} in all (nothing counted twice)"
     )
-    one = 12 * sizes.n_trained
-    final = sizes.e * (sizes.n_all if "llm" in sizes.trained or sizes.lora else sizes.projector)
-    print(
-        f"disk {((keep + 1) * one + final) / 1e9:.1f} GB: {keep} checkpoints of {one / 1e9:.1f} GB and one being written, final weights {final / 1e9:.1f} GB; "
-        f"host memory {one * machine.replicate / 1e9:.1f} GB more over all ranks while one is written"
+
+    # a GPU without a sample waits
+    n_working = min(machine.world_size, plan.batch_size)
+    hours = [work / (share * machine.flops * n_working) / 3600 for share in (0.4, 0.5, 0.6)]
+    hours_line = f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak"
+    if plan.shown.deepest:
+        more = plan.shown.recomputed / sizes.passes
+        hours_line += f", about {more:.0%} more for what is recomputed"
+    return [steps_line, padding_line, work_line, hours_line]
+
+
+def disk_line(plan: Plan) -> str:
+    """Checkpoints and final weights on disk, and what writing one takes of the host's memory."""
+    sizes = plan.sizes
+    one = 12 * sizes.n_trained  # float32: the weights and both of Adam's moments
+    # a projector trained alone is exported alone
+    n_exported = sizes.projector if sizes.n_trained == sizes.projector else sizes.n_all
+    final = sizes.e * n_exported
+    disk = (plan.keep + 1) * one + final
+    on_host = one * plan.machine.replicate
+    return (
+        f"disk {disk / 1e9:.1f} GB: {plan.keep} checkpoints of {one / 1e9:.1f} GB "
+        f"and one being written, final weights {final / 1e9:.1f} GB; "
+        f"host memory {on_host / 1e9:.1f} GB more over all ranks while one is written"
     )
+
+
+@dataclass
+class Change:
+    """Another run than the one that does not fit."""
+
+    words: str
+    sizes: Sizes
+    machine: Machine
+
+
+def changes_that_fit(
+    sizes: Sizes,
+    machine: Machine,
+    lengths: np.ndarray,
+    batches: list[list[int]],
+    at_most: int,
+    lighter: tuple[str, ...] | None,
+) -> list[str]:
+    """Changes with which the largest batch, which is the first, fits: the smallest of each kind.
+
+    lighter: what --lora would train, None where adapters are no choice.
+    """
+    more_gpus = []
+    for k in range(1, 8):
+        n = machine.world_size * 2**k
+        more_gpus.append(Change(f"--world-size {n}", sizes, replace(machine, world_size=n)))
+    larger_gpus = []
+    for gib in (24, 40, 48, 80, 141, 192):
+        if gib * GIB > machine.memory:
+            larger = replace(machine, memory=gib * GIB)
+            larger_gpus.append(Change(f"GPUs of {gib} GiB", sizes, larger))
+    adapters = []
+    if lighter:
+        for words, rank, quantize in (
+            ("--lora 64", 64, None),
+            ("--lora 64 --quantize int8", 64, "int8"),
+            ("--lora 16 --quantize int4", 16, "int4"),
+        ):
+            with_adapters = count_sizes(sizes.config, lighter, rank, quantize)
+            adapters.append(Change(words, with_adapters, machine))
+    fewer_bits = []
+    if sizes.block_trained == 0 and not sizes.quantize:
+        fewer_bits = [Change("--quantize int8", replace(sizes, quantize="int8"), machine)]
+
+    found = []
+    for kind in (more_gpus, larger_gpus, adapters, fewer_bits):
+        for change in kind:
+            if choose_fit(change.sizes, change.machine, lengths, batches[:1], at_most=at_most):
+                found.append(change.words)
+                break
+    return found
+
+
+def planned_config(
+    model: str | None,
+    llm: str | None,
+    vision: str | None,
+    *,
+    projector_type: str,
+    size: str,
+    default_weights: dict[str, str],
+) -> tuple[QilinConfig, str]:
+    """(config, what it comes from): of the weights, or the paper's where a default folder is not
+    there."""
+    if model:
+        return read_checkpoint(model).config, f"sizes of {model}"
+    assert llm and vision, "the options name them where there is no --model"
+    if llm == default_weights["llm"] and not Path(llm).exists():
+        text = LLAMA_SIZES[size]
+        where = f"no weights at {llm}: sizes of LLaMA-2 {size}"
+    else:
+        text = text_config(*folder_config(llm))
+        where = f"sizes of {llm}"
+    if vision == default_weights["vision"] and not Path(vision).exists():
+        tower = PAPER_TOWER
+    else:
+        tower = vision_config(*folder_config(vision))
+    return QilinConfig(text, tower, projector_type), where
 
 
 def run_plan(
@@ -292,7 +586,7 @@ def run_plan(
     open_dialogs: Callable[[list[str], Tokenizer, QilinConfig], Dialogs],
     max_length: int,
     trained: tuple[str, ...],
-    lighter: tuple[str, ...],
+    lighter: tuple[str, ...] | None,
     lora: int,
     quantize: str | None,
     batch_size: int,
@@ -301,113 +595,62 @@ def run_plan(
     max_steps: int,
     micro_batch_size: int | None,
     most: int,
-    reshard: str,
-    world_size: int,
-    replicate: int,
-    gpu_memory: float | None,
-    gpu_tflops: float | None,
+    is_kept: bool | None,
+    machine: Machine,
     keep: int,
 ) -> None:
-    """--plan: what there is of weights and data, and the paper's figures for the rest. most: the largest micro-batch; lighter: what is trained when this does not fit."""
-    missing = [
-        name
-        for name, given in (("llm", llm), ("vision", vision))
-        if model is None and given == default_weights[name] and not Path(given).exists()
-    ]
-    config = (
-        read_checkpoint(model).config
-        if model
-        else QilinConfig(
-            LLAMA_SIZES[size] if "llm" in missing else text_config(*folder_config(llm)),
-            PAPER_TOWER if "vision" in missing else vision_config(*folder_config(vision)),
-            projector_type,
-        )
-    )
-    where = (
-        f"no weights at {llm}: sizes of LLaMA-2 {size}"
-        if "llm" in missing
-        else f"sizes of {model or llm}"
+    """--plan: what there is of weights and data, and the paper's figures for the rest.
+
+    size: of LLAMA_SIZES, where there are no weights; most: the largest micro-batch to choose;
+    lighter: what --lora would train when this does not fit, None where it is no choice.
+    """
+    config, where = planned_config(
+        model,
+        llm,
+        vision,
+        projector_type=projector_type,
+        size=size,
+        default_weights=default_weights,
     )
     if is_default_data and not all(map(os.path.exists, data)):
-        lengths, labels = paper_lengths(stage, config.n_image_tokens)
-        n_over = np.maximum(lengths - max_length, 0)
-        lengths, labels, where = (
-            lengths - n_over,
-            labels - n_over,
-            where + f"; no data at {data[0]}: lengths drawn by the paper's Table {stage}",
-        )
-        lengths, labels = lengths[labels > 0], labels[labels > 0]
-        n_pictures = np.ones_like(lengths)
+        samples = paper_samples(stage, config.n_image_tokens, max_length, missing=data[0])
     else:
-        dataset = open_dialogs(data, together(Tokenizer, llm or model), config)
-        lengths, labels, n_pictures, where = (
-            dataset.lengths,
-            dataset.n_labels,
-            dataset.n_pictures,
-            where + f"; lengths of {', '.join(data)}",
-        )
+        dialogs = open_dialogs(data, together(Tokenizer, llm or model), config)
+        source = f"lengths of {', '.join(data)}"
+        samples = Samples(dialogs.lengths, dialogs.n_labels, dialogs.n_pictures, source)
+    lengths = samples.lengths
     if not len(lengths):
         raise ValueError(f"no sample is left of which --max-length {max_length} leaves a label")
-    sizes = Sizes(config, trained, lora, quantize)
-    machine = Machine(
-        world_size,
-        (gpu_memory or 80) * GIB,
-        (gpu_tflops or 312) * 1e12,
-        replicate=replicate,
-    )
     if machine.world_size % machine.replicate:
         raise ValueError(
             f"--replicate {machine.replicate} does not divide {machine.world_size} GPUs"
         )
+    sizes = count_sizes(config, trained, lora, quantize)
     batches = all_batches(
         lengths, batch_size=batch_size, epochs=epochs, seed=seed, max_steps=max_steps
     )
-    fit = choose_fit(
-        sizes,
-        machine,
-        lengths,
-        batches,
-        micro_batch_size,
-        {"auto": None, "always": False, "never": True}[reshard],
-        most,
+    fit = choose_fit(sizes, machine, lengths, batches, micro_batch_size, is_kept, most)
+    would_fit = []
+    if fit is None:
+        would_fit = changes_that_fit(sizes, machine, lengths, batches, most, lighter)
+    plan = Plan(
+        stage=stage,
+        where=f"{where}; {samples.source}",
+        sizes=sizes,
+        machine=machine,
+        samples=samples,
+        batches=batches,
+        fit=fit,
+        would_fit=would_fit,
+        keep=keep,
     )
-
-    def would_fit():
-        """Changes with which the largest batch fits."""
-
-        def fits(sizes, machine):
-            return choose_fit(sizes, machine, lengths, batches[:1], None, None, most)
-
-        for n in (machine.world_size * 2**k for k in range(1, 8)):
-            if fits(sizes, replace(machine, world_size=n)):
-                yield f"--world-size {n}"
-                break
-        for gib in (24, 40, 48, 80, 141, 192):
-            if gib * GIB > machine.memory and fits(sizes, replace(machine, memory=gib * GIB)):
-                yield f"GPUs of {gib} GiB"
-                break
-        for words in ((64, None), (64, "int8"), (16, "int4")) if stage == 2 and not lora else ():
-            if fits(Sizes(config, lighter, *words), machine):
-                yield f"--lora {words[0]}" + f" --quantize {words[1]}" * bool(words[1])
-                break
-        if stage == 1 and not quantize and fits(Sizes(config, trained, 0, "int8"), machine):
-            yield "--quantize int8"
-
-    print_plan(
-        stage,
-        sizes,
-        machine,
-        lengths,
-        labels,
-        n_pictures,
-        batches,
-        fit,
-        keep,
-        where,
-        would_fit,
-    )
+    print("\n".join(plan_lines(plan)))
 
 
+# --- 4. this machine ------------------------------------------------------------------------------
+# in: --gpu-memory and --gpu-tflops, or what is there; out: Machine
+
+# bf16, dense, by the makers' sheets
 PEAK_TFLOPS = {
     "A100": 312,
     "A800": 312,
@@ -418,7 +661,19 @@ PEAK_TFLOPS = {
     "L40S": 362,
     "4090": 165,
     "3090": 71,
-}  # bf16, dense, by the makers' sheets
+}
+
+
+def planned_machine(
+    world_size: int, gpu_memory: float | None, gpu_tflops: float | None, replicate: int
+) -> Machine:
+    """The Machine of a plan: A100s of 80 GB, but for what is given."""
+    return Machine(
+        world_size,
+        memory=(gpu_memory or DEFAULT_GPU_GIB) * GIB,
+        flops=(gpu_tflops or DEFAULT_TFLOPS) * 1e12,
+        replicate=replicate,
+    )
 
 
 def this_machine(
@@ -446,7 +701,7 @@ def this_machine(
     machine = Machine(
         dist.get_world_size(),
         memory,
-        (tflops or 312) * 1e12,
+        (tflops or DEFAULT_TFLOPS) * 1e12,
         replicate=replicate,
         is_peak_known=tflops is not None,
     )

@@ -27,7 +27,7 @@ from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer, encode_conversation
 from qilin_min import LOSS_CHUNK, TextConfig
 from training.batches import all_batches
-from training.costs import GIB, Machine, Sizes, memory
+from training.costs import GIB, Machine, count_sizes, step_memory
 from training.plan import PAPER_TOWER, micro_batch_slots
 
 # --- 1. what is run -------------------------------------------------------------------------------------------------
@@ -271,14 +271,14 @@ class Checks:
         )
         if IS_CUDA:
             finish(launch("weights", "training.smoke", "weights"))
-        self.sizes = Sizes(
+        self.sizes = count_sizes(
             read_checkpoint(
                 llm=WEIGHTS / "llama", vision=WEIGHTS / "clip", projector="fresh"
             ).config,
             ("mm_projector", "llm"),
             e=2 if IS_CUDA else 4,
         )
-        return f"{self.sizes.n_all / 1e6:,.0f} M parameters, {self.sizes.L} blocks; {2 * BATCH} samples, {BATCH} a step"
+        return f"{self.sizes.n_all / 1e6:,.0f} M parameters, {self.sizes.n_blocks} blocks; {2 * BATCH} samples, {BATCH} a step"
 
     def train(self, stage, out, save_every=SAVE_EVERY):
         """Start a stage into OUT/out. Stage 1 is cut as the plan chooses; stage 2 recomputes half of its blocks and adds up two micro-batches, so that both ways are run."""
@@ -287,7 +287,7 @@ class Checks:
             "--micro-batch-size",
             MICRO,
             "--checkpoint-layers",
-            self.sizes.L // 2,
+            self.sizes.n_blocks // 2,
             "--reshard",
             "always",
             "--save-every",
@@ -446,7 +446,7 @@ class Checks:
         tokenizer, n_image_tokens, n = (
             Tokenizer(WEIGHTS / "llama"),
             self.sizes.config.n_image_tokens,
-            self.sizes.L // 2,
+            self.sizes.n_blocks // 2,
         )
         lengths = np.array(
             [
@@ -457,11 +457,11 @@ class Checks:
         batches = all_batches(lengths, batch_size=BATCH, epochs=STEPS[2] // 2, seed=0, max_steps=0)
         slots = max(max(micro_batch_slots(lengths, batch, RANKS, MICRO)) for batch in batches)
         plan = (
-            memory(self.sizes, RANKS, slots, n, n_labels=LOSS_CHUNK, is_accumulating=True)["peak"]
+            step_memory(self.sizes, RANKS, slots, n, n_labels=LOSS_CHUNK, is_accumulating=True).peak
             / GIB
         )
         peak = logged("stage2")[-1]["memory_gib"]
-        figures = f"{peak:.2f} GiB{'' if IS_CUDA else ' of the whole process'}, plan {plan:.2f} ({slots} tokens at a time, {n} of {self.sizes.L} blocks recomputing)"
+        figures = f"{peak:.2f} GiB{'' if IS_CUDA else ' of the whole process'}, plan {plan:.2f} ({slots} tokens at a time, {n} of {self.sizes.n_blocks} blocks recomputing)"
         if IS_CUDA and abs(peak / plan - 1) > 0.15:
             raise Failed(f"{figures}: {peak / plan - 1:+.0%}")
         return figures
