@@ -3,140 +3,198 @@
 import errno
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 
 from common.files import check_replaceable, one_line, replace_folder, write_json, write_text
 from model_io.lowbit import QuantizedLinear
 from model_io.pixels import CLIP_MEAN, CLIP_STD
-from model_io.tokens import SYSTEM
-from qilin_min import EMBED, IMAGE_TOKEN, hf_name, part_of
+from model_io.tokens import SYSTEM, Tokenizer
+from qilin_min import EMBED, IMAGE_TOKEN, Qilin, QilinConfig, hf_name, part_of
+
+# --- 1. weights: a model -> whole tensors -> safetensors files ---
 
 
-def save_tensors(tensors, path):
-    """A .safetensors file that others may read as they may its folder: the library alone makes it private to its owner."""
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A .safetensors file that others may read as they may its folder: the library alone makes it
+    private to its owner."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk reaches us as a text
+    # a full disk reaches us as a text
+    except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(
-            int(number[1]) if number else errno.EIO,
-            f"could not be written ({one_line(error)})",
-            str(path),
-        ) from None
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, f"could not be written ({one_line(error)})", str(path)) from None
     path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _is_rank0() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def whole(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The whole of a parameter as `dtype`; where it is sharded, every rank must ask for it."""
+    full: Any = param.detach().to(dtype)  # cast first: half the traffic
+    return full.full_tensor() if hasattr(full, "full_tensor") else full
+
+
+def merged_weight(layer: Any) -> torch.Tensor:
+    """The float32 weight of a layer with its LoRA adapters added; that of a quantised layer is what
+    its bits stood for in training, not what they were rounded from."""
+    if isinstance(layer, QuantizedLinear):
+        weight = layer.dequantize(torch.float32)
+    else:
+        weight = whole(layer.weight, torch.float32)
+    lora_B = whole(layer.lora_B, torch.float32)
+    lora_A = whole(layer.lora_A, torch.float32)
+    return weight.float() + layer.lora_scale * (lora_B @ lora_A)
+
+
+def full_tensors(
+    model: Qilin, names: str | tuple[str, ...] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield (name, whole tensor on CPU) one by one, of names that begin with `names`; LoRA adapters
+    are added to their layer's weight. On a sharded model every rank must iterate, and rank 0 alone
+    gets tensors, the others None."""
+    for name, param in model.named_parameters():
+        if part_of(name) == "lora":
+            continue
+        if names is not None and not name.startswith(names):
+            continue
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(layer, "lora_A"):
+            full = merged_weight(layer).to(dtype or torch.float32)
+        else:
+            full = whole(param, dtype or param.dtype)
+        yield name, full.cpu().contiguous() if _is_rank0() else None
 
 
 SHARD_BYTES = 5_000_000_000
 
 
-def full_tensors(model, names=None, dtype=None):
-    """Yield (name, whole tensor on CPU) one by one; on a sharded model every rank must iterate, and rank 0 alone gets tensors, the others None.
-    LoRA adapters are added to their layer's weight; that of a quantised layer is what its bits stood for in training, not what they were rounded from."""
+class ShardFiles:
+    """Tensors -> .safetensors files of at most SHARD_BYTES in `folder`, and the index that says
+    which file holds what. One file's tensors are held at a time."""
 
-    def whole(param, dtype):
-        full = param.detach().to(dtype)  # cast first: half the traffic
-        return full.full_tensor() if hasattr(full, "full_tensor") else full
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.open: dict[str, torch.Tensor] = {}  # what the next file will hold
+        self.written: list[list[str]] = []  # the keys in each file
+        self.n_bytes = 0
 
-    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
-    for name, param in model.named_parameters():
-        if part_of(name) != "lora" and (names is None or name.startswith(names)):
-            layer = model.get_submodule(name.rpartition(".")[0])
-            if hasattr(layer, "lora_A"):
-                base = (
-                    layer.dequantize(torch.float32)
-                    if isinstance(layer, QuantizedLinear)
-                    else whole(param, torch.float32)
-                )
-                full = (
-                    base.float()
-                    + layer.lora_scale
-                    * (whole(layer.lora_B, torch.float32) @ whole(layer.lora_A, torch.float32))
-                ).to(dtype or torch.float32)
-            else:
-                full = whole(param, dtype or param.dtype)
-            yield name, full.cpu().contiguous() if is_rank0 else None
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; write what came before it when both do not fit into one file."""
+        n_open = sum(held.nbytes for held in self.open.values())
+        if self.open and n_open + tensor.nbytes > SHARD_BYTES:
+            self._write()
+        self.open[key] = tensor
+        self.n_bytes += tensor.nbytes
+
+    def _write(self):
+        save_tensors(self.open, self.folder / f"shard-{len(self.written)}")
+        self.written.append(sorted(self.open))
+        self.open.clear()
+
+    def finish(self) -> None:
+        """Write the rest, and give each file its name, which tells how many there are."""
+        self._write()
+        n = len(self.written)
+        if n == 1:
+            names = ["model.safetensors"]
+        else:
+            names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        weight_map = {}
+        for i, name in enumerate(names):
+            (self.folder / f"shard-{i}").rename(self.folder / name)
+            weight_map.update(dict.fromkeys(self.written[i], name))
+        if n > 1:
+            index = {
+                "metadata": {"total_size": self.n_bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            write_json(self.folder / "model.safetensors.index.json", index)
 
 
-def save_qilin(model, tokenizer, path, dtype=None, made_from="weights in memory"):
-    """Write `model` as a llava-hf folder: safetensors shards of at most 5 GB, config, tokenizer and processor files.
+# --- 2. a model -> a folder ---
 
-    tokenizer: a Tokenizer, or None (then no tokenizer files). dtype: of the floats on disk (None: as they are). made_from: for its README.md.
-    On a sharded model every rank calls it; tensors are gathered one at a time and rank 0 writes, beside, then renames.
-    The picture token is the first id past the tokenizer; rows are padded to a multiple of 64 with copies of <unk>'s.
-    A linear projector has no llava-hf class: it is written as linear_1, an identity as linear_2, and a linear activation, which is equal.
+
+def hf_tensors(
+    name: str, full: torch.Tensor, projector_type: str, n_rows: int
+) -> dict[str, torch.Tensor]:
+    """{name in the file: tensor} of one of our parameters: one, or two where llava-hf's class has
+    more layers than ours. The embeddings and the head get n_rows rows."""
+    key = hf_name(name)
+    if name in (EMBED, "lm_head.weight"):
+        filler = full[:1].expand(n_rows - len(full), -1)
+        return {key: torch.cat((full, filler))}
+    if projector_type == "linear" and name.startswith("mm_projector."):
+        if name.endswith("weight"):
+            second = torch.eye(len(full), dtype=full.dtype)
+        else:
+            second = torch.zeros_like(full)
+        return {key: full, key.replace("linear_1", "linear_2"): second}
+    return {key: full}
+
+
+def _is_only_quantised(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear) and not hasattr(module, "lora_A")
+
+
+def save_qilin(
+    model: Qilin,
+    tokenizer: Tokenizer | None,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    made_from: str = "weights in memory",
+) -> None:
+    """Write `model` as a llava-hf folder: safetensors shards of at most 5 GB, config, tokenizer and
+    processor files.
+
+    tokenizer: a Tokenizer, or None (then no tokenizer files). dtype: of the floats on disk (None:
+    as they are). made_from: for its README.md. On a sharded model every rank calls it; tensors are
+    gathered one at a time and rank 0 writes, beside, then renames. The picture token is the first
+    id past the tokenizer; rows are padded to a multiple of 64 with copies of <unk>'s. A linear
+    projector has no llava-hf class: it is written as linear_1, an identity as linear_2, and a
+    linear activation, which is equal.
     """
     config = model.config
-    if any(
-        isinstance(module, QuantizedLinear) and not hasattr(module, "lora_A")
-        for module in model.modules()
-    ):
+    if any(_is_only_quantised(module) for module in model.modules()):
         raise ValueError("a quantised model cannot be saved: load it without quantize")
     check_replaceable(path, "config.json")
-    path, partial = Path(path), Path(path).with_name(Path(path).name + ".partial")
-    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
     n_token_ids = tokenizer.vocab_size if tokenizer else config.n_token_ids
-    n_rows = max(config.text.vocab_size, -(-(n_token_ids + 1) // 64) * 64)
-    if is_rank0:
+    # of the tokenizer's ids and the picture token, rounded up
+    n_rows = -(-(n_token_ids + 1) // 64) * 64
+    n_rows = max(config.text.vocab_size, n_rows)
+
+    if _is_rank0():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    shards, sizes, shard, total = [], {}, {}, 0
-
-    def close_shard():
-        save_tensors(shard, partial / f"shard-{len(shards)}")
-        shards.append(sorted(shard))
-        shard.clear()
-
+    shards = ShardFiles(partial)
     for name, full in full_tensors(model, dtype=dtype):
-        if not is_rank0:
+        if full is None:
             continue
-        out = {hf_name(name): full}
-        if name in (EMBED, "lm_head.weight"):
-            out = {hf_name(name): torch.cat((full, full[:1].expand(n_rows - len(full), -1)))}
-        elif config.projector_type == "linear" and name.startswith("mm_projector."):
-            second = (
-                torch.eye(len(full), dtype=full.dtype)
-                if name.endswith("weight")
-                else torch.zeros_like(full)
-            )
-            out[hf_name(name).replace("linear_1", "linear_2")] = second
-        for key, tensor in out.items():
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
-                close_shard()
-            shard[key], sizes[key], total = tensor, tensor.nbytes, total + tensor.nbytes
-    if is_rank0:
-        close_shard()
-        names = [
-            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            if len(shards) > 1
-            else "model.safetensors"
-            for i in range(len(shards))
-        ]
-        for i, name in enumerate(names):
-            (partial / f"shard-{i}").rename(partial / name)
-        if len(shards) > 1:
-            weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
-            write_json(
-                partial / "model.safetensors.index.json",
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-            )
+        for key, tensor in hf_tensors(name, full, config.projector_type, n_rows).items():
+            shards.add(key, tensor)
+
+    if _is_rank0():
+        shards.finish()
         dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-        for file, value in hf_configs(config, n_token_ids, n_rows, dtype_name).items():
-            write_json(partial / file, value)
-        write_text(
-            partial / "README.md",
-            MODEL_CARD.format(
-                made_from=made_from,
-                n=sum(p.numel() for p in model.parameters()) / 1e9,
-                dtype=dtype_name,
-                projector=config.projector_type,
-            ),
-        )
+        for file, content in hf_configs(config, n_token_ids, n_rows, dtype_name).items():
+            write_json(partial / file, content)
+        n_params = sum(param.numel() for param in model.parameters())
+        card = model_card(made_from, n_params, dtype_name, config.projector_type)
+        write_text(partial / "README.md", card)
         if tokenizer:
             save_tokenizer(tokenizer, partial)
         replace_folder(partial, path)
@@ -144,225 +202,231 @@ def save_qilin(model, tokenizer, path, dtype=None, made_from="weights in memory"
         dist.barrier()
 
 
-MODEL_CARD = """---
-language: [zh, en]
-pipeline_tag: image-text-to-text
-library_name: transformers
----
-# A Qilin-Med-VL model
-
-Made from {made_from} by qilin-min: CLIP ViT, a {projector} projector and a LLaMA-2 decoder, {n:.3g} billion parameters in {dtype}.
-
-Research only. This model gives no medical advice, must not be used to diagnose or treat anyone, and may be wrong in every sentence.
-仅供研究。本模型不提供医疗建议，不得用于诊断或治疗，其任何一句话都可能有误。
-
-```python
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-processor, model = AutoProcessor.from_pretrained("."), LlavaForConditionalGeneration.from_pretrained(".")
-messages = [{{"role": "user", "content": [{{"type": "image", "path": "image.png"}}, {{"type": "text", "text": "图中有什么异常？"}}]}}]
-inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-print(processor.decode(model.generate(**inputs, max_new_tokens=200)[0], skip_special_tokens=True))
-```
-
-or `python sample.py image.png "图中有什么异常？" --model .` with qilin-min, or `vllm serve .` for many users.
-
-Licences: those of the parts hold. LLaMA-2 weights come under the LLaMA 2 Community License, CLIP's under MIT; data and fine-tuned parts under what their
-sources say. Method: Qilin-Med-VL, arXiv 2310.17956; LLaVA, arXiv 2304.08485.
-"""
+def model_card(made_from: str, n_params: int, dtype_name: str, projector_type: str) -> str:
+    """The README.md of an exported folder."""
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return template.format(
+        made_from=made_from, n=n_params / 1e9, dtype=dtype_name, projector=projector_type
+    )
 
 
-def hf_configs(config, n_token_ids, n_rows, dtype_name):
+# --- 3. the JSON files beside the weights ---
+
+
+def hf_configs(
+    config: QilinConfig, n_token_ids: int, n_rows: int, dtype_name: str
+) -> dict[str, dict]:
     """The JSON files beside the weights: {file name: content}."""
-    text, vision = config.text, config.vision
-    text_json = {f.name: getattr(text, f.name) for f in fields(text)}
-    ends = config.end_ids if text_json.pop("more_end_ids") else text.eos_token_id
-    text_json.update(
-        eos_token_id=ends,
-        model_type="llama",
-        architectures=["LlamaForCausalLM"],
-        vocab_size=n_rows,
-        hidden_act="silu",
-        torch_dtype=dtype_name,
-    )
-    vision_json = {
-        f.name: getattr(vision, f.name) for f in fields(vision) if f.name != "select_layer"
-    }
-    vision_json.update(
-        model_type="clip_vision_model", projection_dim=vision.hidden_size, torch_dtype=dtype_name
-    )
-    size, is_pad = (
-        {"height": vision.image_size, "width": vision.image_size},
-        config.image_mode == "pad",
-    )
     return {
-        "config.json": {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
-            "torch_dtype": dtype_name,
-            "image_token_index": n_token_ids,
-            "image_seq_length": config.n_image_tokens,
-            "tie_word_embeddings": text.tie_word_embeddings,
-            "projector_hidden_act": "linear" if config.projector_type == "linear" else "gelu",
-            "multimodal_projector_bias": True,
-            "image_aspect_ratio": config.image_mode,
-            "vision_feature_layer": vision.select_layer,
-            "vision_feature_select_strategy": "default",
-            "text_config": text_json,
-            "vision_config": vision_json,
-        },
-        "generation_config.json": {  # filler rows and the picture token are never said
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": ends,
-            "pad_token_id": 0,
-            "suppress_tokens": list(range(n_token_ids, n_rows)),
-        },
-        "preprocessor_config.json": {
-            "image_processor_type": "LlavaImageProcessor",
-            "processor_class": "LlavaProcessor",
-            "do_pad": is_pad,
-            "do_resize": True,
-            "size": size if is_pad else {"shortest_edge": vision.image_size},
-            "resample": 3,
-            "do_center_crop": not is_pad,
-            "crop_size": size,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-            "do_convert_rgb": True,
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE_TOKEN,
-            "patch_size": vision.patch_size,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
-        },
+        "config.json": _config_json(config, n_token_ids, n_rows, dtype_name),
+        "generation_config.json": _generation_config(config, n_token_ids, n_rows),
+        "preprocessor_config.json": _preprocessor_config(config),
+        "processor_config.json": _processor_config(config),
     }
 
 
-CHAT_TEMPLATE = (  # build_prompt as a Jinja template: pictures of a turn in front, each with a newline
-    "{{ bos_token + '" + SYSTEM.replace("'", "\\'") + " ' }}"
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' if loop.last and not text else '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ ' ASSISTANT:' }}"
-    "{% else %}{{ ' ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
-)
+def _end_ids(config):
+    """One id, or a list where there are more."""
+    return config.end_ids if config.text.more_end_ids else config.text.eos_token_id
 
 
-def save_tokenizer(tokenizer, folder):
-    """tokenizer.model, and tokenizer.json with the same pieces, which every transformers reads alike (given only the first, version 5
-    encodes what follows <image> and </s> differently). The blank in front comes from a Prepend normaliser, once per text between control ids."""
+def _config_json(config, n_token_ids, n_rows, dtype_name):
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": dtype_name,
+        "image_token_index": n_token_ids,
+        "image_seq_length": config.n_image_tokens,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "projector_hidden_act": "linear" if config.projector_type == "linear" else "gelu",
+        "multimodal_projector_bias": True,
+        "image_aspect_ratio": config.image_mode,
+        "vision_feature_layer": config.vision.select_layer,
+        "vision_feature_select_strategy": "default",
+        "text_config": _text_config(config, n_rows, dtype_name),
+        "vision_config": _vision_config(config.vision, dtype_name),
+    }
+
+
+def _text_config(config, n_rows, dtype_name):
+    sizes = {field.name: getattr(config.text, field.name) for field in fields(config.text)}
+    del sizes["more_end_ids"]
+    sizes["eos_token_id"] = _end_ids(config)
+    sizes["model_type"] = "llama"
+    sizes["architectures"] = ["LlamaForCausalLM"]
+    sizes["vocab_size"] = n_rows
+    sizes["hidden_act"] = "silu"
+    sizes["torch_dtype"] = dtype_name
+    return sizes
+
+
+def _vision_config(vision, dtype_name):
+    sizes = {field.name: getattr(vision, field.name) for field in fields(vision)}
+    del sizes["select_layer"]
+    sizes["model_type"] = "clip_vision_model"
+    sizes["projection_dim"] = vision.hidden_size
+    sizes["torch_dtype"] = dtype_name
+    return sizes
+
+
+def _generation_config(config, n_token_ids, n_rows):
+    return {
+        "bos_token_id": config.text.bos_token_id,
+        "eos_token_id": _end_ids(config),
+        "pad_token_id": 0,
+        # filler rows and the picture token are never said
+        "suppress_tokens": list(range(n_token_ids, n_rows)),
+    }
+
+
+def _preprocessor_config(config):
+    side = config.vision.image_size
+    is_padded = config.image_mode == "pad"
+    square = {"height": side, "width": side}
+    return {
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_pad": is_padded,
+        "do_resize": True,
+        "size": square if is_padded else {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": not is_padded,
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "do_convert_rgb": True,
+    }
+
+
+def _processor_config(config):
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": config.vision.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+# --- 4. the tokenizer's files ---
+
+
+def chat_template() -> str:
+    """build_prompt as a Jinja template: pictures of a turn in front, each with a newline.
+
+    chat_template.jinja without its line ends and indents, which would stand in the prompt.
+    """
+    text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    template = "".join(line.strip() for line in text.splitlines())
+    template = template.replace("SYSTEM", SYSTEM.replace("'", "\\'"))
+    return template.replace("\\n", "\n")
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.model, and tokenizer.json with the same pieces, which every transformers reads
+    alike (given only the first, version 5 encodes what follows <image> and </s> differently)."""
     sp = tokenizer.sp
     shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    merges = []
+    write_json(folder / "tokenizer.json", _tokenizer_json(sp))
+    special = {
+        "bos_token": sp.id_to_piece(sp.bos_id()),
+        "eos_token": sp.id_to_piece(sp.eos_id()),
+        "unk_token": sp.id_to_piece(0),
+        "pad_token": sp.id_to_piece(0),
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        **special,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "right",
+        "image_token": IMAGE_TOKEN,
+        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+        "model_max_length": 2048,
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_json(folder / "special_tokens_map.json", special)
+    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+
+
+def _merges(sp: SentencePieceProcessor, vocab: dict[str, int]) -> list[list[str]]:
+    """[left, right] of every two pieces that make a third, the best third first."""
+    found = []
     for piece, i in vocab.items():
-        if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i)):
-            pairs = [
-                (piece[:k], piece[k:])
-                for k in range(1, len(piece))
-                if piece[:k] in vocab and piece[k:] in vocab
-            ]
-            merges += [
-                (-sp.get_score(i), vocab[left], vocab[right], left, right) for left, right in pairs
-            ]
-    added = [
-        {
-            "id": i,
-            "content": content,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, content in (
-            (0, sp.id_to_piece(0)),
-            (1, sp.id_to_piece(1)),
-            (2, sp.id_to_piece(2)),
-            (sp.vocab_size(), IMAGE_TOKEN),
-        )
+        if sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i):
+            continue
+        for k in range(1, len(piece)):
+            left = piece[:k]
+            right = piece[k:]
+            if left in vocab and right in vocab:
+                found.append((-sp.get_score(i), vocab[left], vocab[right], left, right))
+    return [[left, right] for _, _, _, left, right in sorted(found)]
+
+
+def _added_token(i, content):
+    """One that is found in a text before anything is merged."""
+    return {
+        "id": i,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+
+
+def _post_processor(bos, bos_id):
+    """What puts the begin id in front."""
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+        "single": [begin, first],
+        "pair": [begin, first, second],
+    }
+
+
+def _tokenizer_json(sp: SentencePieceProcessor) -> dict:
+    n_pieces = sp.vocab_size()
+    vocab = {sp.id_to_piece(i): i for i in range(n_pieces)}
+    added = [_added_token(i, sp.id_to_piece(i)) for i in range(3)]
+    added.append(_added_token(n_pieces, IMAGE_TOKEN))
+    # the blank in front comes from Prepend, once per text between control ids
+    normalizers = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
     ]
-    bos, bos_id = sp.id_to_piece(sp.bos_id()), sp.bos_id()
-    write_json(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "pre_tokenizer": None,
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [
-                    {"type": "Prepend", "prepend": "▁"},
-                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-                ],
-            },
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-                "single": [
-                    {"SpecialToken": {"id": bos, "type_id": 0}},
-                    {"Sequence": {"id": "A", "type_id": 0}},
-                ],
-                "pair": [
-                    {"SpecialToken": {"id": bos, "type_id": 0}},
-                    {"Sequence": {"id": "A", "type_id": 0}},
-                    {"Sequence": {"id": "B", "type_id": 1}},
-                ],
-            },
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [
-                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                    {"type": "ByteFallback"},
-                    {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": sp.id_to_piece(0),
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "ignore_merges": False,
-                "vocab": vocab,
-                "merges": [list(m[3:]) for m in sorted(merges)],
-            },
-        },
-    )
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "LlavaProcessor",
-            "bos_token": bos,
-            "eos_token": sp.id_to_piece(sp.eos_id()),
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "pre_tokenizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "post_processor": _post_processor(sp.id_to_piece(sp.bos_id()), sp.bos_id()),
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
             "unk_token": sp.id_to_piece(0),
-            "pad_token": sp.id_to_piece(0),
-            "clean_up_tokenization_spaces": False,
-            "padding_side": "right",
-            "image_token": IMAGE_TOKEN,
-            "extra_special_tokens": {"image_token": IMAGE_TOKEN},
-            "model_max_length": 2048,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": _merges(sp, vocab),
         },
-    )
-    write_json(
-        folder / "special_tokens_map.json",
-        {
-            "bos_token": bos,
-            "eos_token": sp.id_to_piece(sp.eos_id()),
-            "unk_token": sp.id_to_piece(0),
-            "pad_token": sp.id_to_piece(0),
-        },
-    )
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    }

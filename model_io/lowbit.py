@@ -22,6 +22,10 @@ class QuantizedLinear(nn.Module):
     """
 
     scale: torch.Tensor
+    # given by add_lora, else not there
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_scale: float
 
     def __init__(self, in_features: int, out_features: int, bits: int):
         super().__init__()
