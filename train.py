@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ from training.batches import (
 )
 from training.checkpoints import Checkpoints, Progress, describe_setup, hold_out
 from training.costs import Sizes, blocks_to_checkpoint, count_sizes, flops
-from training.freeze import freeze
+from training.freeze import check_trained, freeze, is_llm_tuned
 from training.log import Log, answer_held_out, held_out_loss, write_run_json
 from training.plan import (
     IS_KEPT,
@@ -78,6 +78,7 @@ from training.ranks import (
     sum_over_ranks,
     together,
 )
+from training.stages import Stage
 
 if __name__ == "__main__":
     signal.signal(
@@ -92,29 +93,35 @@ os.environ.setdefault(
 # paper, section 5.2, and the released scripts; every row can be overridden by the option of the same name
 
 STAGES = {
-    1: dict(
+    1: Stage(
+        goal="projector on captions",
         trained=("mm_projector",),
         lr=1e-3,
         batch_size=256,
         micro_batch_size=32,
         data="data/chimed/alignment.json",
-        projector=None,
+        projector_of=None,
         out="out/stage1",
+        export="projector",
+        result="a projector",
+        table=1,
     ),
-    2: dict(
+    2: Stage(
+        goal="projector and language model on questions",
         trained=("mm_projector", "llm"),
         lr=2e-5,
         batch_size=128,
         micro_batch_size=16,
         data="data/chimed/instruction.json",
-        projector="out/stage1/final/projector.safetensors",
+        projector_of=1,
         out="out/stage2",
+        export="model",
+        result="a language model and a projector",
+        table=2,
     ),
 }
-LORA = dict(
-    trained=("mm_projector", "lora"), lr=2e-4
-)  # in place of stage 2's; ten times its rate is LLaVA's choice for adapters
-FINAL_FILES = {1: "projector.safetensors", 2: "config.json"}  # in --out/final, of a finished run
+# --lora, in place of what a stage says; ten times stage 2's rate is LLaVA's choice for adapters
+LORA = dict(trained=("mm_projector", "lora"), lr=2e-4)
 DEFAULT_WEIGHTS = {
     "llm": "weights/Llama2-Chinese-13b-Chat",
     "vision": "weights/clip-vit-large-patch14-336",
@@ -130,7 +137,7 @@ def parse_args(argv=None):
         "--stage",
         type=int,
         choices=STAGES,
-        help="1: projector on captions; 2: projector and language model on questions",
+        help="; ".join(f"{number}: {stage.goal}" for number, stage in STAGES.items()),
     )
 
     add = parser.add_argument_group("what is trained on what").add_argument
@@ -372,31 +379,34 @@ def parse_args(argv=None):
         return args
     if args.stage is None:
         parser.error("--stage 1 or --stage 2 is needed (or --smoke)")
-    stage, most = dict(STAGES[args.stage], **(LORA if args.lora else {})), 10**9
+    stage, most = STAGES[args.stage], 10**9
+    if args.lora:
+        stage = replace(stage, **LORA)
+    check_trained(stage.trained)
     if args.lora and args.stage != 2:
         raise ValueError(
             "--lora trains adapters of the language model, which stage 1 leaves alone: give it to --stage 2"
         )
-    if args.quantize and "llm" in stage["trained"]:
+    if args.quantize and stage.is_llm_tuned:
         raise ValueError(
             f"--quantize {args.quantize} keeps the language model frozen: add --lora RANK"
         )
     args.trained, args.lora_alpha = (
-        stage["trained"],
+        stage.trained,
         2.0 * args.lora if args.lora_alpha is None else args.lora_alpha,
     )
     for name in ("lr", "batch_size", "out"):
         if getattr(args, name) is None:
-            setattr(args, name, stage[name])
+            setattr(args, name, getattr(stage, name))
     args.is_default_data, args.default_weights = args.data is None, DEFAULT_WEIGHTS
-    args.data, args.out = args.data or [stage["data"]], Path(args.out)
+    args.data, args.out = args.data or [stage.data], Path(args.out)
     if args.model is None:
         args.llm, args.vision = (
             args.llm or DEFAULT_WEIGHTS["llm"],
             args.vision or DEFAULT_WEIGHTS["vision"],
         )
-        if args.projector is None and stage["projector"]:
-            args.projector = stage["projector"]
+        if args.projector is None and stage.projector_of:
+            args.projector = STAGES[stage.projector_of].projector_file
             if not Path(args.projector).is_file() and not args.plan:
                 raise FileNotFoundError(
                     f"stage {args.stage} starts from {args.projector}, which is not there: run --stage 1, or give --projector FILE or --projector fresh"
@@ -515,13 +525,10 @@ def export(args, model, tokenizer):
     """final/: what the next stage and sample.py read. Tensors are gathered one at a time; bf16 when trained on CUDA."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     final = args.out / "final"
-    if args.trained != ("mm_projector",):
+    stage = STAGES[args.stage]
+    if stage.export == "model":
         return save_qilin(
-            model,
-            tokenizer,
-            final,
-            dtype,
-            f"a language model and a projector tuned in stage {args.stage}",
+            model, tokenizer, final, dtype, f"{stage.result} tuned in stage {args.stage}"
         )
     tensors = {"model." + name: full for name, full in full_tensors(model, "mm_projector.", dtype)}
     if dist.get_rank() == 0:
@@ -544,7 +551,7 @@ def prepare(args):
         raise ValueError(
             f"--replicate {args.replicate} does not divide {dist.get_world_size()} ranks"
         )
-    check_replaceable(args.out / "final", FINAL_FILES[args.stage])
+    check_replaceable(args.out / "final", STAGES[args.stage].final_file)
     if os.path.lexists(args.out / "checkpoints") and not (args.out / "checkpoints").is_dir():
         raise ValueError(f"{args.out / 'checkpoints'} is no folder: remove it")
     checkpoint = read_checkpoint(
@@ -589,7 +596,7 @@ def start(args):
     rank, world_size, device = setup_distributed()
     checkpoint, tokenizer = together(prepare, args)
     held = together(lambda: hold_out(args.out) if rank == 0 else None)
-    if on_rank0(lambda: (args.out / "final" / FINAL_FILES[args.stage]).is_file()):
+    if on_rank0(lambda: (args.out / "final" / STAGES[args.stage].final_file).is_file()):
         print0(
             f"{args.out / 'final'} is there: this run is finished (another --out, or remove the folder, to train again)"
         )
@@ -639,7 +646,7 @@ def start(args):
         batches,
         args.micro_batch_size,
         reshard,
-        STAGES[args.stage]["micro_batch_size"],
+        STAGES[args.stage].micro_batch_size,
     )
     is_tight, fit = (
         fit is None,
@@ -958,7 +965,7 @@ def main():
                 open_dialogs=open_dialogs,
                 max_length=args.max_length,
                 trained=args.trained,
-                lighter=None if args.stage == 1 or args.lora else LORA["trained"],
+                lighter=LORA["trained"] if is_llm_tuned(args.trained) else None,
                 lora=args.lora,
                 quantize=args.quantize,
                 batch_size=args.batch_size,
@@ -966,7 +973,7 @@ def main():
                 seed=args.seed,
                 max_steps=args.max_steps,
                 micro_batch_size=args.micro_batch_size,
-                most=STAGES[args.stage]["micro_batch_size"],
+                most=STAGES[args.stage].micro_batch_size,
                 is_kept=IS_KEPT[args.reshard],
                 machine=planned_machine(
                     args.world_size, args.gpu_memory, args.gpu_tflops, args.replicate

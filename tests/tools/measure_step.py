@@ -83,7 +83,7 @@ def main():
     model = train.shard_model(
         model,
         torch.device("cpu"),
-        train.STAGES[stage]["trained"],
+        train.STAGES[stage].trained,
         torch.bfloat16 if is_fake else torch.float32,
         is_kept=bool(is_kept),
     )

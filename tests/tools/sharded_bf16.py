@@ -51,7 +51,7 @@ for stage in (1, 2):
     for dtype in (torch.float32, torch.bfloat16):
         with torch.device("meta"):
             model = Qilin(config)
-        model = train.shard_model(model, device, train.STAGES[stage]["trained"], dtype)
+        model = train.shard_model(model, device, train.STAGES[stage].trained, dtype)
         load_weights(model, checkpoint.sources, device, checkpoint.is_fresh)
         model.model.n_checkpointed = config.text.num_hidden_layers
         model.train()
