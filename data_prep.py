@@ -227,10 +227,10 @@ class Build:
         names = tuple(
             dict.fromkeys(tuple(candidates(row, name)) for row in rows for name in row.images)
         )
-        name, reason = place_pictures(names, self.roots, self.folder, self.copy, self.skip)
-        if reason:
-            raise BadRow(reason)
-        return name
+        placed = place_pictures(names, self.roots, self.folder, self.copy, self.skip)
+        if placed.problem:
+            raise BadRow(placed.problem)
+        return placed.name
 
     def survey(self, args):
         """Pass 1."""

@@ -5,7 +5,10 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -14,90 +17,144 @@ from common.rows import BadRow
 from common.text import text_key
 from model_io.pixels import find_picture, is_dicom, open_image
 
-MAX_PICTURES = 4  # of one text; more would be too small in one composite (paper, section 3.3)
-COMPOSITE_SIDE = 1344  # pixels, the longer one: four times what the model sees of a side
-CACHE = 50_000  # pictures a process remembers
+# of one text; more would be too small in one composite (paper, section 3.3)
+MAX_PICTURES = 4
+# pixels, the longer one: four times what the model sees of a side
+COMPOSITE_SIDE = 1344
+# pictures a process remembers
+CACHE = 50_000
+
+# --- 1. several pictures -> one -------------------------------------------------------------------
+
+Size = tuple[int, int]
 
 
-def join_pictures(images):
-    """One PIL image of several: side by side at one height, or stacked at one width, whichever is the less extreme; each only scaled.
+def _length(sizes: list[Size]) -> float:
+    """How long pictures are together, side by side at height 1. sizes: (along, across) of each, so
+    that pictures stacked at one width are given, and come back, as (height, width)."""
+    return sum(along / across for along, across in sizes)
 
-    The common height (width) is that of the largest, less where the composite's longer side would pass COMPOSITE_SIDE.
+
+def _extremeness(sizes: list[Size]) -> float:
+    """The longer side of pictures side by side by the shorter one."""
+    length = _length(sizes)
+    return max(length, 1 / length)
+
+
+def _scaled(sizes: list[Size]) -> list[Size]:
+    """Sizes of pictures side by side, all of one height."""
+    longest = COMPOSITE_SIDE / max(_length(sizes), 1)
+    height = min(max(across for _, across in sizes), longest)
+    scaled = []
+    for along, across in sizes:
+        scaled.append((max(1, round(along / across * height)), max(1, round(height))))
+    return scaled
+
+
+def join_pictures(images: list[Image.Image]) -> Image.Image:
+    """One PIL image of several: side by side at one height, or stacked at one width, whichever is
+    the less extreme; each only scaled.
+
+    The common height (width) is that of the largest, less where the composite's longer side would
+    pass COMPOSITE_SIDE. BadRow where a picture would be bent.
     """
-
-    def layout(sizes):  # of pictures side by side: (a, b) are along and across
-        total = sum(a / b for a, b in sizes)  # the length at height 1
-        height = min(max(b for _, b in sizes), COMPOSITE_SIDE / max(total, 1))
-        return [(max(1, round(a / b * height)), max(1, round(height))) for a, b in sizes], max(
-            total, 1 / total
-        )
-
-    beside, stacked = (
-        layout([image.size for image in images]),
-        layout([image.size[::-1] for image in images]),
-    )
-    horizontal = beside[1] <= stacked[1]
-    sizes = beside[0] if horizontal else [size[::-1] for size in stacked[0]]
-    if any(
-        abs(w / h / (image.width / image.height) - 1) > 0.1 for (w, h), image in zip(sizes, images)
-    ):  # a line a few pixels wide: rounding would bend it
-        raise BadRow("pictures too unlike to be joined")
-    width, height = (
-        (sum(w for w, _ in sizes), sizes[0][1])
-        if horizontal
-        else (sizes[0][0], sum(h for _, h in sizes))
-    )
-    composite, offset = Image.new("RGB", (width, height)), 0
-    for image, size in zip(images, sizes):
-        composite.paste(
-            image.resize(size, Image.Resampling.LANCZOS), (offset, 0) if horizontal else (0, offset)
-        )
-        offset += size[0] if horizontal else size[1]
+    sizes = [image.size for image in images]
+    turned = [(height, width) for width, height in sizes]
+    is_horizontal = _extremeness(sizes) <= _extremeness(turned)
+    if is_horizontal:
+        scaled = _scaled(sizes)
+        width = sum(w for w, _ in scaled)
+        height = scaled[0][1]
+    else:
+        scaled = [(w, h) for h, w in _scaled(turned)]
+        width = scaled[0][0]
+        height = sum(h for _, h in scaled)
+    # a line a few pixels wide: rounding would bend it
+    for (w, h), image in zip(scaled, images, strict=True):
+        if abs(w / h / (image.width / image.height) - 1) > 0.1:
+            raise BadRow("pictures too unlike to be joined")
+    composite = Image.new("RGB", (width, height))
+    offset = 0
+    for image, size in zip(images, scaled, strict=True):
+        part = image.resize(size, Image.Resampling.LANCZOS)
+        if is_horizontal:
+            composite.paste(part, (offset, 0))
+            offset += part.width
+        else:
+            composite.paste(part, (0, offset))
+            offset += part.height
     return composite
 
 
-def mark_of(paths):
-    """A time in nanoseconds that stands for sizes and times of some files: what is made of them gets it as its own, and is current while they agree."""
+# --- 2. files: written beside and renamed, made again only when their sources changed -------------
+
+
+def mark_of(paths: list[Path]) -> int:
+    """A time in nanoseconds that stands for sizes and times of some files: what is made of them
+    gets it as its own, and is current while they agree."""
     status = [os.stat(path) for path in paths]
     return text_key(*(f"{one.st_size} {one.st_mtime_ns}" for one in status)) % 10**18
 
 
-def put_file(write, target, paths):
-    """write(path) to a path beside `target`, marked as made of `paths`, then renamed: several workers may make the same picture."""
+@contextmanager
+def made_of(paths: list[Path], target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to, then marked as made of `paths` and renamed: several
+    workers may make the same picture."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{os.getpid()}-{text_key(target.name):x}.partial")
-    partial.unlink(missing_ok=True)  # of a killed run with this number: never to be written through
+    # of a killed run with this number: never to be written through
+    partial.unlink(missing_ok=True)
     try:
-        write(partial)
+        yield partial
+        # a link has the time of what it links to
         if not partial.samefile(paths[0]):
-            os.utime(partial, ns=(mark_of(paths),) * 2)
+            mark = mark_of(paths)
+            os.utime(partial, ns=(mark, mark))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def is_current(target, paths):
-    """True when `target` was made from files that have not changed since: nothing needs to be decoded again."""
+def is_current(target: Path, paths: list[Path]) -> bool:
+    """True when `target` was made from files that have not changed since: nothing needs to be
+    decoded again."""
     try:
         return target.samefile(paths[0]) or target.stat().st_mtime_ns == mark_of(paths)
     except OSError:
         return False
 
 
-def link_or_copy(path, target, copy):
+def link_or_copy(path: Path, target: Path, copy: bool) -> None:
+    """A hard link where the disk allows and no copy is asked for."""
     if not copy:
         try:
-            return os.link(os.path.realpath(path), target)
+            os.link(os.path.realpath(path), target)
+            return
         except OSError:
-            pass  # another disk, or a file system without links
+            # another disk, or a file system without links
+            pass
     shutil.copyfile(path, target)
 
 
-@functools.lru_cache(CACHE)
-def place_pictures(names, roots, folder, copy, skip):
-    """The picture of a row under `folder`: (name there, None), or (None, why not). names: tuple of tuples of candidates, one tuple a picture.
+# --- 3. the picture of a row ----------------------------------------------------------------------
 
-    One picture keeps its name and is linked (or copied); DICOM becomes PNG; two to four become one composite under composites/.
+
+class Placed(NamedTuple):
+    """What became of a row's pictures."""
+
+    name: str = ""  # of the picture, in the folder
+    problem: str = ""  # why there is none
+
+
+@functools.lru_cache(CACHE)
+def place_pictures(
+    names: tuple[tuple[str, ...], ...], roots: tuple[str, ...], folder: Path, copy: bool, skip: bool
+) -> Placed:
+    """The picture of a row under `folder`. names: the candidates of each of its pictures; skip: the
+    picture is only named as it would be.
+
+    One picture keeps its name and is linked (or copied); DICOM becomes PNG; two to four become one
+    composite under composites/.
     """
     try:
         if not names:
@@ -105,53 +162,66 @@ def place_pictures(names, roots, folder, copy, skip):
         if len(names) > MAX_PICTURES:
             raise BadRow(f"more than {MAX_PICTURES} pictures")
         if skip:
-            return (
-                names[0][0] if len(names) == 1 else composite_name(names, [n[0] for n in names])
-            ), None
-        found = [find_picture(choices, roots) for choices in names]
-        paths = [path for path, _ in found]
-        if len(found) > 1:
-            name = composite_name(names, [name for _, name in found])
-            target = Path(folder, name)
-            if not is_current(target, paths):
-                composite = join_pictures([decode(path) for path in paths])
-                put_file(
-                    lambda partial: composite.save(partial, "JPEG", quality=95, subsampling=0),
-                    target,
-                    paths,
-                )
-            return name, None
-        ((path, name),) = found
-        if is_dicom(path):
-            name += ".png"
-            if not is_current(Path(folder, name), paths):
-                image = decode(path)
-                put_file(lambda partial: image.save(partial, "PNG"), Path(folder, name), paths)
-        elif not is_current(Path(folder, name), paths):
-            decode(path)
-            put_file(lambda partial: link_or_copy(path, partial, copy), Path(folder, name), paths)
-        return name, None
+            return Placed(_name_unseen(names))
+        if len(names) == 1:
+            return Placed(_place_one(names[0], roots, folder, copy))
+        return Placed(_place_composite(names, roots, folder))
     except BadRow as error:
-        return None, str(error)
+        return Placed(problem=str(error))
     except PermissionError:
-        return None, "picture may not be read"
+        return Placed(problem="picture may not be read")
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise
-        return (
-            None,
-            "picture cannot be stored",
-        )  # a name too long, or a file where a folder should be
+        # a name too long, or a file where a folder should be
+        return Placed(problem="picture cannot be stored")
 
 
-def composite_name(names, found):
-    digest = hashlib.blake2b(
-        "\x1f".join(found).encode("utf-8", "surrogatepass"), digest_size=8
-    ).hexdigest()
-    return f"composites/{re.sub(r'[^A-Za-z0-9-]+', '_', Path(found[0]).stem)[:40]}-{digest}.jpg"
+def _name_unseen(names: tuple[tuple[str, ...], ...]) -> str:
+    first_choices = [choices[0] for choices in names]
+    if len(first_choices) == 1:
+        return first_choices[0]
+    return composite_name(first_choices)
 
 
-def decode(path):
+def _place_composite(
+    names: tuple[tuple[str, ...], ...], roots: tuple[str, ...], folder: Path
+) -> str:
+    found = [find_picture(list(choices), roots) for choices in names]
+    paths = [path for path, _ in found]
+    name = composite_name([name for _, name in found])
+    if not is_current(folder / name, paths):
+        composite = join_pictures([decode(path) for path in paths])
+        with made_of(paths, folder / name) as partial:
+            composite.save(partial, "JPEG", quality=95, subsampling=0)
+    return name
+
+
+def _place_one(choices: tuple[str, ...], roots: tuple[str, ...], folder: Path, copy: bool) -> str:
+    path, name = find_picture(list(choices), roots)
+    is_converted = is_dicom(path)
+    if is_converted:
+        name += ".png"
+    if is_current(folder / name, [path]):
+        return name
+    # also where it is only linked: what does not decode is not placed
+    image = decode(path)
+    with made_of([path], folder / name) as partial:
+        if is_converted:
+            image.save(partial, "PNG")
+        else:
+            link_or_copy(path, partial, copy)
+    return name
+
+
+def composite_name(found: list[str]) -> str:
+    """The name of a composite: it begins with its first picture's, and says all in its digits."""
+    digits = hashlib.blake2b("\x1f".join(found).encode("utf-8", "surrogatepass"), digest_size=8)
+    stem = re.sub(r"[^A-Za-z0-9-]+", "_", Path(found[0]).stem)
+    return f"composites/{stem[:40]}-{digits.hexdigest()}.jpg"
+
+
+def decode(path: Path) -> Image.Image:
     """open_image, or a BadRow with its reason: nothing of a damaged picture's content is said."""
     try:
         return open_image(path)
