@@ -185,10 +185,53 @@ class Memory:
         return sum(astuple(self))
 
 
+def parameter_bytes(sizes: Sizes, n_shards: int) -> float:
+    """Trained ones in float32 and frozen ones, sharded; the tower and quantised weights, whole."""
+    n_frozen = sizes.n_all - sizes.tower - sizes.n_trained
+    if sizes.quantize:
+        n_frozen -= sizes.n_blocks * sizes.linear
+    sharded = (4 * sizes.n_trained + sizes.e * n_frozen) / n_shards
+    return sharded + sizes.e * sizes.tower + sizes.quantized
+
+
+def gathered_bytes(sizes: Sizes, is_kept: bool) -> int:
+    """The root and the blocks that stand whole at one time."""
+    n_gathered = min(2, sizes.n_blocks)  # in use, and the next one on its way
+    if is_kept:
+        n_gathered = sizes.n_blocks
+    return sizes.e * (sizes.embed + sizes.projector + n_gathered * sizes.gathered_block)
+
+
+def in_flight_bytes(sizes: Sizes) -> int:
+    """One block's weight gradients, in e bytes, and again in float32 while they are summed over
+    ranks."""
+    return (sizes.e + 4) * (sizes.block_trained or sizes.projector)
+
+
+def working_bytes(sizes: Sizes, slots: int) -> int:
+    """Backward of one MLP: three gradients of its width, two of C."""
+    C = sizes.config.text.hidden_size
+    F = sizes.config.text.intermediate_size
+    working = slots * sizes.e * (3 * F + 2 * C)
+    if sizes.quantize:
+        # a dequantised layer, and the product that makes it
+        working += 2 * sizes.e * C * F
+    return working
+
+
+def logits_bytes(sizes: Sizes, n_labels: int) -> int:
+    """Before backward: a chunk's logits, their float32, softmax and gradient; hidden states at
+    labels."""
+    C = sizes.config.text.hidden_size
+    V = sizes.config.text.vocab_size
+    e = sizes.e
+    return min(n_labels, LOSS_CHUNK) * V * (e + 12) + n_labels * C * (e + 4)
+
+
 @dataclass
 class Moment:
-    """Bytes that stand at one moment of a step, beside what stands throughout; activations include
-    the logits."""
+    """Bytes that stand at one moment of a step and not at others; activations include the
+    logits."""
 
     activations: float
     gradients: float
@@ -197,6 +240,43 @@ class Moment:
     @property
     def total(self) -> float:
         return self.activations + self.gradients
+
+
+def moments(
+    sizes: Sizes,
+    n_shards: int,
+    slots: int,
+    n_checkpointed: int,
+    *,
+    n_labels: int,
+    is_accumulating: bool,
+) -> list[Moment]:
+    """The moments of a step of which one is its peak."""
+    all_gradients = 4 * sizes.n_trained / n_shards
+    kept_input = sizes.e * sizes.config.text.hidden_size  # bytes a token
+    inside = sizes.block_activations()
+    inputs = n_checkpointed * kept_input
+    n_whole = sizes.n_blocks - n_checkpointed
+
+    # backward begins: all activations, few gradients
+    begin = Moment(
+        activations=slots * (inputs + max(n_whole, 1) * inside),
+        gradients=4 * sizes.block_trained / n_shards,
+    )
+    # backward ends: all gradients, few activations
+    end = Moment(activations=slots * (kept_input + inside), gradients=all_gradients)
+    # the loss: no backward at work yet, no gradient in flight
+    logits = logits_bytes(sizes, n_labels)
+    not_yet = working_bytes(sizes, slots) + in_flight_bytes(sizes)
+    loss = Moment(
+        activations=slots * (inputs + n_whole * inside) + logits - not_yet,
+        gradients=0,
+        logits=logits,
+    )
+    if is_accumulating:
+        begin.gradients = all_gradients
+        loss.gradients = all_gradients
+    return [begin, end, loss]
 
 
 def step_memory(
@@ -209,69 +289,29 @@ def step_memory(
     is_kept: bool = False,
     is_accumulating: bool = False,
 ) -> Memory:
-    """Memory of one GPU at the peak of a training step; slots = rows x longest row of a
-    micro-batch.
+    """Memory of one GPU at the peak of a training step; slots: rows x longest row of a micro-batch.
 
     n_checkpointed: blocks that keep only their input and compute the rest again in backward.
     is_kept: blocks stay gathered between forward and backward. is_accumulating: more than one
     micro-batch a step, so that all gradients stand from the start.
     """
-    C = sizes.config.text.hidden_size
-    F = sizes.config.text.intermediate_size
-    V = sizes.config.text.vocab_size
-    L = sizes.n_blocks
-    e = sizes.e
-
-    n_frozen = sizes.n_all - sizes.tower - sizes.n_trained
-    if sizes.quantize:
-        n_frozen -= L * sizes.linear
-    sharded = (4 * sizes.n_trained + e * n_frozen) / n_shards
-    parameters = sharded + e * sizes.tower + sizes.quantized
-    optimiser = 8 * sizes.n_trained / n_shards
-
-    # in use, and the next one on its way
-    n_gathered = L if is_kept else min(2, L)
-    gathered_weights = e * (sizes.embed + sizes.projector + n_gathered * sizes.gathered_block)
-
-    # one block's weight gradients, in e bytes, and again in float32 while they are summed over
-    # ranks
-    n_in_flight = sizes.block_trained if sizes.block_trained else sizes.projector
-    gradients_in_flight = (e + 4) * n_in_flight
-
-    # backward of one MLP: three gradients of its width, two of C
-    working = slots * (e * (3 * F + 2 * C))
-    if sizes.quantize:
-        # a dequantised layer, and the product that makes it
-        working += 2 * e * C * F
-
-    # before backward: a chunk's logits, their float32, softmax and gradient; all labelled positions
-    logits = min(n_labels, LOSS_CHUNK) * V * (e + 12) + n_labels * C * (e + 4)
-
-    inside = sizes.block_activations()
-    kept_input = e * C
-    n_whole = L - n_checkpointed
-    all_gradients = 4 * sizes.n_trained / n_shards
-    first_gradients = all_gradients if is_accumulating else 4 * sizes.block_trained / n_shards
-    loss_gradients = all_gradients if is_accumulating else 0
-    inputs = n_checkpointed * kept_input
-
-    # backward begins: all activations, few gradients
-    begin = Moment(slots * (inputs + max(n_whole, 1) * inside), first_gradients)
-    # backward ends: all gradients, few activations
-    end = Moment(slots * (kept_input + inside), all_gradients)
-    # the loss: neither a gradient in flight nor a backward at work
-    at_loss = slots * (inputs + n_whole * inside) + logits - working - gradients_in_flight
-    loss = Moment(at_loss, loss_gradients, logits)
-
-    worst = max((begin, end, loss), key=lambda moment: moment.total)
+    candidates = moments(
+        sizes,
+        n_shards,
+        slots,
+        n_checkpointed,
+        n_labels=n_labels,
+        is_accumulating=is_accumulating,
+    )
+    worst = max(candidates, key=lambda moment: moment.total)
     return Memory(
-        parameters=parameters,
-        optimiser=optimiser,
-        gathered_weights=gathered_weights,
-        gradients_in_flight=gradients_in_flight,
+        parameters=parameter_bytes(sizes, n_shards),
+        optimiser=8 * sizes.n_trained / n_shards,
+        gathered_weights=gathered_bytes(sizes, is_kept),
+        gradients_in_flight=in_flight_bytes(sizes),
         gradients=worst.gradients,
         logits=worst.logits,
-        activations=worst.activations - worst.logits + working,
+        activations=worst.activations - worst.logits + working_bytes(sizes, slots),
     )
 
 

@@ -1,4 +1,8 @@
-"""What one sees of a run: a line a step, log.jsonl, loss.png redrawn as it runs, held-out loss, answers to held-out questions, run.json. All from rank 0."""
+"""What one sees of a run, all from rank 0.
+
+A line a step, log.jsonl, loss.png redrawn as it runs, held-out loss, answers to held-out questions,
+run.json.
+"""
 
 import json
 import math
@@ -8,13 +12,16 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from common.files import one_line, write_json, write_text
@@ -24,80 +31,172 @@ from training.batches import Dialogs, check_batches, count, cut_batch, load_ahea
 from training.costs import GIB
 from training.ranks import agree, print0, sum_over_ranks
 
+Points = list[tuple[int, float]]  # (step, loss) each
 
-def draw_curves(path, title, train, held_out):
-    """loss.png: training loss a step (thin, and its running mean), held-out loss as dots; [(step, loss)] each, loss on a log scale."""
-    width, height, left, top, right, bottom = 800, 480, 70, 40, 780, 440
-    image = Image.new(
-        "RGB", (width * 2, height * 2), "white"
-    )  # drawn twice as large, then halved: smooth lines
-    pen = ImageDraw.Draw(image)
-    points = [p for p in train + held_out if math.isfinite(p[1])]
+
+# --- 1. the curve ---------------------------------------------------------------------------------
+# in: losses by step; out: loss.png
+
+WIDTH = 800
+HEIGHT = 480
+LEFT = 70
+TOP = 40
+RIGHT = 780
+BOTTOM = 440
+
+# the ratio of largest and smallest loss up to which these digits get a line, at each power of ten
+TICK_DIGITS = (
+    (6, (1, 2, 3, 4, 5, 6, 7, 8, 9)),
+    (200, (1, 2, 5)),
+    (math.inf, (1,)),
+)
+
+
+@dataclass
+class Axes:
+    """Where a point lies in a picture twice as large: it is halved in the end, for smooth lines.
+    Loss on a log scale."""
+
+    last_step: int
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        return 2 * (LEFT + (RIGHT - LEFT) * step / self.last_step)
+
+    def y(self, loss: float) -> float:
+        inside = min(max(loss, self.low), self.high)
+        share = math.log(inside / self.low) / math.log(self.high / self.low)
+        return 2 * (BOTTOM - (BOTTOM - TOP) * share)
+
+    def at(self, step: float, loss: float) -> tuple[float, float]:
+        return self.x(step), self.y(loss)
+
+    def ticks(self) -> list[float]:
+        """Losses that get a line."""
+        ratio = self.high / self.low
+        digits = next(digits for up_to, digits in TICK_DIGITS if ratio < up_to)
+        found = []
+        for exponent in range(-7, 10):
+            for digit in digits:
+                loss = digit * 10.0**exponent
+                if self.low <= loss <= self.high:
+                    found.append(loss)
+        return found or [self.low, self.high]
+
+
+def finite(points: Points) -> Points:
+    return [(step, loss) for step, loss in points if math.isfinite(loss)]
+
+
+def running_mean(points: Points) -> Points:
+    """An exponential mean that starts without a bias to its first value."""
+    smooth = []
+    total = 0.0
+    weight = 0.0
+    for step, loss in finite(points):
+        total = 0.95 * total + loss
+        weight = 0.95 * weight + 1
+        smooth.append((step, total / weight))
+    return smooth
+
+
+def draw_axes(pen: ImageDraw.ImageDraw, axes: Axes) -> None:
+    """Lines and numbers of the losses, numbers of the steps."""
+    for loss in axes.ticks():
+        pen.line((*axes.at(0, loss), *axes.at(axes.last_step, loss)), fill="#e4e4e4", width=2)
+        place = (2 * LEFT - 12, axes.y(loss))
+        pen.text(place, f"{loss:.3g}", fill="#444444", anchor="rm", font_size=24)
+    for step in sorted({round(axes.last_step * k / 5) for k in range(6)}):
+        place = (axes.x(step), 2 * BOTTOM + 12)
+        pen.text(place, f"{step}", fill="#444444", anchor="mt", font_size=24)
+
+
+def draw_curve(
+    pen: ImageDraw.ImageDraw, axes: Axes, points: Points, color: str, width: int
+) -> None:
+    places = [axes.at(step, loss) for step, loss in finite(points)]
+    if len(places) > 1:
+        pen.line(places, fill=color, width=width)
+
+
+def draw_curves(path: Path, title: str, train: Points, held_out: Points) -> None:
+    """loss.png: training loss a step (thin, and its running mean), held-out loss as dots."""
+    points = finite(train + held_out)
     if not points:
         return
-    x_max = max(1, max(step for step, _ in points))
-    low, high = (f(max(loss, 1e-6) for _, loss in points) for f in (min, max))
-    low, high = low / 1.1, high * 1.1
+    losses = [max(loss, 1e-6) for _, loss in points]
+    last_step = max(step for step, _ in points)
+    axes = Axes(max(1, last_step), low=min(losses) / 1.1, high=max(losses) * 1.1)
 
-    def at(step, loss):
-        x = left + (right - left) * step / x_max
-        y = bottom - (bottom - top) * math.log(min(max(loss, low), high) / low) / math.log(
-            high / low
-        )
-        return 2 * x, 2 * y
-
-    ticks = [
-        d * 10.0**e
-        for e in range(-7, 10)
-        for d in (range(1, 10) if high / low < 6 else (1, 2, 5) if high / low < 200 else (1,))
-        if low <= d * 10.0**e <= high
-    ]
-    for loss in ticks or [low, high]:
-        pen.line((*at(0, loss), *at(x_max, loss)), fill="#e4e4e4", width=2)
-        pen.text(
-            (2 * left - 12, at(0, loss)[1]),
-            f"{loss:.3g}",
-            fill="#444444",
-            anchor="rm",
-            font_size=24,
-        )
-    for step in sorted({round(x_max * k / 5) for k in range(6)}):
-        pen.text(
-            (at(step, low)[0], 2 * bottom + 12),
-            f"{step}",
-            fill="#444444",
-            anchor="mt",
-            font_size=24,
-        )
-    smooth, total, weight = (
-        [],
-        0.0,
-        0.0,
-    )  # an exponential mean that starts without a bias to its first value
-    for step, loss in train:
-        if math.isfinite(loss):
-            total, weight = 0.95 * total + loss, 0.95 * weight + 1
-            smooth.append((step, total / weight))
-    for line, color, thick in ((train, "#bcd3ee", 2), (smooth, "#1f5fa8", 5)):
-        line = [at(*p) for p in line if math.isfinite(p[1])]
-        if len(line) > 1:
-            pen.line(line, fill=color, width=thick)
-    for x, y in (at(*p) for p in held_out):
+    image = Image.new("RGB", (WIDTH * 2, HEIGHT * 2), "white")
+    pen = ImageDraw.Draw(image)
+    draw_axes(pen, axes)
+    draw_curve(pen, axes, train, "#bcd3ee", width=2)
+    draw_curve(pen, axes, running_mean(train), "#1f5fa8", width=5)
+    for step, loss in held_out:
+        x, y = axes.at(step, loss)
         pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill="#d2452d")
     pen.text(
-        (2 * left, 2 * top - 16),
+        (2 * LEFT, 2 * TOP - 16),
         f"{title}: loss by step (log scale), blue training, red held out",
         fill="#222222",
         anchor="ls",
         font_size=28,
     )
+
     partial = path.with_name(path.name + ".partial")
-    image.resize((width, height), Image.Resampling.LANCZOS).save(partial, format="PNG")
+    image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(partial, format="PNG")
     partial.rename(path)
 
 
+# --- 2. the log -----------------------------------------------------------------------------------
+# in: what the loop learns of a step; out: log.jsonl, printed lines, loss.png
+
+
+def entry_to_keep(line: str, start: int) -> dict | None:
+    """The entry of a line of an earlier start's .jsonl that holds for a run that goes on after step
+    `start`.
+
+    Lines of steps done, skipped or blind up to it do; what is said at a step before it is trained
+    (held-out loss, samples) is said again. None for the others, and for a line cut short by a kill,
+    or damaged.
+    """
+    try:
+        entry = json.loads(line)
+        if any(key in entry for key in ("seconds", "bad", "grey")):
+            is_kept = entry["step"] <= start
+        else:
+            is_kept = entry["step"] < start
+        numbers = [entry.get("loss", 0), entry.get("val_loss", 0)]
+        if "seconds" in entry:
+            numbers.append(entry["loss"])
+        for number in numbers:
+            float(number)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return entry if is_kept else None
+
+
+def open_tensorboard(folder: Path, start: int) -> Any:
+    """TensorBoard's writer; ValueError where its package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package more: pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=start)
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process had at its peak, of the GPU's memory where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Log:
-    """log.jsonl, loss.png and the printed lines, all from rank 0. A run that goes on at a step drops what was logged after it."""
+    """log.jsonl, loss.png and the printed lines, all from rank 0. A run that goes on at a step
+    drops what was logged after it."""
 
     def __init__(
         self,
@@ -110,28 +209,24 @@ class Log:
         peak_flops: float | None,
         has_tensorboard: bool,
     ):
+        """out: the run's folder; start: steps that an earlier start has done; peak_flops: of all
+        GPUs a second, None: not known."""
         self.out = out
         self.stage = stage
         self.n_steps = n_steps
         self.log_every = log_every
         self.peak_flops = peak_flops
-        self.train = []
-        self.held_out = []
+        self.train: Points = []
+        self.held_out: Points = []
+        self.seconds: deque[float] = deque(maxlen=50)  # of the last steps
+        self.board: Any = None
         self.is_rank0 = dist.get_rank() == 0
-        self.seconds = deque(maxlen=50)
-        self.board = None
         if self.is_rank0:
             for name in ("log.jsonl", "samples.jsonl"):
                 self.truncate(out / name, start)
             self.file = open(out / "log.jsonl", "a", encoding="utf-8")
             if has_tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    raise ValueError(
-                        "--tensorboard needs a package more: pip install tensorboard"
-                    ) from None
-                self.board = SummaryWriter(out / "tensorboard", purge_step=start)
+                self.board = open_tensorboard(out / "tensorboard", start)
         self.bar = tqdm(
             total=n_steps,
             initial=start,
@@ -141,161 +236,191 @@ class Log:
         )
         self.drawn = time.monotonic()
 
-    def truncate(self, path, start):
-        """Keep the lines of steps up to `start`; what is said at a step before it is trained (held-out loss, samples) is said again."""
+    def truncate(self, path: Path, start: int) -> None:
+        """Keep the lines that hold for a run that goes on after step `start`."""
+        lines = []
+        if start and path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = []
-        for line in (
-            path.read_text(encoding="utf-8", errors="replace").split("\n")
-            if start and path.is_file()
-            else ()
-        ):
-            try:
-                entry = json.loads(line)
-                is_kept = (
-                    entry["step"] <= start
-                    if "seconds" in entry or "bad" in entry or "grey" in entry
-                    else entry["step"] < start
-                )
-                (
-                    float(entry.get("loss", 0)),
-                    float(entry.get("val_loss", 0)),
-                    entry["loss" if "seconds" in entry else "step"],
-                )
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                RecursionError,
-            ):  # cut short by a kill, or damaged
+        for line in lines:
+            entry = entry_to_keep(line, start)
+            if entry is None:
                 continue
-            if is_kept:
-                kept.append(line + "\n")
-                if "seconds" in entry:
-                    self.train.append((entry["step"], entry["loss"]))
-                elif "val_loss" in entry:
-                    self.held_out.append((entry["step"], entry["val_loss"]))
-        write_text(path, "".join(kept)) if kept or path.name == "log.jsonl" else path.unlink(
-            missing_ok=True
-        )
+            kept.append(line + "\n")
+            if "seconds" in entry:
+                self.train.append((entry["step"], entry["loss"]))
+            elif "val_loss" in entry:
+                self.held_out.append((entry["step"], entry["val_loss"]))
+        if kept or path.name == "log.jsonl":
+            write_text(path, "".join(kept))
+        else:
+            path.unlink(missing_ok=True)
 
-    def write(self, **entry):
-        if self.is_rank0:
-            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            self.file.flush()
-            for name, value in entry.items() if self.board else ():
+    def write(self, **entry: object) -> None:
+        """A line of log.jsonl, and its numbers on the board."""
+        if not self.is_rank0:
+            return
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in entry.items():
                 if isinstance(value, float):
                     self.board.add_scalar(name, value, entry["step"])
 
-    def step(self, step, loss, lr, grad_norm, seconds, n, n_flops, device):
-        """One line for step number `step` (1 is the first). n: what count() summed; n_flops: of plan.flops, for the whole step."""
-        memory = (
-            torch.cuda.max_memory_allocated()
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+    def say(self, step: int, *parts: str) -> None:
+        print0(" | ".join([f"step {step}/{self.n_steps}", *parts]))
+
+    def step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        seconds: float,
+        n: dict[str, float],
+        n_flops: float,
+        device: torch.device,
+    ) -> None:
+        """One line for step number `step` (1 is the first). n: what count() summed; n_flops: of
+        costs.flops, for the whole step."""
         mfu = n_flops / seconds / self.peak_flops if self.peak_flops else None
-        entry = dict(
+        tokens_per_s = n["tokens"] / seconds
+        padding = 1 - n["tokens"] / n["slots"]
+        memory_gib = used_memory(device) / GIB
+        self.write(
             step=step,
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
-            tokens_per_s=n["tokens"] / seconds,
-            padding=1 - n["tokens"] / n["slots"],
-            memory_gib=memory / GIB,
+            tokens_per_s=tokens_per_s,
+            padding=padding,
+            memory_gib=memory_gib,
             mfu=mfu,
             n_targets=int(n["targets"]),
             seconds=seconds,
         )
-        self.write(**entry)
         self.train.append((step, loss))
         self.seconds.append(seconds)
         self.bar.update()
         if step % self.log_every == 0 or step in (1, self.n_steps):
-            eta = timedelta(
-                seconds=round((self.n_steps - step) * sum(self.seconds) / len(self.seconds))
-            )
-            print0(
-                f"step {step}/{self.n_steps} | loss {loss:.4f} | lr {lr:.2e} | grad {grad_norm:.2f} | {entry['tokens_per_s']:,.0f} tok/s | "
-                + (f"{mfu:.1%} of peak | " if mfu else "")
-                + f"{entry['memory_gib']:.2f} GiB | padding {entry['padding']:.1%} | {seconds:.2f} s | {eta} to go"
+            mean_seconds = sum(self.seconds) / len(self.seconds)
+            to_go = timedelta(seconds=round((self.n_steps - step) * mean_seconds))
+            self.say(
+                step,
+                f"loss {loss:.4f}",
+                f"lr {lr:.2e}",
+                f"grad {grad_norm:.2f}",
+                f"{tokens_per_s:,.0f} tok/s",
+                *([f"{mfu:.1%} of peak"] if mfu else []),
+                f"{memory_gib:.2f} GiB",
+                f"padding {padding:.1%}",
+                f"{seconds:.2f} s",
+                f"{to_go} to go",
             )
         if time.monotonic() - self.drawn > 30:
             self.draw()
 
-    def bad_step(self, step, loss, grad_norm, dataset, batch):
+    def bad_step(
+        self, step: int, loss: float, grad_norm: float, dataset: Dialogs, batch: list[int]
+    ) -> None:
         """A step that was skipped, with the samples in it."""
+        what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         if self.is_rank0:
-            self.write(
-                step=step,
-                bad=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}",
-                ids=[dataset.row(i).get("id") for i in batch],
-            )
+            self.write(step=step, bad=what, ids=[dataset.row(i).get("id") for i in batch])
         self.bar.update()
-        print0(
-            f"step {step}/{self.n_steps} | skipped: loss {loss:.4g}, gradient norm {grad_norm:.4g}; its samples are in log.jsonl"
-        )
+        self.say(step, f"skipped: {what}; its samples are in log.jsonl")
 
-    def grey(self, step, names):
+    def grey(self, step: int, names: list[str]) -> None:
+        """Samples of a step whose picture did not decode."""
         self.write(step=step, grey=names)
-        print0(
-            f"step {step}/{self.n_steps} | {len(names)} samples without their picture, which teach nothing: {'; '.join(names[:3])}"
-            + f" and {len(names) - 3} more, in log.jsonl" * (len(names) > 3)
-        )
+        shown = "; ".join(names[:3])
+        if len(names) > 3:
+            shown += f" and {len(names) - 3} more, in log.jsonl"
+        self.say(step, f"{len(names)} samples without their picture, which teach nothing: {shown}")
 
     def evaluation(self, step: int, loss: float | None) -> None:
+        """The held-out loss after `step` steps."""
         if loss is None:
-            return print0(
-                f"step {step}/{self.n_steps} | no held-out loss: none of its pictures can be read"
-            )
+            self.say(step, "no held-out loss: none of its pictures can be read")
+            return
         self.write(step=step, val_loss=loss)
         self.held_out.append((step, loss))
-        print0(f"step {step}/{self.n_steps} | held-out loss {loss:.4f}")
+        self.say(step, f"held-out loss {loss:.4f}")
         self.draw()
 
-    def draw(self):
+    def draw(self) -> None:
+        """Draw loss.png anew."""
         self.drawn = time.monotonic()
-        if self.is_rank0:
-            try:
-                draw_curves(
-                    self.out / "loss.png",
-                    f"stage {self.stage}",
-                    self.train,
-                    self.held_out,
-                )
-            except OSError as error:  # a picture is not worth a run
-                print0(f"loss.png was not drawn: {one_line(error)}")
+        if not self.is_rank0:
+            return
+        try:
+            draw_curves(self.out / "loss.png", f"stage {self.stage}", self.train, self.held_out)
+        except OSError as error:  # a picture is not worth a run
+            print0(f"loss.png was not drawn: {one_line(error)}")
 
-    def close(self):
+    def close(self) -> None:
         self.draw()
         self.bar.close()
         if self.board:
             self.board.close()
 
 
+# --- 3. held out ----------------------------------------------------------------------------------
+# in: the model, a held-out file; out: its loss, answers in samples.jsonl
+
+
+def drop_gathered(model: Qilin) -> None:
+    """After a forward without backward the root keeps its parameters whole (and blocks that stay
+    gathered keep theirs): free them."""
+    assert isinstance(model, FSDPModule), "training shards its model"
+    model.reshard()
+
+
 @torch.no_grad()
 def held_out_loss(
     model: Qilin, dataset: Dialogs, micro_batch_size: int, device: torch.device
 ) -> float | None:
-    """Held-out loss: mean over all labelled tokens of the file whose pictures decode; None where there is none. Every rank takes its share and as many
-    forward passes. ValueError, on all ranks, when a row can no longer be read."""
+    """Held-out loss: mean over all labelled tokens of the file whose pictures decode; None where
+    there is none.
+
+    Every rank takes its share and as many forward passes. ValueError, on all ranks, when a row can
+    no longer be read.
+    """
     model.eval()
-    totals = {"ce_sum": 0.0, "targets": 0, "grey": 0}
+    totals = {"ce_sum": 0.0, "targets": 0.0, "grey": 0.0}
     order = np.argsort(-dataset.lengths, kind="stable").tolist()
     micro_batches = cut_batch(order, dist.get_rank(), dist.get_world_size(), micro_batch_size)
     for batch in load_ahead(dataset, micro_batches, 0):
-        if error := agree(check_batches, [batch])[1]:
-            model.reshard()
-            raise ValueError(error.line)
+        _, failure = agree(check_batches, [batch])
+        if failure:
+            drop_gathered(model)
+            raise ValueError(failure.line)
         totals["ce_sum"] += float(model(**to_device(batch, device), reduction="sum"))
-        for name in ("targets", "grey"):
-            totals[name] += count([batch])[name]
-    model.reshard()  # after a forward without backward the root keeps its parameters whole (and blocks that stay gathered keep theirs)
+        counted = count([batch])
+        totals["targets"] += counted["targets"]
+        totals["grey"] += counted["grey"]
+    drop_gathered(model)
     model.train()
     totals = sum_over_ranks(totals, device)
     if totals["grey"]:
         print0(f"    {int(totals['grey'])} held-out samples without their picture are left out")
-    return totals["ce_sum"] / totals["targets"] if totals["targets"] else None
+    if not totals["targets"]:
+        return None
+    return totals["ce_sum"] / totals["targets"]
+
+
+def pick_held_out(dataset: Dialogs, n: int) -> tuple[list[dict], list[torch.Tensor]]:
+    """(n rows, the same each time; the pictures of their first questions, grey where a file is
+    gone)."""
+    rows = []
+    pictures = []
+    for i in np.random.default_rng(0).permutation(len(dataset))[:n]:
+        row = dataset.row(i)
+        n_pictures = count_images(row["conversations"][:1])
+        found, _ = dataset.pictures(row, n_pictures)
+        rows.append(row)
+        pictures += found
+    return rows, pictures
 
 
 def answer_held_out(
@@ -308,59 +433,68 @@ def answer_held_out(
     out: Path,
     device: torch.device,
 ) -> None:
-    """Greedy answers to the first questions of some held-out rows, the same each time, into samples.jsonl. All ranks answer all and step together."""
-
-    def read():
-        rows = [
-            dataset.row(i) for i in np.random.default_rng(0).permutation(len(dataset))[:n_samples]
-        ]
-        return rows, [
-            picture
-            for row in rows
-            for picture in dataset.pictures(row, count_images(row["conversations"][:1]))[0]
-        ]  # grey where a file is gone
-
-    (rows, pictures), error = agree(read)
-    if error:
-        raise ValueError(error.line)
+    """Greedy answers to the first questions of some held-out rows, the same each time, into
+    samples.jsonl. All ranks answer all and step together."""
+    picked, failure = agree(pick_held_out, dataset, n_samples)
+    if failure:
+        raise ValueError(failure.line)
+    rows, pictures = picked
     if not rows:
         return
-    model.eval()
-    questions = [row["conversations"][:1] for row in rows]
-    prompts = [
-        encode_prompt(question, dataset.tokenizer, dataset.n_image_tokens, template)
-        for question in questions
-    ]
+    prompts = []
+    for row in rows:
+        question = row["conversations"][:1]
+        prompts.append(encode_prompt(question, dataset.tokenizer, dataset.n_image_tokens, template))
     pixels = torch.stack(pictures) if pictures else None
 
-    def all_ended(
-        ended,
-    ):  # a rank that stopped alone would leave the others waiting in an all-gather
-        return sum_over_ranks({"going on": float(not all(ended))}, device)["going on"] == 0
+    def all_ended(ended):
+        # a rank that stopped alone would leave the others waiting in an all-gather
+        is_going_on = float(not all(ended))
+        return sum_over_ranks({"going on": is_going_on}, device)["going on"] == 0
 
+    model.eval()
     answers = answer_ids(model, prompts, pixels, max_new_tokens=64, stop=all_ended)
-    model.reshard()
+    drop_gathered(model)
     model.train()
     if dist.get_rank() == 0:
-        with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
-            for row, answer in zip(rows, answers):
-                question, truth = row["conversations"][0]["value"], row["conversations"][1]["value"]
-                file.write(
-                    json.dumps(
-                        {
-                            "step": step,
-                            "id": row.get("id"),
-                            "question": question,
-                            "answer": dataset.tokenizer.decode(answer),
-                            "truth": truth,
-                        },
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
-                print0(
-                    f"    {question.replace('<image>', '').strip()}  ->  {dataset.tokenizer.decode(answer)}  (truth: {truth})"
-                )
+        write_answers(
+            out / "samples.jsonl", step, rows, list(map(dataset.tokenizer.decode, answers))
+        )
+
+
+def write_answers(path: Path, step: int, rows: list[dict], answers: list[str]) -> None:
+    """Add answers to held-out questions to samples.jsonl, and print them."""
+    with open(path, "a", encoding="utf-8") as file:
+        for row, answer in zip(rows, answers, strict=True):
+            question = row["conversations"][0]["value"]
+            truth = row["conversations"][1]["value"]
+            entry = {
+                "step": step,
+                "id": row.get("id"),
+                "question": question,
+                "answer": answer,
+                "truth": truth,
+            }
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            asked = question.replace("<image>", "").strip()
+            print0(f"    {asked}  ->  {answer}  (truth: {truth})")
+
+
+# --- 4. run.json ----------------------------------------------------------------------------------
+
+
+def git_commit() -> str | None:
+    """The commit of this code, where it lies in a git repository."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
 
 
 def write_run_json(
@@ -371,34 +505,24 @@ def write_run_json(
     data: dict[str, str],
     start: int,
 ) -> None:
-    """run.json: what was run, with what, on what. data: sha256 of each file; n_params: all, and those trained."""
-    try:
-        commit = (
-            subprocess.run(
-                ["git", "rev-parse", "HEAD"],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-            ).stdout.strip()
-            or None
-        )
-    except OSError:  # no git on this machine
-        commit = None
-    write_json(
-        out / "run.json",
-        {
-            "command": sys.argv,
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()},
-            "commit": commit,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
-            "world_size": dist.get_world_size(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "parameters": n_params,
-            "started_at_step": start,
-            "data": data,
+    """run.json: what was run, with what, on what. n_params: all, and those trained; data: sha256 of
+    each file."""
+    described = {}
+    for name, value in arguments.items():
+        described[name] = str(value) if isinstance(value, Path) else value
+    content = {
+        "command": sys.argv,
+        "arguments": described,
+        "commit": git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
         },
-    )
+        "world_size": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "parameters": n_params,
+        "started_at_step": start,
+        "data": data,
+    }
+    write_json(out / "run.json", content)

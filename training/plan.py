@@ -545,46 +545,73 @@ def changes_that_fit(
     return found
 
 
-def planned_config(
-    model: str | None,
-    llm: str | None,
-    vision: str | None,
-    *,
-    projector_type: str,
-    size: str,
-    default_weights: dict[str, str],
-) -> tuple[QilinConfig, str]:
-    """(config, what it comes from): of the weights, or the paper's where a default folder is not
-    there."""
-    if model:
-        return read_checkpoint(model).config, f"sizes of {model}"
+@dataclass
+class PlannedWeights:
+    """What train.py's options say of the weights; a default folder that is not there has the
+    paper's sizes."""
+
+    model: str | None
+    llm: str | None
+    vision: str | None
+    projector_type: str
+    size: str  # of LLAMA_SIZES, where there are no weights
+    defaults: dict[str, str]  # folders of llm and vision
+
+
+@dataclass
+class PlannedData:
+    """What train.py's options say of the data; where the default is not there it is like the
+    paper's."""
+
+    files: list[str]
+    is_default: bool
+    max_length: int
+    open_dialogs: Callable[[list[str], Tokenizer, QilinConfig], Dialogs]
+
+
+def planned_config(weights: PlannedWeights) -> tuple[QilinConfig, str]:
+    """(config, what it comes from)."""
+    if weights.model:
+        return read_checkpoint(weights.model).config, f"sizes of {weights.model}"
+    llm = weights.llm
+    vision = weights.vision
     assert llm and vision, "the options name them where there is no --model"
-    if llm == default_weights["llm"] and not Path(llm).exists():
-        text = LLAMA_SIZES[size]
-        where = f"no weights at {llm}: sizes of LLaMA-2 {size}"
+    if llm == weights.defaults["llm"] and not Path(llm).exists():
+        text = LLAMA_SIZES[weights.size]
+        where = f"no weights at {llm}: sizes of LLaMA-2 {weights.size}"
     else:
         text = text_config(*folder_config(llm))
         where = f"sizes of {llm}"
-    if vision == default_weights["vision"] and not Path(vision).exists():
+    if vision == weights.defaults["vision"] and not Path(vision).exists():
         tower = PAPER_TOWER
     else:
         tower = vision_config(*folder_config(vision))
-    return QilinConfig(text, tower, projector_type), where
+    return QilinConfig(text, tower, weights.projector_type), where
+
+
+def planned_samples(
+    stage: int, data: PlannedData, weights: PlannedWeights, config: QilinConfig
+) -> Samples:
+    """The samples of the data, or the paper's; ValueError when max_length leaves none."""
+    if data.is_default and not all(map(os.path.exists, data.files)):
+        samples = paper_samples(stage, config.n_image_tokens, data.max_length, data.files[0])
+    else:
+        tokenizer = together(Tokenizer, weights.llm or weights.model)
+        dialogs = data.open_dialogs(data.files, tokenizer, config)
+        source = f"lengths of {', '.join(data.files)}"
+        samples = Samples(dialogs.lengths, dialogs.n_labels, dialogs.n_pictures, source)
+    if not len(samples.lengths):
+        raise ValueError(
+            f"no sample is left of which --max-length {data.max_length} leaves a label"
+        )
+    return samples
 
 
 def run_plan(
     *,
     stage: int,
-    model: str | None,
-    llm: str | None,
-    vision: str | None,
-    projector_type: str,
-    default_weights: dict[str, str],
-    size: str,
-    data: list[str],
-    is_default_data: bool,
-    open_dialogs: Callable[[list[str], Tokenizer, QilinConfig], Dialogs],
-    max_length: int,
+    weights: PlannedWeights,
+    data: PlannedData,
     trained: tuple[str, ...],
     lighter: tuple[str, ...] | None,
     lora: int,
@@ -601,30 +628,16 @@ def run_plan(
 ) -> None:
     """--plan: what there is of weights and data, and the paper's figures for the rest.
 
-    size: of LLAMA_SIZES, where there are no weights; most: the largest micro-batch to choose;
-    lighter: what --lora would train when this does not fit, None where it is no choice.
+    most: the largest micro-batch to choose; lighter: what --lora would train when this does not
+    fit, None where it is no choice.
     """
-    config, where = planned_config(
-        model,
-        llm,
-        vision,
-        projector_type=projector_type,
-        size=size,
-        default_weights=default_weights,
-    )
-    if is_default_data and not all(map(os.path.exists, data)):
-        samples = paper_samples(stage, config.n_image_tokens, max_length, missing=data[0])
-    else:
-        dialogs = open_dialogs(data, together(Tokenizer, llm or model), config)
-        source = f"lengths of {', '.join(data)}"
-        samples = Samples(dialogs.lengths, dialogs.n_labels, dialogs.n_pictures, source)
-    lengths = samples.lengths
-    if not len(lengths):
-        raise ValueError(f"no sample is left of which --max-length {max_length} leaves a label")
+    config, where = planned_config(weights)
+    samples = planned_samples(stage, data, weights, config)
     if machine.world_size % machine.replicate:
         raise ValueError(
             f"--replicate {machine.replicate} does not divide {machine.world_size} GPUs"
         )
+    lengths = samples.lengths
     sizes = count_sizes(config, trained, lora, quantize)
     batches = all_batches(
         lengths, batch_size=batch_size, epochs=epochs, seed=seed, max_steps=max_steps
