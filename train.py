@@ -956,6 +956,7 @@ def main():
 
             return run_plan(
                 stage=args.stage,
+                export=STAGES[args.stage].export,
                 weights=PlannedWeights(
                     model=args.model,
                     llm=args.llm,
@@ -967,6 +968,7 @@ def main():
                 data=PlannedData(
                     files=args.data,
                     is_default=args.is_default_data,
+                    table=STAGES[args.stage].table,
                     max_length=args.max_length,
                     open_dialogs=open_dialogs,
                 ),

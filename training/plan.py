@@ -287,11 +287,11 @@ def draw_lengths(rng: np.random.Generator, kinds: tuple[Texts, ...]) -> np.ndarr
     return np.concatenate(drawn)
 
 
-def paper_lengths(stage: int, n_image_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(lengths, labels) in tokens of samples like the paper's, int64 (n,): captions in stage 1,
-    questions and answers in stage 2."""
+def paper_lengths(table: int, n_image_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths, labels) in tokens of samples like the paper's, int64 (n,): captions by its Table 1,
+    questions and answers by Table 2."""
     rng = np.random.default_rng(seed)
-    if stage == 1:
+    if table == 1:
         labels = draw_lengths(rng, CAPTIONS)
         return n_image_tokens + PROMPT + labels, labels
     labels = draw_lengths(rng, ANSWERS)
@@ -299,16 +299,16 @@ def paper_lengths(stage: int, n_image_tokens: int, seed: int = 0) -> tuple[np.nd
     return n_image_tokens + PROMPT + questions + labels, labels
 
 
-def paper_samples(stage: int, n_image_tokens: int, max_length: int, missing: str) -> Samples:
+def paper_samples(table: int, n_image_tokens: int, max_length: int, missing: str) -> Samples:
     """Samples like the paper's, each with a picture and cut at max_length, which leaves them a
     label. missing: the data that is not there."""
-    lengths, labels = paper_lengths(stage, n_image_tokens)
+    lengths, labels = paper_lengths(table, n_image_tokens)
     n_over = np.maximum(lengths - max_length, 0)
     lengths = lengths - n_over
     labels = labels - n_over
     lengths = lengths[labels > 0]
     labels = labels[labels > 0]
-    source = f"no data at {missing}: lengths drawn by the paper's Table {stage}"
+    source = f"no data at {missing}: lengths drawn by the paper's Table {table}"
     return Samples(lengths, labels, np.ones_like(lengths), source)
 
 
@@ -328,6 +328,7 @@ class Plan:
     batches: list[list[int]]  # all global batches of the run
     fit: Fit | None
     would_fit: list[str]  # changes to make if it does not
+    export: str  # of FINAL_FILES: what is kept in the end
     keep: int  # checkpoints kept
 
     @property
@@ -481,8 +482,7 @@ def disk_line(plan: Plan) -> str:
     """Checkpoints and final weights on disk, and what writing one takes of the host's memory."""
     sizes = plan.sizes
     one = 12 * sizes.n_trained  # float32: the weights and both of Adam's moments
-    # a projector trained alone is exported alone
-    n_exported = sizes.projector if sizes.n_trained == sizes.projector else sizes.n_all
+    n_exported = sizes.projector if plan.export == "projector" else sizes.n_all
     final = sizes.e * n_exported
     disk = (plan.keep + 1) * one + final
     on_host = one * plan.machine.replicate
@@ -565,6 +565,7 @@ class PlannedData:
 
     files: list[str]
     is_default: bool
+    table: int  # of the paper, with the lengths of such samples
     max_length: int
     open_dialogs: Callable[[list[str], Tokenizer, QilinConfig], Dialogs]
 
@@ -589,12 +590,10 @@ def planned_config(weights: PlannedWeights) -> tuple[QilinConfig, str]:
     return QilinConfig(text, tower, weights.projector_type), where
 
 
-def planned_samples(
-    stage: int, data: PlannedData, weights: PlannedWeights, config: QilinConfig
-) -> Samples:
+def planned_samples(data: PlannedData, weights: PlannedWeights, config: QilinConfig) -> Samples:
     """The samples of the data, or the paper's; ValueError when max_length leaves none."""
     if data.is_default and not all(map(os.path.exists, data.files)):
-        samples = paper_samples(stage, config.n_image_tokens, data.max_length, data.files[0])
+        samples = paper_samples(data.table, config.n_image_tokens, data.max_length, data.files[0])
     else:
         tokenizer = together(Tokenizer, weights.llm or weights.model)
         dialogs = data.open_dialogs(data.files, tokenizer, config)
@@ -610,6 +609,7 @@ def planned_samples(
 def run_plan(
     *,
     stage: int,
+    export: str,
     weights: PlannedWeights,
     data: PlannedData,
     trained: tuple[str, ...],
@@ -632,7 +632,7 @@ def run_plan(
     fit, None where it is no choice.
     """
     config, where = planned_config(weights)
-    samples = planned_samples(stage, data, weights, config)
+    samples = planned_samples(data, weights, config)
     if machine.world_size % machine.replicate:
         raise ValueError(
             f"--replicate {machine.replicate} does not divide {machine.world_size} GPUs"
@@ -655,6 +655,7 @@ def run_plan(
         batches=batches,
         fit=fit,
         would_fit=would_fit,
+        export=export,
         keep=keep,
     )
     print("\n".join(plan_lines(plan)))
