@@ -24,7 +24,14 @@ from chimed.sources import (
     read_row,
     to_translate,
 )
-from common.endpoint import Endpoint, EndpointFailed, RequestFailed, add_endpoint_flags
+from common.endpoint import (
+    Endpoint,
+    EndpointFailed,
+    EndpointOptions,
+    RequestFailed,
+    add_endpoint_options,
+    ask_many,
+)
 from common.files import one_line
 from common.journal import Journal
 from common.options import InRange
@@ -322,50 +329,35 @@ def journal_line(task, key, i, english, chinese, reasons, by):
     }
 
 
-async def run_requests(endpoint, todo, glossary, args, bar, any_done):
+async def run_requests(endpoint, todo, glossary, attempts, bar, any_done):
     """Every row of `todo` (an iterator of (task, key, row number, english)), a few at a time; each finished one goes into its journal.
 
     -> reasons of those that are to be asked for again another time. A row that the endpoint refuses for good is finished, too: rejected."""
-    failed, refused = Counter(), []
+    failed = Counter()
+    refused = []
 
-    async def worker():
-        for (
-            task,
-            key,
-            i,
-            english,
-        ) in todo:  # one iterator, shared: the next row goes to whoever is free
-            try:
-                chinese, reasons = await translate_row(endpoint, english, glossary, args.attempts)
-            except RequestFailed as error:
-                if error.final:
-                    refused.append((task, key, i, english, one_line(error)))
-                else:
-                    failed[one_line(error)] += 1
-            else:
-                task.journal.add(
-                    journal_line(task, key, i, english, chinese, reasons, endpoint.model)
-                )
-            bar.update()
-            bar.set_postfix_str(endpoint.status())
-
-    async with endpoint.connect():
+    async def ask_row(row):
+        task, key, i, english = row
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(args.concurrency):
-                    group.create_task(worker())
-        except ExceptionGroup as errors:  # all have stopped; the first says why
-            raise errors.exceptions[0] from None
-        finally:
-            for task, key, i, english, reason in refused:
-                if endpoint.answered or any_done:
-                    task.journal.add(
-                        journal_line(
-                            task, key, i, english, {}, [f"not translated: {reason}"], endpoint.model
-                        )
-                    )
-                else:  # where nothing was ever answered, the fault is not the row's
-                    failed[reason] += 1
+            chinese, reasons = await translate_row(endpoint, english, glossary, attempts)
+        except RequestFailed as error:
+            if error.final:
+                refused.append((task, key, i, english, one_line(error)))
+            else:
+                failed[one_line(error)] += 1
+        else:
+            task.journal.add(journal_line(task, key, i, english, chinese, reasons, endpoint.model))
+
+    try:
+        await ask_many(endpoint, todo, ask_row, bar)
+    finally:
+        for task, key, i, english, reason in refused:
+            if endpoint.answered or any_done:
+                reasons = [f"not translated: {reason}"]
+                task.journal.add(journal_line(task, key, i, english, {}, reasons, endpoint.model))
+            else:
+                # where nothing was ever answered, the fault is not the row's
+                failed[reason] += 1
     return failed
 
 
@@ -406,12 +398,27 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="ask again for rows that failed the checks earlier",
     )
-    add_endpoint_flags(parser)
+    add_endpoint_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    endpoint_options = EndpointOptions(
+        base_url=args.base_url,
+        model=args.endpoint_model,
+        api_key=args.api_key,
+        yes=args.yes,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        retries=args.retries,
+        retry_delay=args.retry_delay,
+        price_in=args.price_in,
+        price_out=args.price_out,
+        extra_body=args.extra_body,
+    )
     glossary = read_glossary(args.glossary, args.encoding)
-    digest = hashlib.sha256(repr([(term.english, term.accepted) for term in glossary]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        repr([(term.english, term.accepted) for term in glossary]).encode()
+    ).hexdigest()[:16]
     columns, out = named_columns(args.own_columns), Path(args.out)
     opened = open_sources(args.raw_files, RAW, own_columns=args.own_columns, encoding=args.encoding)
     names = [records.path.name for _, records in opened]
@@ -422,13 +429,13 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     tasks = [Task(source, records, out, columns, digest) for source, records in opened]
     try:
-        return translate_files(args, tasks, glossary, digest)
+        return translate_files(args, endpoint_options, tasks, glossary, digest)
     finally:
         for task in tasks:
             task.journal.close()
 
 
-def translate_files(args, tasks, glossary, digest):
+def translate_files(args, endpoint_options, tasks, glossary, digest):
     names = [task.records.path.name for task in tasks]
     given = (
         given_translations(args.translations, tasks, args.encoding) if args.translations else None
@@ -501,7 +508,7 @@ def translate_files(args, tasks, glossary, digest):
         todo = [open_rows[task] for task in tasks]
     failed, fault, n_todo = Counter(), None, sum(map(len, todo))
     if n_todo and ask:
-        endpoint = Endpoint(args)
+        endpoint = Endpoint(endpoint_options)
         said = ", ".join(
             sorted(set().union(*(task.fields for task in tasks)), key=list(FIELDS).index)
         )
@@ -519,20 +526,13 @@ def translate_files(args, tasks, glossary, digest):
         ) as bar:
             try:
                 failed = asyncio.run(
-                    run_requests(endpoint, rows_of(todo), glossary, args, bar, bool(n_done))
+                    run_requests(
+                        endpoint, rows_of(todo), glossary, args.attempts, bar, bool(n_done)
+                    )
                 )
             except EndpointFailed as error:
                 fault = error
-        print(
-            f"{endpoint.tokens_in:,} tokens read, {endpoint.tokens_out:,} written"
-            + (f", cost {endpoint.cost:.4f}" if endpoint.cost else "")
-            + (
-                f"; retried: {', '.join(f'{reason} x {n}' for reason, n in endpoint.faults.most_common())}"
-                if endpoint.faults
-                else ""
-            ),
-            file=sys.stderr,
-        )
+        print(endpoint.summary(), file=sys.stderr)
     for task in tasks:
         task.journal.sync()
         task.journal.load(keeps_glossary)

@@ -18,7 +18,7 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +27,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.endpoint import Endpoint, EndpointFailed, add_endpoint_flags, ask_many
+from common.endpoint import (
+    Endpoint,
+    EndpointFailed,
+    EndpointOptions,
+    add_endpoint_options,
+    ask_many,
+)
 from common.files import USER_ERRORS, check_ranges, digest, digest_of, model_folder, one_line
 from common.journal import Journal
 from common.text import CJK, chinese_share
@@ -112,7 +118,7 @@ def choose(args, questions):
     return good, digests
 
 
-def read_system(text, args):
+def read_system(text, args, endpoint_options):
     """The System of one --system, its path or address looked at, nothing loaded or sent."""
     name, _, place = text.partition("=")
     name, is_url = name.strip(), place.startswith(("https://", "http://"))
@@ -128,22 +134,20 @@ def read_system(text, args):
             )  # else $OPENAI_API_KEY
             length = (
                 {}
-                if "max_completion_tokens" in args.extra_body
+                if "max_completion_tokens" in endpoint_options.extra_body
                 else {"max_tokens": args.max_new_tokens}
             )  # newer models of OpenAI know only the former
             endpoint = Endpoint(
-                argparse.Namespace(
-                    **{
-                        **vars(args),
-                        "base_url": base,
-                        "endpoint_model": model,
-                        "api_key": key,
-                        "extra_body": length | args.extra_body,
-                    }
+                replace(
+                    endpoint_options,
+                    base_url=base,
+                    model=model,
+                    api_key=key,
+                    extra_body=length | endpoint_options.extra_body,
                 )
             )
             return System(
-                name, None, endpoint, [name, endpoint.url, model, endpoint.args.extra_body]
+                name, None, endpoint, [name, endpoint.url, model, endpoint.options.extra_body]
             )
         read_checkpoint(place)
         Tokenizer(place)
@@ -163,10 +167,10 @@ def read_system(text, args):
     )
 
 
-def read_systems(args):
-    if not isinstance(args.extra_body, dict):
+def read_systems(args, endpoint_options):
+    if not isinstance(endpoint_options.extra_body, dict):
         raise ValueError("--extra-body must be a JSON object")
-    systems = [read_system(text, args) for text in args.system]
+    systems = [read_system(text, args, endpoint_options) for text in args.system]
     names = [system.name for system in systems]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--system {twice[0]}: two systems have this name")
@@ -296,6 +300,26 @@ def ask_folder(system, todo, args, keep, bar):
     return failed
 
 
+async def answer_all(endpoint, todo, messages_of, keep, bar, **options):
+    """Asks for every item of todo ({key: item}), several at once, keep(key, item, answer) as each comes. -> {key: why there is none}."""
+    failed = {}
+
+    async def ask_one(entry):
+        key, item = entry
+        try:
+            messages = await asyncio.to_thread(messages_of, item)
+            answer = await endpoint.ask(messages, **options)
+            keep(key, item, answer)
+        except EndpointFailed:
+            raise
+        except ValueError as error:
+            # this one only: it is asked again in the next run
+            failed[key] = one_line(error)
+
+    await ask_many(endpoint, todo.items(), ask_one, bar)
+    return failed
+
+
 def ask_system(system, todo, n_done, args, finished):
     """Every open question of one system. -> {key: why there is no answer}; a fault of the whole system is said, and is every question's reason."""
 
@@ -315,7 +339,7 @@ def ask_system(system, todo, n_done, args, finished):
         try:
             if system.endpoint:
                 return asyncio.run(
-                    ask_many(
+                    answer_all(
                         system.endpoint,
                         todo,
                         vision_messages,
@@ -356,7 +380,7 @@ def add_glosses(endpoint, texts, finished):
     with tqdm(total=len(keys), initial=len(keys) - len(todo), desc="gloss", disable=None) as bar:
         try:
             failed = asyncio.run(
-                ask_many(
+                answer_all(
                     endpoint,
                     todo,
                     lambda text: [
@@ -437,13 +461,27 @@ def add_compare_flags(parser):
         choices=("int8", "int4"),
         help="for folders: keep the language model in 8 or 4 bits",
     )
-    add_endpoint_flags(parser)
+    add_endpoint_options(parser)
 
 
 def compare(args, questions):
     """Asks every system every question (of testsets) and writes the page. -> 0, or 1 when a cell stayed empty."""
     check_ranges(args, n=(1, 10**6), max_new_tokens=(1, 10**6), batch_size=(1, 10**6))
-    systems, glosser = read_systems(args), Endpoint(args) if args.gloss else None
+    endpoint_options = EndpointOptions(
+        base_url=args.base_url,
+        model=args.endpoint_model,
+        api_key=args.api_key,
+        yes=args.yes,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        retries=args.retries,
+        retry_delay=args.retry_delay,
+        price_in=args.price_in,
+        price_out=args.price_out,
+        extra_body=args.extra_body,
+    )
+    systems = read_systems(args, endpoint_options)
+    glosser = Endpoint(endpoint_options) if args.gloss else None
     questions, digests = choose(args, questions)
     args.out.mkdir(parents=True, exist_ok=True)
     finished, english = (
@@ -523,16 +561,7 @@ def compare(args, questions):
         ("gloss", glosser)
     ]:
         if endpoint and endpoint.answered:
-            print(
-                f"{name}: {endpoint.tokens_in:,} tokens read, {endpoint.tokens_out:,} written"
-                + (f", cost {endpoint.cost:.4f}" if endpoint.cost else "")
-                + (
-                    f"; retried: {', '.join(f'{reason} x {n}' for reason, n in endpoint.faults.most_common())}"
-                    if endpoint.faults
-                    else ""
-                ),
-                file=sys.stderr,
-            )
+            print(f"{name}: {endpoint.summary()}", file=sys.stderr)
     if faults:
         why = ", ".join(f"{reason} ({n})" for reason, n in faults.most_common(5))
         print(
