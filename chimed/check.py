@@ -5,132 +5,237 @@ import functools
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from chimed.pictures import CACHE
-from chimed.sources import own_question
-from chimed.workers import BLOCK, add_workers_option, in_order
+from chimed.sources import has_half_pair, own_question
+from chimed.workers import BLOCK, add_workers_option, blocks_of, in_order
 from common.options import InRange
 from common.rows import BadRow, FileChanged, Records, find_rows
 from common.text import text_key
-from model_io.pixels import find_picture, open_image, picture_names
-from model_io.tokens import Tokenizer, check_conversation, encode_conversation
-from qilin_min import IMAGE_TOKEN
+from model_io.pixels import BadPicture, find_picture, open_image, picture_names
+from model_io.tokens import BadDialog, Tokenizer, check_conversation, encode_conversation
+
+# --- 1. one row: what is wrong with it ------------------------------------------------------------
 
 
-def picture_problem(path):
-    """What is wrong with a picture file, or None: "picture is a decompression bomb", "picture does not decode"."""
-    try:
-        open_image(path)
-    except ValueError as error:
-        return (
-            "picture is a decompression bomb" if "bomb" in str(error) else "picture does not decode"
-        )
-    return None
+@dataclass(frozen=True)
+class Rules:
+    """What a row must keep to."""
+
+    root: str  # the folder of the pictures, a real path
+    max_characters: int  # of one turn
+    max_length: int  # tokens of a dialog, pictures included
+    n_image_tokens: int  # of a picture
+    tokenizer: Tokenizer | None  # None: tokens are not counted
 
 
-known_problem = functools.lru_cache(CACHE)(picture_problem)
-
-
-def row_problems(row, root, options, tokenizer=None):
+def row_problems(row: Any, rules: Rules) -> list[str]:
     """The problems of one parsed row, each a few words; [] when it is fit to train on."""
-    problems = []
     if not isinstance(row, dict):
         return ["row is no object"]
-    try:
-        check_conversation(row.get("conversations"))
-    except ValueError as error:
-        text = str(error)
-        problems.append(
-            "answer is empty"
-            if "empty answer" in text
-            else "question is empty"
-            if "empty question" in text
-            else f"{IMAGE_TOKEN} in an answer"
-            if "is an answer that" in text
-            else "no dialog"
-        )
-    if not problems:
-        try:
-            names = picture_names(row)
-        except ValueError as error:
-            problems.append(
-                "image is no name"
-                if "neither" in str(error)
-                else f"{IMAGE_TOKEN} and pictures do not agree"
-            )
-            names = []
-        if problems == [] and len(row["conversations"]) % 2:
-            problems.append("last question has no answer")
-        for name in names:
-            try:
-                path, _ = find_picture([name], (root,))
-                problem = known_problem(path)
-            except BadRow as error:
-                problem = str(error)
-            problems += [problem] if problem and problem not in problems else []
-        texts = [turn["value"] for turn in row["conversations"]]
-        if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
-            problems.append("text is not valid Unicode")
-        if any(len(text) > options["max_characters"] for text in texts):
-            problems.append(f"text longer than {options['max_characters']} characters")
-        if tokenizer and not problems:
-            n = len(
-                encode_conversation(
-                    row["conversations"], tokenizer, options["n_image_tokens"], max_length=10**9
-                )[0]
-            )
-            problems += (
-                [f"longer than {options['max_length']} tokens"] if n > options["max_length"] else []
-            )
+    problems = dialog_problems(row, rules)
     if not isinstance(row.get("id", ""), (str, int)):
         problems.append("id is no name")
     return problems
 
 
-def content_key(row):
-    """A key of a row's pictures, questions and answers, the prompts around them left out: they are drawn anew for each row."""
-    turns = row.get("conversations") if isinstance(row.get("conversations"), list) else []
-    texts = [str(turn.get("value")) if isinstance(turn, dict) else str(turn) for turn in turns]
-    return text_key(
-        json.dumps(row.get("image")),
-        *(own_question(text) if i % 2 == 0 else text for i, text in enumerate(texts)),
+def dialog_problems(row: dict, rules: Rules) -> list[str]:
+    """What is wrong with the turns of a row and with its pictures."""
+    conversation = row.get("conversations")
+    try:
+        check_conversation(conversation)
+    except BadDialog as error:
+        return [error.kind]
+    problems = picture_problems(row, rules.root)
+    texts = [turn["value"] for turn in conversation]
+    if any(has_half_pair(text) for text in texts):
+        problems.append("text is not valid Unicode")
+    if any(len(text) > rules.max_characters for text in texts):
+        problems.append(f"text longer than {rules.max_characters} characters")
+    if problems or rules.tokenizer is None:
+        return problems
+    input_ids, _ = encode_conversation(
+        conversation, rules.tokenizer, rules.n_image_tokens, max_length=10**9
     )
+    if len(input_ids) > rules.max_length:
+        problems.append(f"longer than {rules.max_length} tokens")
+    return problems
 
 
-def check_block(shared, start, stop):
-    """[(problems, id key or 0, content key or 0)] of rows start to stop."""
-    rows, root, options, tokenizer = shared
-    found = []
-    for i in range(start, stop):
+def picture_problems(row: dict, root: str) -> list[str]:
+    """What is wrong with the pictures of a row whose turns are fit, and with its last turn: where
+    pictures and turns do not agree, that alone is said."""
+    try:
+        names = picture_names(row)
+    except BadDialog as error:
+        return [error.kind]
+    problems = []
+    if len(row["conversations"]) % 2:
+        problems.append("last question has no answer")
+    for name in names:
         try:
-            row = rows[i]
-        except FileChanged:
-            raise
-        except ValueError:
-            found.append((["not JSON"], 0, 0))
-            continue
-        problems = row_problems(row, root, options, tokenizer)
-        keyed = isinstance(row, dict)
-        found.append(
-            (
-                problems,
-                text_key(str(row["id"])) if keyed and row.get("id") not in (None, "") else 0,
-                content_key(row) if keyed else 0,
-            )
-        )
-    return found
+            path, _ = find_picture([name], (root,))
+            problem = file_problem(path)
+        except BadRow as error:
+            problem = str(error)
+        if problem and problem not in problems:
+            problems.append(problem)
+    return problems
 
 
-def repeated(keys):
+@functools.lru_cache(CACHE)
+def file_problem(path: Path) -> str:
+    """What is wrong with a picture file, or "": "picture is a decompression bomb", "picture does
+    not decode"."""
+    try:
+        open_image(path)
+    except BadPicture as error:
+        return error.kind
+    return ""
+
+
+# --- 2. all rows: by several processes, and what is in the file twice -----------------------------
+
+
+class Finding(NamedTuple):
+    """What was found in a row."""
+
+    problems: list[str]
+    id_key: int = 0  # of its id; 0 without
+    content_key: int = 0  # of what it says; 0 where it is no object
+
+
+class Job(NamedTuple):
+    """What the processes share."""
+
+    rows: Records
+    rules: Rules
+
+
+def check_block(job: Job, start: int, stop: int) -> list[Finding]:
+    """What was found in rows start to stop."""
+    return [check_row(job.rows, i, job.rules) for i in range(start, stop)]
+
+
+def check_row(rows: Records, i: int, rules: Rules) -> Finding:
+    """What was found in row i. FileChanged."""
+    try:
+        row = rows[i]
+    except FileChanged:
+        raise
+    except ValueError:
+        return Finding(["not JSON"])
+    problems = row_problems(row, rules)
+    if not isinstance(row, dict):
+        return Finding(problems)
+    id_key = 0
+    if row.get("id") not in (None, ""):
+        id_key = text_key(str(row["id"]))
+    return Finding(problems, id_key, key_of_content(row))
+
+
+def key_of_content(row: dict) -> int:
+    """A key of a row's pictures, questions and answers, the prompts around them left out: they are
+    drawn anew for each row."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        turns = []
+    texts = []
+    for i, turn in enumerate(turns):
+        text = str(turn.get("value")) if isinstance(turn, dict) else str(turn)
+        if i % 2 == 0:
+            text = own_question(text)
+        texts.append(text)
+    return text_key(json.dumps(row.get("image")), *texts)
+
+
+def repeated(keys: np.ndarray) -> np.ndarray:
     """bool a row: an earlier row has the same key (0 is none)."""
-    first = np.unique(keys, return_index=True)[1]
+    _, first = np.unique(keys, return_index=True)
     again = np.ones(len(keys), dtype=bool)
     again[first] = False
     return again & (keys != 0)
+
+
+def find_problems(rows: Records, rules: Rules, workers: int) -> dict[int, list[str]]:
+    """{row: its problems} of the rows that have any."""
+    problems = {}
+    ids = np.zeros(len(rows), dtype=np.uint64)
+    contents = np.zeros(len(rows), dtype=np.uint64)
+    tasks = list(blocks_of(len(rows), BLOCK // 10))
+    results = in_order(check_block, tasks, workers, Job(rows, rules))
+    with tqdm(total=len(rows), desc="checking", unit=" rows", disable=None) as bar:
+        for (start, stop), findings in zip(tasks, results, strict=True):
+            for i, finding in enumerate(findings, start):
+                ids[i] = finding.id_key
+                contents[i] = finding.content_key
+                if finding.problems:
+                    problems[i] = finding.problems
+            bar.update(stop - start)
+    for name, keys in (("duplicate id", ids), ("duplicate content", contents)):
+        for i in np.flatnonzero(repeated(keys)):
+            problems.setdefault(int(i), []).append(name)
+    return problems
+
+
+# --- 3. what is written ---------------------------------------------------------------------------
+
+
+def raw_rows(rows: Records, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of some rows, in one go through the file."""
+    with open(rows.path, "rb") as file:
+        for i in numbers:
+            start, stop = (int(n) for n in rows.ranges[i])
+            file.seek(start)
+            yield i, file.read(stop - start)
+
+
+def write_bad(rows: Records, problems: dict[int, list[str]], target: Path) -> None:
+    """The rows with problems, each a line that names them; without any no file is left."""
+    partial = target.with_name(target.name + ".partial")
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+        for i, raw in raw_rows(rows, sorted(problems)):
+            try:
+                content = json.loads(raw)
+            except (ValueError, RecursionError):
+                content = raw.decode("utf-8", "replace").strip()
+            line = {"row": i, "problems": problems[i], "content": content}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if problems:
+        partial.replace(target)
+    else:
+        partial.unlink()
+        # of an earlier check
+        target.unlink(missing_ok=True)
+
+
+def write_clean(rows: Records, problems: dict[int, list[str]], target: Path) -> None:
+    """The rows without problems, byte for byte, in the form of the file."""
+    partial = target.with_name(target.name + ".partial")
+    fit = (i for i in range(len(rows)) if i not in problems)
+    texts = (raw.strip() for _, raw in raw_rows(rows, fit))
+    with open(partial, "wb") as out:
+        if rows.path.suffix == ".jsonl":
+            for text in texts:
+                out.write(text + b"\n")
+        else:
+            out.write(b"[\n")
+            separator = b""
+            for text in texts:
+                out.write(separator + text)
+                separator = b",\n"
+            out.write(b"\n]\n")
+    partial.replace(target)
+
+
+# --- 4. command -----------------------------------------------------------------------------------
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -180,90 +285,48 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add_workers_option(parser, "processes (default %(default)s)")
 
 
+def check_paths(file: str, bad: str, fix: str | None) -> None:
+    """ValueError where one file would be written over another, or a fixed one would have another
+    form."""
+    paths = [file, bad]
+    if fix:
+        paths.append(fix)
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ValueError("the file checked, --bad and --fix must be three different files")
+    suffix = Path(file).suffix
+    if fix and Path(fix).suffix != suffix:
+        raise ValueError(f"--fix {fix}: must end in {suffix}, as the file checked does")
+
+
 def run(args: argparse.Namespace) -> int:
     if not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
-    bad = Path(args.bad or f"{args.file}.bad.jsonl")
-    if len(
-        {path.resolve() for path in (bad, Path(args.file), *([Path(args.fix)] if args.fix else []))}
-    ) < (3 if args.fix else 2):
-        raise ValueError("the file checked, --bad and --fix must be three different files")
-    if args.fix and Path(args.fix).suffix != Path(args.file).suffix:
-        raise ValueError(
-            f"--fix {args.fix}: must end in {Path(args.file).suffix}, as the file checked does"
-        )
+    bad = args.bad or f"{args.file}.bad.jsonl"
+    check_paths(args.file, bad, args.fix)
     rows = Records(args.file, ranges=find_rows(args.file))
     if not len(rows):
         raise ValueError(f"{args.file}: it has no rows")
-    known_problem.cache_clear()
-    shared = (
-        rows,
-        os.path.realpath(args.images),
-        vars(args),
-        Tokenizer(args.tokenizer) if args.tokenizer else None,
+    # what an earlier check of this process saw may have changed
+    file_problem.cache_clear()
+    rules = Rules(
+        root=os.path.realpath(args.images),
+        max_characters=args.max_characters,
+        max_length=args.max_length,
+        n_image_tokens=args.n_image_tokens,
+        tokenizer=Tokenizer(args.tokenizer) if args.tokenizer else None,
     )
-    problems, ids, contents = (
-        {},
-        np.zeros(len(rows), dtype=np.uint64),
-        np.zeros(len(rows), dtype=np.uint64),
-    )
-    tasks = [
-        (start, min(start + BLOCK // 10, len(rows))) for start in range(0, len(rows), BLOCK // 10)
-    ]
-    with tqdm(total=len(rows), desc="checking", unit=" rows", disable=None) as bar:
-        for (start, stop), found in zip(tasks, in_order(check_block, tasks, args.workers, shared)):
-            for i, (wrong, id_key, content_key) in enumerate(found, start):
-                ids[i], contents[i] = id_key, content_key
-                if wrong:
-                    problems[i] = wrong
-            bar.update(stop - start)
-    for name, again in (("duplicate id", repeated(ids)), ("duplicate content", repeated(contents))):
-        for i in np.flatnonzero(again):
-            problems.setdefault(int(i), []).append(name)
-    partial = bad.with_name(bad.name + ".partial")
-    with (
-        open(partial, "w", encoding="utf-8", errors="backslashreplace") as file,
-        open(args.file, "rb") as source,
-    ):
-        for i in sorted(problems):
-            source.seek(int(rows.ranges[i, 0]))
-            raw = source.read(int(rows.ranges[i, 1] - rows.ranges[i, 0]))
-            try:
-                row = json.loads(raw)
-            except (ValueError, RecursionError):
-                row = raw.decode("utf-8", "replace").strip()
-            file.write(
-                json.dumps({"row": i, "problems": problems[i], "content": row}, ensure_ascii=False)
-                + "\n"
-            )
-    if problems:
-        partial.replace(bad)
-    else:
-        partial.unlink()
-        bad.unlink(missing_ok=True)  # of an earlier check
-    counts = Counter(problem for wrong in problems.values() for problem in wrong)
-    print(f"{args.file}: {len(rows):,} rows, {len(rows) - len(problems):,} fit to train on")
+    problems = find_problems(rows, rules, args.workers)
+    write_bad(rows, problems, Path(bad))
+    n_fit = len(rows) - len(problems)
+    counts = Counter()
+    for named in problems.values():
+        counts.update(named)
+    print(f"{args.file}: {len(rows):,} rows, {n_fit:,} fit to train on")
     for problem, n in counts.most_common():
         print(f"  {problem}: {n:,}")
     if problems:
-        print(f"the rows with problems: {bad}")
+        print(f"the rows with problems: {Path(bad)}")
     if args.fix:
-        write_clean(args.file, rows, problems, Path(args.fix))
-        print(f"the rows without: {args.fix} ({len(rows) - len(problems):,})")
+        write_clean(rows, problems, Path(args.fix))
+        print(f"the rows without: {args.fix} ({n_fit:,})")
     return 1 if problems else 0
-
-
-def write_clean(path, rows, problems, target):
-    """The rows without problems, byte for byte, in the form of the file."""
-    lines, partial = Path(path).suffix == ".jsonl", target.with_name(target.name + ".partial")
-    with open(path, "rb") as source, open(partial, "wb") as out:
-        out.write(b"" if lines else b"[\n")
-        first = True
-        for i, (start, stop) in enumerate(rows.ranges):
-            if i not in problems:
-                source.seek(int(start))
-                raw = source.read(int(stop - start)).strip()
-                out.write((b"" if first or lines else b",\n") + raw + (b"\n" if lines else b""))
-                first = False
-        out.write(b"" if lines else b"\n]\n")
-    partial.replace(target)
