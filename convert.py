@@ -17,16 +17,18 @@ import torch
 
 from common.files import check_replaceable, model_folder, run_cli
 from model_io.export import save_qilin
-from model_io.load import folder_config, load_qilin, read_checkpoint
+from model_io.load import load_qilin, read_checkpoint
 from model_io.tokens import Tokenizer
+from model_io.weights import weight_files
 from qilin_min import (
     DTYPES,
     PARTS,
     Qilin,
-    WeightFiles,
     account,
     check_finite,
+    folder_config,
     part_of,
+    projector_type_of,
     text_config,
     vision_config,
 )
@@ -95,13 +97,13 @@ def memory_lines(config, total):
 def info(path):
     """Print what a folder or file holds. ValueError where it could not be loaded, as for loading itself."""
     path = model_folder(path)
-    files = WeightFiles(path)
-    stored = [name for _, name, _ in files.tensors.values()]
+    files = weight_files(path)
+    stored = [entry.name for entry in files.tensors.values()]
     dtypes = sorted({files.dtype(name) for name in files.tensors})
     n_params = {part: 0 for part in PARTS}
     for name in files.tensors:
         n_params[part_of(name)] += torch.Size(files.shape(name)).numel()
-    n_files = len({file for file, _, _ in files.tensors.values()})
+    n_files = len({entry.file for entry in files.tensors.values()})
     print(f"{path}")
     print(f"  layout      {layout_of(files, [*stored, *files.ignored])}")
     print(
@@ -161,7 +163,7 @@ def info(path):
     elif not n_params["llm"] and not n_params["vision_tower"]:
         weights = [files.shape(name) for name in sorted(files.tensors) if name.endswith("weight")]
         print(
-            f"  projector   {'linear' if len(weights) == 1 else 'mlp2x_gelu'}: {' -> '.join(map(str, [weights[0][1], *(w[0] for w in weights)]))}"
+            f"  projector   {projector_type_of(files, raw or {})}: {' -> '.join(map(str, [weights[0][1], *(w[0] for w in weights)]))}"
         )
     else:
         print("  one part of a model: give it as --llm or --vision")

@@ -1,63 +1,78 @@
-"""qilin-min: Qilin-Med-VL (arXiv 2310.17956) from scratch in PyTorch: CLIP ViT -> projector -> LLaMA-2, and what carries data in and out.
+"""qilin-min: Qilin-Med-VL (arXiv 2310.17956) from scratch in PyTorch: CLIP, projector, LLaMA-2.
 
-Read from top to bottom. Sections 2 to 4, some 310 lines, are the model; the rest carries data in and out of it:
+Read from top to bottom. It needs torch and safetensors, nothing of ours, and goes from a llava-hf
+folder and lists of ids to logits and answers; model_io/ carries texts, pictures and every other
+layout in and out of it. Sections 2 to 4 are the model:
 
-    1. constants and configuration        config.json of a checkpoint -> QilinConfig
-    2. LLaMA-2 decoder                    RMSNorm, RoPE, attention (GQA, KV cache), SwiGLU
+    1. constants and configuration        config.json of a checkpoint -> TextConfig, VisionConfig
+    2. LLaMA-2 decoder                    RMSNorm, RoPE, KV cache, attention (GQA), SwiGLU
     3. CLIP vision tower                  pixels -> features of the last block but one
-    4. Qilin                              picture features among the words; loss; logits
-    5. weights                            files of any layout -> every tensor accounted for -> the model
+    4. projector and Qilin                picture features among the words; loss; logits
+    5. weights                            files -> every tensor accounted for -> the model
     6. generation                         prompts -> answers, token by token
 
-Shapes:  B batch, T tokens (each picture already expanded to its N positions), M pictures in the batch, N patches a picture
-(576 = 24 x 24), C text width, Cv vision width, H heads, D head size, V vocabulary, L layers.
+    model = load_llava_hf("out/stage2/final")
+    for ids in generate(model, [[1, 29871, 30675]], max_new_tokens=20):
+        print(ids)
+
+Shapes:  B batch, T tokens (each picture already expanded to its N positions), M pictures in the
+batch, N patches a picture (576 = 24 x 24), C text width, Cv vision width, H heads, D head size,
+V vocabulary, L layers.
 Module attributes are the names in published checkpoints, so that loading is nearly the identity.
 """
 
-import math
+import json
 import re
-import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from common.files import one_line, read_json
+# --- 1. constants and configuration ---------------------------------------------------------------
+# in: config.json in the spelling of any release
+# out: TextConfig and VisionConfig, whose field names are those of config.json
 
-# --- 1. constants and configuration ---------------------------------------------------------------------------------
-# in: config.json in the spelling of any release; out: QilinConfig, whose field names are those of config.json
-
-IMAGE_TOKEN = "<image>"  # in a conversation: here stands a picture
-IMAGE_TOKEN_INDEX = (
-    -200
-)  # in input_ids: one patch of a picture; out of range on purpose, it must never reach embed_tokens
-IGNORE_INDEX = -100  # in labels: this position teaches nothing
+# in a conversation: here stands a picture
+IMAGE_TOKEN = "<image>"
+# in input_ids: one patch of a picture; out of range on purpose, it must never reach embed_tokens
+IMAGE_TOKEN_INDEX = -200
+# in labels: this position teaches nothing
+IGNORE_INDEX = -100
 
 
 @dataclass
 class TextConfig:
-    """Sizes of the LLaMA decoder. Defaults are those of transformers' LlamaConfig, since a config.json may omit what equals them."""
+    """Sizes of the LLaMA decoder.
+
+    Defaults are those of transformers' LlamaConfig, since a config.json may omit what equals them.
+    """
 
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int = (
-        0  # 0: as many as num_attention_heads; fewer is grouped-query attention
-    )
-    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    # 0: as many as num_attention_heads; fewer is grouped-query attention
+    num_key_value_heads: int = 0
+    # 0: hidden_size / num_attention_heads
+    head_dim: int = 0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False  # True: the output head is embed_tokens
+    # True: the output head is embed_tokens
+    tie_word_embeddings: bool = False
     bos_token_id: int = 1
-    eos_token_id: int = 2  # a list in some config.json: the first is here,
-    more_end_ids: tuple = ()  # the others here, and the tokenizer's where it differs; any of them ends an answer
+    # a list in some config.json: the first is here, the others in more_end_ids, and the tokenizer's
+    # where it differs; any of them ends an answer
+    eos_token_id: int = 2
+    more_end_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -76,101 +91,129 @@ class VisionConfig:
     patch_size: int = 32
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
-    select_layer: int = -2  # config.json: vision_feature_layer or mm_vision_select_layer
+    # config.json: vision_feature_layer or mm_vision_select_layer
+    select_layer: int = -2
 
 
 @dataclass
 class QilinConfig:
+    """Both halves, and what is between them."""
+
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
-    projector_type: str = "linear"  # "linear" (paper) | "mlp2x_gelu" (released weights)
-    n_token_ids: int = 0  # ids below this are the tokenizer's and may be generated
-    image_mode: str = "pad"  # how a picture becomes square: preprocess_image's mode
+    # a row of PROJECTORS: "linear" (paper) | "mlp2x_gelu" (released weights)
+    projector_type: str = "linear"
+    # ids below this are the tokenizer's and may be generated
+    n_token_ids: int = 0
+    # how a picture becomes square: preprocess_image's mode
+    image_mode: str = "pad"
 
     @property
-    def end_ids(self):
+    def end_ids(self) -> list[int]:
         return [self.text.eos_token_id, *self.text.more_end_ids]
 
     @property
-    def n_image_tokens(self):
+    def n_image_tokens(self) -> int:
         return (self.vision.image_size // self.vision.patch_size) ** 2
 
 
-def _fields_from(cls, raw, where, fixed):
-    """An instance of dataclass `cls` from a config.json dict; `fixed` lists the only values we implement for what we do not read."""
+def is_allowed(name: str, value: Any, kind: type) -> bool:
+    """Whether a value of config.json may stand in a field `name` of this kind."""
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    kinds = (float, int) if kind is float else (int,)
+    # True and False are ints to Python, but no sizes
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return False
+    # only ids count from 0
+    if value == 0:
+        return "_id" in name
+    # more layers than any model has would be built before a file is looked at
+    most = 1000 if name == "num_hidden_layers" else 1e9
+    return 0 < value < most
+
+
+def _fields_from(cls, raw: dict, where: Path, fixed: dict[str, list]):
+    """An instance of dataclass `cls` from a config.json dict.
+
+    fixed: of what we do not read, the only values that we implement.
+    """
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: not an object with the sizes of a model")
     for key, allowed in fixed.items():
         if raw.get(key) not in (None, *allowed):
+            choices = ", ".join(map(repr, allowed))
             raise ValueError(
-                f"{where}: {key} = {raw[key]!r} is not implemented here (only {', '.join(map(repr, allowed))})"
+                f"{where}: {key} = {raw[key]!r} is not implemented here (only {choices})"
             )
     found = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
     for name, value in found.items():
         kind = type(getattr(cls, name))
-        is_number, most = kind in (int, float), 1000 if name == "num_hidden_layers" else 1e9
-        if not isinstance(value, (float, int) if kind is float else kind) or (
-            is_number
-            and (
-                isinstance(value, bool)
-                or not 0 <= value < most
-                or (value == 0 and "_id" not in name)
-            )
-        ):
-            raise ValueError(
-                f"{where}: {name} = {value!r} is not {'a positive number' if is_number else f'a {kind.__name__}'}"
-            )
+        if not is_allowed(name, value, kind):
+            wanted = "a positive number" if kind in (int, float) else f"a {kind.__name__}"
+            raise ValueError(f"{where}: {name} = {value!r} is not {wanted}")
     config = cls(**found)
     if config.hidden_size % config.num_attention_heads and "head_dim" not in found:
         raise ValueError(
-            f"{where}: hidden_size {config.hidden_size} cannot be cut into {config.num_attention_heads} heads"
+            f"{where}: hidden_size {config.hidden_size} cannot be cut into "
+            f"{config.num_attention_heads} heads"
         )
     return config
 
 
-def text_config(raw, where):
-    """TextConfig from the dict of a LLaMA config.json. ValueError names what we do not implement (RoPE scaling, other model types)."""
-    if not isinstance(raw, dict) or not all(
-        isinstance(raw.get(key) or {}, dict) for key in ("rope_parameters", "rope_scaling")
-    ):
+def _check_rope(raw: dict, where: Path) -> None:
+    """ValueError unless positions are rotated as in LLaMA-2, without any scaling."""
+    # transformers 5 nests what older files spell rope_theta, rope_scaling
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise ValueError(f"{where}: not an object with the sizes of a language model")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key) or {}
+        for kind in (rope.get("rope_type"), rope.get("type")):
+            if kind not in (None, "default"):
+                raise ValueError(
+                    f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be "
+                    "silently wrong"
+                )
+
+
+def text_config(raw: dict, where: Path) -> TextConfig:
+    """TextConfig from the dict of a LLaMA config.json.
+
+    ValueError names what we do not implement (RoPE scaling, other model types).
+    """
+    if not isinstance(raw, dict):
         raise ValueError(f"{where}: not an object with the sizes of a language model")
-    rope = (
-        raw.get("rope_parameters") or {}
-    )  # transformers 5 nests what older files spell rope_theta, rope_scaling
-    scaling = raw.get("rope_scaling") or {}
-    for kind in [
-        d[key]
-        for d in (rope, scaling)
-        for key in ("rope_type", "type")
-        if d.get(key) not in (None, "default")
-    ]:
-        raise ValueError(
-            f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be silently wrong"
-        )
-    raw = dict(raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}))
-    first, *more = (
-        raw["eos_token_id"]
-        if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]
-        else [raw.get("eos_token_id")]
-    )
-    if not all(type(i) is int and i >= 0 for i in more):
-        raise ValueError(f"{where}: eos_token_id = {raw['eos_token_id']!r} is no list of ids")
-    raw = dict(raw, eos_token_id=first, more_end_ids=tuple(more))
+    _check_rope(raw, where)
+    sizes = dict(raw)
+    rope = raw.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        sizes["rope_theta"] = rope["rope_theta"]
+    ends = raw.get("eos_token_id")
+    if isinstance(ends, list) and ends:
+        more = ends[1:]
+        if not all(type(i) is int and i >= 0 for i in more):
+            raise ValueError(f"{where}: eos_token_id = {ends!r} is no list of ids")
+        sizes["eos_token_id"] = ends[0]
+        sizes["more_end_ids"] = tuple(more)
+    else:
+        sizes["more_end_ids"] = ()
     fixed = {
         "model_type": ["llama", "llava", "llava_llama"],
         "hidden_act": ["silu"],
         "attention_bias": [False],
         "mlp_bias": [False],
     }
-    config = _fields_from(TextConfig, raw, where, fixed)
+    config = _fields_from(TextConfig, sizes, where, fixed)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError(
-            f"{where}: {config.num_attention_heads} heads of {config.head_dim} cannot share {config.num_key_value_heads} key-value heads, or cannot be rotated in pairs"
+            f"{where}: {config.num_attention_heads} heads of {config.head_dim} cannot share "
+            f"{config.num_key_value_heads} key-value heads, or cannot be rotated in pairs"
         )
     return config
 
 
-def vision_config(raw, where):
+def vision_config(raw: dict, where: Path) -> VisionConfig:
     """VisionConfig from the dict of a CLIP config.json, with or without the text tower's half."""
     fixed = {
         "model_type": ["clip_vision_model", "clip"],
@@ -185,39 +228,40 @@ def vision_config(raw, where):
     return config
 
 
-# --- 2. LLaMA-2 decoder ---------------------------------------------------------------------------------------------
-# in: embeddings (B, T, C); out: hidden states (B, T, C). Source: arXiv 2307.09288; the layout of weights is Hugging Face's
+# --- 2. LLaMA-2 decoder ---------------------------------------------------------------------------
+# in: embeddings (B, T, C); out: hidden states (B, T, C)
+# Source: arXiv 2307.09288; the layout of weights is Hugging Face's
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean of squares taken in float32."""
 
-    def __init__(self, size, eps):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
 
-def rotary_cos_sin(position_ids, head_dim, theta):
+def rotary_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE's angles, float32 (B, 1, T, D), for int64 positions (B, T).
 
-    A function and not a buffer: a buffer would be cast with the weights (the released code rounds inv_freq to bf16)
-    and is garbage after meta-device construction. Source: RoFormer, arXiv 2104.09864, section 3.4.2, half-rotation layout.
+    A function and not a buffer: a buffer would be cast with the weights (the released code rounds
+    inv_freq to bf16) and is garbage after meta-device construction.
+    Source: RoFormer, arXiv 2104.09864, section 3.4.2, half-rotation layout.
     """
-    inv_freq = 1.0 / theta ** (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    )  # (D/2,)
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device)
+    inv_freq = 1.0 / theta ** (pairs / head_dim)  # (D/2,)
     angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
     return angles.cos(), angles.sin()
 
 
-def apply_rotary_pos_emb(x, cos, sin):
+def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, H, T, D) rotated by its position: element i is paired with element i + D/2."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
@@ -226,58 +270,78 @@ def apply_rotary_pos_emb(x, cos, sin):
 class KVCache:
     """Keys and values of all positions seen, so that a new token costs one position.
 
-    k, v (L, B, H_kv, T_max, D), allocated at the first update in that tensor's dtype. lengths int64 (B,): real tokens held, row by row, so that
-    rows of different lengths sit in one batch without left padding: a row's next token overwrites the padding behind its last.
+    k, v (L, B, H_kv, T_max, D), allocated at the first update in that tensor's dtype.
+    lengths int64 (B,): real tokens held, row by row, so that rows of different lengths sit in one
+    batch without left padding: a row's next token overwrites the padding behind its last.
     n_positions: an upper bound of lengths, a Python int (no device sync).
     """
 
-    def __init__(self, n_layers, max_length):
-        self.n_layers, self.max_length = n_layers, max_length
-        self.k = self.v = self.lengths = None
+    def __init__(self, n_layers: int, max_length: int):
+        self.n_layers = n_layers
+        self.max_length = max_length
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.lengths: Tensor | None = None
         self.n_positions = 0
 
-    def update(self, layer, k, v, position_ids):
-        """Store k, v (B, H_kv, T, D) at position_ids (B, T); -> all keys and values so far (B, H_kv, n_positions, D)."""
-        if self.k is None:
+    def update(
+        self, layer: int, k: Tensor, v: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H_kv, T, D) at position_ids (B, T).
+
+        -> all keys and values so far (B, H_kv, n_positions, D).
+        """
+        if self.k is None or self.v is None:
             shape = (self.n_layers, k.shape[0], k.shape[1], self.max_length, k.shape[3])
-            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+            self.k = k.new_zeros(shape)
+            self.v = v.new_zeros(shape)
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        self.k[layer][rows, :, position_ids] = k.transpose(
-            1, 2
-        )  # two indices around a slice select (B, T, H_kv, D)
+        # two indices around a slice select (B, T, H_kv, D)
+        self.k[layer][rows, :, position_ids] = k.transpose(1, 2)
         self.v[layer][rows, :, position_ids] = v.transpose(1, 2)
         return self.k[layer][:, :, : self.n_positions], self.v[layer][:, :, : self.n_positions]
 
-    def truncate(self, lengths):
-        """Forget all but the first lengths int64 (B,) tokens of each row: what comes next overwrites the rest."""
-        self.lengths, self.n_positions = lengths, int(lengths.max())
+    def add(self, lengths: Tensor) -> None:
+        """Count lengths int64 (B,) more tokens as real; what was stored behind them is padding."""
+        assert self.lengths is not None, "nothing is stored yet"
+        self.lengths = self.lengths + lengths
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget all but the first lengths int64 (B,) tokens of each row.
+
+        What comes next overwrites the rest.
+        """
+        self.lengths = lengths
+        self.n_positions = int(lengths.max())
 
 
 class LlamaAttention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config: TextConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer = layer
+        self.head_dim = config.head_dim
         self.is_grouped = config.num_key_value_heads != config.num_attention_heads
-        self.q_proj = nn.Linear(
-            config.hidden_size, config.num_attention_heads * config.head_dim, bias=False
-        )
-        self.k_proj = nn.Linear(
-            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
-        )
-        self.v_proj = nn.Linear(
-            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
-        )
-        self.o_proj = nn.Linear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
-        )
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x, rope, cache=None, position_ids=None, mask=None):
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        position_ids: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, H or H_kv, T, D)
-        q, k = apply_rotary_pos_emb(q, *rope), apply_rotary_pos_emb(k, *rope)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        q = apply_rotary_pos_emb(q, *rope)
+        k = apply_rotary_pos_emb(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, position_ids)  # (B, H_kv, n_positions, D)
         y = F.scaled_dot_product_attention(
@@ -287,36 +351,47 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: TextConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaDecoderLayer(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LlamaAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, rope, cache=None, position_ids=None, mask=None):
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        position_ids: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, position_ids, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build_embedding(n, size):
-    """nn.Embedding, its rows drawn uniform with nn.Embedding's own variance of 1: the normal draw alone makes torch import for a second on the meta device."""
+def build_embedding(n: int, size: int) -> nn.Embedding:
+    """nn.Embedding, its rows drawn uniform with nn.Embedding's own variance of 1.
+
+    The normal draw alone makes torch import for a second on the meta device; the weight is handed
+    over by a parameter that torch keeps private.
+    """
     return nn.Embedding(n, size, _weight=torch.empty(n, size).uniform_(-(3**0.5), 3**0.5))
 
 
 class LlamaModel(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = build_embedding(config.vocab_size, config.hidden_size)
@@ -324,13 +399,15 @@ class LlamaModel(nn.Module):
             LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.n_checkpointed = 0  # how many layers, from the first, recompute their inside in backward instead of keeping it
+        # how many layers, from the first, recompute their inside in backward instead of keeping it
+        self.n_checkpointed = 0
 
-    def forward(self, x, cache=None):
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x float (B, T, C) -> normed hidden states (B, T, C).
 
-        Attention is causal and rows are padded on the right, so that no real token ever sees padding and no mask is needed
-        (the flash kernel takes is_causal alone). With a cache that holds earlier tokens, a mask bool (B, 1, T, n_positions) replaces it.
+        Attention is causal and rows are padded on the right, so that no real token ever sees
+        padding and no mask is needed (the flash kernel takes is_causal alone). With a cache that
+        holds earlier tokens, a mask bool (B, 1, T, n_positions) replaces it.
         """
         B, T, _ = x.shape
         position_ids = torch.arange(T, device=x.device)[None]  # (1, T)
@@ -340,95 +417,102 @@ class LlamaModel(nn.Module):
             if cache.lengths is None:  # the first pass
                 cache.lengths = torch.zeros(B, dtype=torch.int64, device=x.device)
             else:
-                position_ids = (cache.lengths[:, None] + position_ids).clamp(
-                    max=cache.max_length - 1
-                )  # (B, T): a row that has ended may be full
-                mask = (
-                    torch.arange(cache.n_positions, device=x.device)
-                    <= position_ids[:, None, :, None]
-                )  # (B, 1, T, n_positions)
-        rope = tuple(
-            t.to(x.dtype)
-            for t in rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
-        )  # only the finished cos and sin are rounded
+                position_ids = cache.lengths[:, None] + position_ids  # (B, T)
+                # a row that has ended may be full
+                position_ids = position_ids.clamp(max=cache.max_length - 1)
+                held = torch.arange(cache.n_positions, device=x.device)
+                mask = held <= position_ids[:, None, :, None]  # (B, 1, T, n_positions)
+        cos, sin = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
+        # only the finished cos and sin are rounded
+        rope = (cos.to(x.dtype), sin.to(x.dtype))
         for i, layer in enumerate(self.layers):
             if i < self.n_checkpointed and torch.is_grad_enabled() and cache is None:
+                # nothing here draws, so that no state of a generator need be kept
                 x = checkpoint(
-                    layer, x, rope, use_reentrant=False, preserve_rng_state=False
-                )  # nothing here draws
+                    layer,
+                    x,
+                    rope,
+                    cache,
+                    position_ids,
+                    mask,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
                 x = layer(x, rope, cache, position_ids, mask)
         return self.norm(x)
 
 
-# --- 3. CLIP vision tower -------------------------------------------------------------------------------------------
-# in: pixels (M, 3, H, W); out: features (M, N, Cv). Source: arXiv 2103.00020; attribute names as in the files, the misspelt one too
+# --- 3. CLIP vision tower -------------------------------------------------------------------------
+# in: pixels (M, 3, H, W); out: features (M, N, Cv)
+# Source: arXiv 2103.00020; attribute names as in the files, the misspelt one too
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: VisionConfig):
         super().__init__()
+        size = config.hidden_size
         n_positions = (config.image_size // config.patch_size) ** 2 + 1
-        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.class_embedding = nn.Parameter(torch.zeros(size))
         self.patch_embedding = nn.Conv2d(
-            3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+            3, size, config.patch_size, stride=config.patch_size, bias=False
         )
-        self.position_embedding = build_embedding(n_positions, config.hidden_size)
+        self.position_embedding = build_embedding(n_positions, size)
 
-    def forward(self, pixel_values):
-        x = self.patch_embedding(
-            pixel_values.to(self.patch_embedding.weight.dtype)
-        )  # (M, Cv, h, w)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        x = self.patch_embedding(pixel_values)  # (M, Cv, h, w)
         x = x.flatten(2).transpose(1, 2)  # (M, N, Cv)
         cls = self.class_embedding.expand(x.shape[0], 1, -1)  # (M, 1, Cv)
         return torch.cat((cls, x), dim=1) + self.position_embedding.weight  # (M, N + 1, Cv)
 
 
 class CLIPAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.n_heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
-        )
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         M, T, Cv = x.shape
-        q, k, v = (
-            proj(x).view(M, T, self.n_heads, -1).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (M, H, T, D)
+        q = self.q_proj(x).view(M, T, self.n_heads, -1).transpose(1, 2)  # (M, H, T, D)
+        k = self.k_proj(x).view(M, T, self.n_heads, -1).transpose(1, 2)  # (M, H, T, D)
+        v = self.v_proj(x).view(M, T, self.n_heads, -1).transpose(1, 2)  # (M, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v)  # (M, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(M, T, Cv))  # (M, T, Cv)
 
 
 class CLIPMLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.is_quick = config.hidden_act == "quick_gelu"
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x) if self.is_quick else F.gelu(x))
+        x = x * torch.sigmoid(1.702 * x) if self.is_quick else F.gelu(x)
+        return self.fc2(x)
 
 
 class CLIPEncoderLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = CLIPAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class CLIPEncoder(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(
             CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)
@@ -436,625 +520,1002 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPVisionTower(nn.Module):
-    """CLIP's image half. Layers past select_layer and post_layernorm are held, since an export must hold them, but never computed."""
+    """CLIP's image half.
 
-    def __init__(self, config):
+    Layers past select_layer and post_layernorm are held, since an export must hold them, but never
+    computed.
+    """
+
+    def __init__(self, config: VisionConfig):
         super().__init__()
+        size = config.hidden_size
         self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps
-        )  # sic: the name in every checkpoint
+        # sic: the name in every checkpoint
+        self.pre_layrnorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.encoder = CLIPEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # hidden_states[i] is the output of block i (0: of the embeddings); -2 of 24 blocks means blocks 1 to 23
-        self.n_computed = (
-            config.select_layer
-            if config.select_layer >= 0
-            else config.num_hidden_layers + 1 + config.select_layer
-        )
+        self.post_layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        # hidden_states[i] is the output of block i (0: of the embeddings);
+        # -2 of 24 blocks means blocks 1 to 23
+        self.n_computed = config.select_layer
+        if config.select_layer < 0:
+            self.n_computed = config.num_hidden_layers + 1 + config.select_layer
 
-    def forward(self, pixel_values):
-        """pixel_values float (M, 3, H, W) normalised -> features (M, N, Cv): the class token is dropped."""
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values float (M, 3, H, W) normalised -> features (M, N, Cv).
+
+        The class token is dropped.
+        """
         x = self.pre_layrnorm(self.embeddings(pixel_values))  # (M, N + 1, Cv)
         for layer in self.encoder.layers[: self.n_computed]:
             x = layer(x)
         return x[:, 1:]  # (M, N, Cv)
 
 
-# --- 4. Qilin -------------------------------------------------------------------------------------------------------
-# in: input_ids (B, T) with IMAGE_TOKEN_INDEX at picture positions, pixels (M, 3, H, W); out: logits (B, T, V) or the loss
-
-LOSS_CHUNK = (
-    1024  # labelled positions whose logits exist at one time: 1024 x 55296 x 4 bytes = 216 MiB
-)
+# --- 4. projector and Qilin -----------------------------------------------------------------------
+# in: input_ids (B, T) with IMAGE_TOKEN_INDEX at picture positions, pixels (M, 3, H, W)
+# out: logits (B, T, V) or the loss
 
 
-def build_projector(projector_type, vision_size, text_size):
-    """The adapter of paper section 4.1: one linear layer, or the released weights' Linear, exact GELU, Linear."""
-    if projector_type == "linear":
-        return nn.Linear(vision_size, text_size)
-    if projector_type == "mlp2x_gelu":
-        return nn.Sequential(
-            nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size)
-        )
-    raise ValueError(f"projector_type {projector_type!r} is unknown: linear or mlp2x_gelu")
+@dataclass(frozen=True)
+class Projector:
+    """A row of PROJECTORS: all in which one adapter between tower and words differs from others."""
+
+    # (vision width, text width) -> the module; its attributes are the names in original LLaVA files
+    build: Callable[[int, int], nn.Module]
+    # its layers -> their names under multi_modal_projector. in a llava-hf folder;
+    # empty: no export can hold it, so that only its projector file may be trained
+    hf_layers: dict[str, str]
+    # projector_hidden_act of config.json; None: llava-hf has no word for it, the type's own name
+    # stands there, which transformers refuses, and only this project opens the folder
+    hf_activation: str | None
+    # a layer that llava-hf has and this type lacks: it goes out, and must come in, as an identity
+    hf_identity: str | None = None
 
 
-def splice_image_embeds(token_embeds, image_embeds, image_mask):
+def build_mlp2x_gelu(vision_size: int, text_size: int) -> nn.Module:
+    """The released weights' Linear, exact GELU, Linear."""
+    return nn.Sequential(
+        nn.Linear(vision_size, text_size),
+        nn.GELU(),
+        nn.Linear(text_size, text_size),
+    )
+
+
+# the adapter of paper section 4.1; a further projector is one row
+PROJECTORS = {
+    # the paper's: one linear layer. llava-hf has no linear projector: ours goes out as linear_1,
+    # and an identity as linear_2
+    "linear": Projector(
+        build=nn.Linear,
+        hf_layers={"": "linear_1"},
+        hf_activation="linear",
+        hf_identity="linear_2",
+    ),
+    "mlp2x_gelu": Projector(
+        build=build_mlp2x_gelu,
+        hf_layers={"0": "linear_1", "2": "linear_2"},
+        hf_activation="gelu",
+    ),
+}
+
+
+def projector_row(projector_type: str) -> Projector:
+    """The row of PROJECTORS; ValueError when there is none of this name."""
+    if projector_type not in PROJECTORS:
+        known = " or ".join(PROJECTORS)
+        raise ValueError(f"projector_type {projector_type!r} is unknown: {known}")
+    return PROJECTORS[projector_type]
+
+
+def splice_image_embeds(token_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor) -> Tensor:
     """Token embeddings with every picture position replaced by its patch embedding, in one step.
 
-    token_embeds (B, T, C), image_embeds (M, N, C) in reading order, image_mask bool (B, T) -> (B, T, C).
-    ValueError when image_mask marks other than M * N positions: one picture too many would shift all that follow.
+    token_embeds (B, T, C), image_embeds (M, N, C) in reading order, image_mask bool (B, T)
+    -> (B, T, C).
+    ValueError when image_mask marks other than M * N positions: one picture too many would shift
+    all that follow.
     Source: LLaVA, arXiv 2304.08485, section 4.1.
     """
-    n_places, n_patches = int(image_mask.sum()), image_embeds.shape[0] * image_embeds.shape[1]
-    if n_places != n_patches:
+    M, N, _ = image_embeds.shape
+    n_places = int(image_mask.sum())
+    if n_places != M * N:
         raise ValueError(
-            f"input_ids hold {n_places} picture positions, but the pictures give {image_embeds.shape[0]} x {image_embeds.shape[1]} patches"
+            f"input_ids hold {n_places} picture positions, but the pictures give {M} x {N} patches"
         )
-    return token_embeds.masked_scatter(
-        image_mask[..., None], image_embeds.to(token_embeds.dtype)
-    )  # (B, T, C)
+    image_embeds = image_embeds.to(token_embeds.dtype)
+    return token_embeds.masked_scatter(image_mask[..., None], image_embeds)  # (B, T, C)
+
+
+# labelled positions whose logits exist at one time: 1024 x 55296 x 4 bytes = 216 MiB
+LOSS_CHUNK = 1024
 
 
 class Qilin(nn.Module):
-    """vision_tower -> mm_projector -> model (LLaMA) -> lm_head. The tower is never trained (paper, section 4.2)."""
+    """vision_tower -> mm_projector -> model (LLaMA) -> lm_head.
 
-    def __init__(self, config):
+    The tower is never trained (paper, section 4.2).
+    """
+
+    def __init__(self, config: QilinConfig):
         super().__init__()
         self.config = config
+        size = config.text.hidden_size
         self.vision_tower = CLIPVisionTower(config.vision)
-        self.mm_projector = build_projector(
-            config.projector_type, config.vision.hidden_size, config.text.hidden_size
-        )
+        row = projector_row(config.projector_type)
+        self.mm_projector = row.build(config.vision.hidden_size, size)
         self.model = LlamaModel(config.text)
-        self.lm_head = (
-            None
-            if config.text.tie_word_embeddings
-            else nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        )
+        self.lm_head = None
+        if not config.text.tie_word_embeddings:
+            self.lm_head = nn.Linear(size, config.text.vocab_size, bias=False)
 
-    def encode_images(self, pixel_values):
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (M, 3, H, W) -> picture embeddings (M, N, C)."""
         with torch.no_grad():
             image_features = self.vision_tower(pixel_values)  # (M, N, Cv)
         weight = next(self.mm_projector.parameters())
         return self.mm_projector(image_features.to(weight.dtype))  # (M, N, C)
 
-    def logits(self, hidden):
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """input_ids (B, T) and their pictures -> what the decoder reads (B, T, C)."""
+        image_mask = input_ids == IMAGE_TOKEN_INDEX  # (B, T)
+        x = self.model.embed_tokens(input_ids.masked_fill(image_mask, 0))  # (B, T, C)
+        if pixel_values is not None and len(pixel_values):
+            return splice_image_embeds(x, self.encode_images(pixel_values), image_mask)
+        if image_mask.any():
+            raise ValueError(
+                f"input_ids hold {int(image_mask.sum())} picture positions, but there are no "
+                "pictures"
+            )
+        if self.training:
+            # under FSDP every rank must run backward through the same layers down to the projector,
+            # picture or not
+            weight = next(self.mm_projector.parameters())
+            nothing = weight.new_zeros(1, self.config.vision.hidden_size)  # (1, Cv)
+            x = x + 0.0 * self.mm_projector(nothing).to(x.dtype)  # (B, T, C)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight).float()  # (..., V)
 
     def forward(
-        self, input_ids, pixel_values=None, labels=None, reduction="mean", cache=None, lengths=None
-    ):
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        cache: KVCache | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Logits, or with labels the loss.
 
-        input_ids int64 (B, T), each picture as n_image_tokens positions of IMAGE_TOKEN_INDEX; rows padded on the right with id 0.
-        pixel_values float (M, 3, H, W): the batch's pictures in reading order, any number a row; None when there are none.
-        labels int64 (B, T), not shifted -> scalar float32: cross entropy, "mean" or "sum" over the positions whose next label counts
-        (no such position: 0, still connected to the graph). Without labels -> logits float32 (B, T, V).
-        cache: a KVCache, with lengths int64 (B,) = real tokens of each row in this call -> logits float32 (B, V) at each row's last real token.
+        input_ids int64 (B, T), each picture as n_image_tokens positions of IMAGE_TOKEN_INDEX; rows
+        padded on the right with id 0.
+        pixel_values float (M, 3, H, W): the batch's pictures in reading order, any number a row;
+        None when there are none.
+        labels int64 (B, T), not shifted -> scalar float32: cross entropy, "mean" or "sum" over the
+        positions whose next label counts (no such position: 0, still connected to the graph).
+        Without labels -> logits float32 (B, T, V).
+        cache: a KVCache, with lengths int64 (B,) = real tokens of each row in this call
+        -> logits float32 (B, V) at each row's last real token.
         ValueError when picture positions and pictures do not agree.
         """
-        image_mask = input_ids == IMAGE_TOKEN_INDEX  # (B, T)
-        x = self.model.embed_tokens(input_ids.masked_fill(image_mask, 0))  # (B, T, C)
-        if pixel_values is not None and len(pixel_values):
-            x = splice_image_embeds(x, self.encode_images(pixel_values), image_mask)
-        else:
-            if image_mask.any():
-                raise ValueError(
-                    f"input_ids hold {int(image_mask.sum())} picture positions, but there are no pictures"
-                )
-            if self.training:  # under FSDP every rank must run backward through the same layers down to the projector, picture or not
-                weight = next(self.mm_projector.parameters())
-                x = x + 0.0 * self.mm_projector(
-                    weight.new_zeros(1, self.config.vision.hidden_size)
-                ).to(x.dtype)  # (B, T, C)
+        x = self.embed(input_ids, pixel_values)  # (B, T, C)
         hidden = self.model(x, cache)  # (B, T, C)
         if cache is not None:
-            cache.lengths = cache.lengths + lengths
-            last = torch.arange(len(lengths), device=hidden.device), lengths - 1
-            return self.logits(hidden[last])  # (B, V)
+            assert lengths is not None, "a cache must be told how many tokens of each row are real"
+            cache.add(lengths)
+            rows = torch.arange(len(lengths), device=hidden.device)
+            return self.logits(hidden[rows, lengths - 1])  # (B, V)
         if labels is None:
             return self.logits(hidden)  # (B, T, V)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction {reduction!r} is unknown: mean or sum")
         return self.loss(hidden, labels, reduction)
 
-    def loss(self, hidden, labels, reduction):
-        """Cross entropy in float32 of hidden (B, T, C) against labels (B, T); logits exist only where a label does, LOSS_CHUNK at a time."""
+    def loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """Cross entropy in float32 of hidden (B, T, C) against labels (B, T).
+
+        Logits exist only where a label does, LOSS_CHUNK at a time.
+        """
         targets = labels[:, 1:]
         counts = targets != IGNORE_INDEX  # (B, T - 1)
-        hidden, targets = hidden[:, :-1][counts], targets[counts]  # (n, C), (n,)
-        total = hidden.float().sum() * 0.0  # keeps the graph when this rank has no label at all
-        for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
+        hidden = hidden[:, :-1][counts]  # (n, C)
+        targets = targets[counts]  # (n,)
+        # keeps the graph when this rank has no label at all
+        total = hidden.float().sum() * 0.0
+        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        for some_hidden, some_targets in chunks:
             # checkpoint: backward computes a chunk's logits again instead of keeping them
             total = total + checkpoint(
-                lambda h, t: F.cross_entropy(self.logits(h), t, reduction="sum"),
-                h,
-                t,
+                self.summed_loss,
+                some_hidden,
+                some_targets,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
         return total if reduction == "sum" else total / max(len(targets), 1)
 
+    def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of hidden (n, C) against targets (n,), summed."""
+        return F.cross_entropy(self.logits(hidden), targets, reduction="sum")
 
-# --- 5. weights -----------------------------------------------------------------------------------------------------
-# in: folders or files of any published layout; out: a model whose every parameter came from a named tensor
+
+# --- 5. weights -----------------------------------------------------------------------------------
+# in: a llava-hf folder, or tensors of any layout under the names of their files
+# out: a model whose every parameter came from a named tensor
 
 PARTS = ("llm", "vision_tower", "mm_projector")
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# names in files -> names here: patterns and what takes their place, tried one after the other.
+# The layers of a llava-hf projector keep theirs, which are translated by its row of PROJECTORS
+RENAMES = (
+    # peft's addition
+    (r"^base_model\.model\.", ""),
+    # llava-hf of any age; original LLaVA nests it twice
+    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),
+    # CLIP, older and as transformers 5 saves it
+    (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_tower."),
+    # llava-hf
+    (r"^(model\.)?multi_modal_projector\.", "mm_projector."),
+    # original LLaVA and the Qilin release
+    (r"^model\.mm_projector\.", "mm_projector."),
+    # llava-hf up to 4.51, and since
+    (r"^(language_model\.model|model\.language_model)\.", "model."),
+    (r"^language_model\.(?=lm_head\.)", ""),
+)
+
+# what a checkpoint may hold that no model here needs
+IGNORABLE = re.compile(
+    # computed, not stored, since transformers 4.32
+    r"rotary_emb\.inv_freq$"
+    # 0, 1, 2, … in old CLIP files
+    r"|embeddings\.position_ids$"
+    # CLIP's text half
+    r"|^text_model\.|^(text|visual)_projection\.weight$|^logit_scale$"
+)
+
+# ours -> the older llava-hf names, which every transformers reads
+HF_PREFIXES = (
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+
+def our_name(name: str) -> str | None:
+    """The name here of a tensor of a file; None when it has the form of none."""
+    for pattern, ours in RENAMES:
+        name = re.sub(pattern, ours, name)
+    if name.startswith(("vision_tower.", "mm_projector.", "model.", "lm_head.")):
+        return name
+    return None
+
+
+def part_of(name: str) -> str:
+    """The one of PARTS that a parameter (named as here) belongs to.
+
+    "lora" for an adapter, which no file holds.
+    """
+    if name.endswith((".lora_A", ".lora_B")):
+        return "lora"
+    first = name.split(".")[0]
+    return first if first in PARTS else "llm"
+
+
+def split_projector_name(name: str) -> tuple[str, str]:
+    """(layer, kind) of a projector's tensor: "mm_projector.0.weight" -> ("0", "weight")."""
+    layer, _, kind = name.removeprefix("mm_projector.").rpartition(".")
+    return layer, kind
+
+
+def hf_name(name: str, projector_type: str) -> str:
+    """The llava-hf name of one of our parameters."""
+    if part_of(name) == "mm_projector":
+        layer, kind = split_projector_name(name)
+        hf_layer = PROJECTORS[projector_type].hf_layers[layer]
+        return f"multi_modal_projector.{hf_layer}.{kind}"
+    for ours, theirs in HF_PREFIXES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"{name} is no parameter of a Qilin")
+
+
+def named_list(names: Iterable[str]) -> str:
+    """Up to ten names, and how many more."""
+    names = sorted(names)
+    shown = ", ".join(names[:10])
+    if len(names) > 10:
+        shown += f" and {len(names) - 10} more"
+    return shown
+
+
+# --- 5a. files: tensors by our names, read when asked for
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file, of which rows are read; safetensors' slice is one."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+@dataclass
+class Entry:
+    """Where a tensor lies: the file, its name there, and the handle that reads its rows."""
+
+    file: Path
+    name: str
+    stored: StoredTensor
+
+
+# safetensors' spelling of torch's
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
     "I64": "int64",
-}  # safetensors' spelling of torch's
-EMBED = "model.embed_tokens.weight"
-RENAMES = (  # names in files -> names here: patterns and what takes their place, tried one after the other
-    (r"^base_model\.model\.", ""),  # peft's addition
-    (
-        r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?",
-        "vision_tower.",
-    ),  # llava-hf of any age; original LLaVA nests it twice
-    (
-        r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)",
-        "vision_tower.",
-    ),  # CLIP, older and as transformers 5 saves it
-    (r"^(model\.)?multi_modal_projector\.linear_1\.", "mm_projector.0."),  # llava-hf
-    (r"^(model\.)?multi_modal_projector\.linear_2\.", "mm_projector.2."),
-    (r"^model\.mm_projector\.", "mm_projector."),  # original LLaVA and the Qilin release
-    (
-        r"^(language_model\.model|model\.language_model)\.",
-        "model.",
-    ),  # llava-hf up to 4.51, and since
-    (r"^language_model\.(?=lm_head\.)", ""),
-)
-IGNORABLE = re.compile(  # what a checkpoint may hold that no model here needs
-    r"rotary_emb\.inv_freq$"  # computed, not stored, since transformers 4.32
-    r"|embeddings\.position_ids$"  # 0, 1, 2, … in old CLIP files
-    r"|^text_model\.|^(text|visual)_projection\.weight$|^logit_scale$"
-)  # CLIP's text half
+}
 
 
-def our_name(name):
-    """The name here of a tensor of a file; None when it has the form of none."""
-    for pattern, ours in RENAMES:
-        name = re.sub(pattern, ours, name)
-    return (
-        name if name.startswith(("vision_tower.", "mm_projector.", "model.", "lm_head.")) else None
-    )
-
-
-def part_of(name):
-    """The one of PARTS that a parameter (named as here) belongs to; "lora" for an adapter, which no file holds."""
-    part = "lora" if name.endswith((".lora_A", ".lora_B")) else name.split(".")[0]
-    return part if part in (*PARTS, "lora") else "llm"
-
-
-def open_weights(file):
-    """[(name, tensor or slice of one)] of a .safetensors file, or of a .bin without pickled code; nothing is read before it is asked for."""
+def open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """{name: slice} of a .safetensors file; nothing is read before it is asked for."""
     try:
-        if file.suffix == ".safetensors":
-            opened = safe_open(file, framework="pt")
-            return [(name, opened.get_slice(name)) for name in opened.keys()]
-        # weights_only: no code runs; mmap, which the oldest format cannot: pages come as they are read
-        tensors = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-        if not isinstance(tensors, dict) or not all(
-            isinstance(n, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided
-            for n, t in tensors.items()
-        ):
-            raise ValueError("not a dict from names to tensors")
-        return list(tensors.items())
-    except (
-        Exception
-    ) as error:  # the readers raise many kinds for a damaged file, and each means this
-        raise ValueError(f"{file}: cannot be read as weights ({one_line(error)[:200]})") from None
+        opened = safe_open(file, framework="pt")
+        return {name: opened.get_slice(name) for name in opened.keys()}
+    # the reader raises many kinds for a damaged file, and each means this
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
 
 
 class WeightFiles:
     """The tensors of a checkpoint, by our names, read slice by slice when asked for.
 
-    path: a folder (one file, or shards with an index), or a file. tensors: our name -> (file, name in it, tensor or slice).
+    path: the folder or file that was named, for messages.
+    open_file: a file -> {name: tensor there}.
+    tensors: our name -> where it lies.
     ignored: names on the short list of what no model needs. unknown: names of no form that we know.
     """
 
-    def __init__(self, path):
-        self.path, self.tensors, self.unknown, self.ignored = Path(path), {}, [], []
-        for file in self._files():
-            for name, tensor in open_weights(file):
-                ours = our_name(name)
-                if IGNORABLE.search(name):
-                    self.ignored.append(name)
-                elif ours is None:
-                    self.unknown.append(name)
-                elif ours in self.tensors:
-                    raise ValueError(
-                        f"{file}: {name} is also in {self.tensors[ours][0].name} (as {self.tensors[ours][1]})"
-                    )
-                else:
-                    self.tensors[ours] = (file, name, tensor)
+    def __init__(
+        self,
+        path: Path,
+        files: Iterable[Path],
+        open_file: Callable[[Path], dict[str, StoredTensor]] = open_safetensors,
+    ):
+        self.path = path
+        self.tensors: dict[str, Entry] = {}
+        self.unknown: list[str] = []
+        self.ignored: list[str] = []
+        for file in files:
+            for name, stored in open_file(file).items():
+                self._add(Entry(file, name, stored))
 
-    def _files(self):
-        if self.path.is_file():
-            return [self.path]
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"no such folder or file: {self.path}")
-        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            if (self.path / index).is_file():
-                raw = read_json(self.path / index)
-                names = raw.get("weight_map") if isinstance(raw, dict) else None
-                if (
-                    not isinstance(names, dict)
-                    or not names
-                    or any(not isinstance(n, str) or n != Path(n).name for n in names.values())
-                ):
-                    raise ValueError(
-                        f"{self.path / index}: no weight_map from tensors to files beside it"
-                    )
-                files = [self.path / name for name in sorted(set(names.values()))]
-                missing = [f.name for f in files if not f.is_file()]
-                if missing:
-                    raise FileNotFoundError(
-                        f"{self.path / index} names {missing[0]}, which is not there ({len(missing)} of {len(files)} files are missing)"
-                    )
-                return files
-        for name in (
-            "model.safetensors",
-            "pytorch_model.bin",
-            "projector.safetensors",
-            "mm_projector.bin",
-        ):
-            if (self.path / name).is_file():
-                return [self.path / name]
-        raise FileNotFoundError(
-            f"no weights in {self.path}: neither model.safetensors nor pytorch_model.bin, nor an index of shards"
-        )
-
-    def shape(self, name):
-        tensor = self.tensors[name][2]
-        return tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
-
-    def dtype(self, name):
-        tensor = self.tensors[name][2]
-        return (
-            str(tensor.dtype)[6:]
-            if isinstance(tensor, torch.Tensor)
-            else DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
-        )
-
-    def rows(self, name, start=0, stop=None):
-        """Rows start:stop of a tensor, in the file's dtype, nothing else being read."""
-        return self.tensors[name][2][start:stop]
-
-
-def named_list(names):
-    """Up to ten names, and how many more."""
-    names = sorted(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def local_rows(param):
-    """(start, stop): the rows of a parameter that this rank holds. Sharded on dim 0 as torch.chunk cuts, so the last ranks may hold fewer or none."""
-    if not hasattr(param, "device_mesh"):
-        return 0, param.shape[0]
-    mesh = param.device_mesh
-    size, rank = (
-        mesh.size(mesh.ndim - 1),
-        mesh.get_local_rank(mesh.ndim - 1),
-    )  # the last dimension shards, one before it replicates
-    chunk = -(-param.shape[0] // size)
-    return min(rank * chunk, param.shape[0]), min((rank + 1) * chunk, param.shape[0])
-
-
-@torch.no_grad()
-def init_uniform(params, fan_in, generator):
-    """torch's own init of nn.Linear, uniform within 1 / sqrt(fan_in), from a generator: the same on every rank, sharded or not."""
-    for param in params:
-        start, stop = local_rows(param)
-        full = torch.empty(param.shape).uniform_(-1, 1, generator=generator) / math.sqrt(fan_in)
-        (param.to_local() if hasattr(param, "to_local") else param).copy_(full[start:stop])
-
-
-@torch.no_grad()
-def init_fresh(model, seed=0, projector=True):
-    """What no file holds, from a seed: the projector where asked for, and LoRA's A; its B is zero, so that adapters start as no change (as peft's)."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in model.mm_projector.modules() if projector else ():
-        if isinstance(layer, nn.Linear):
-            init_uniform((layer.weight, layer.bias), layer.in_features, generator)
-    for layer in model.model.modules():
-        if hasattr(layer, "lora_A"):
-            init_uniform([layer.lora_A], layer.lora_A.shape[1], generator)
-            nn.init.zeros_(layer.lora_B)
-
-
-def account(model, sources, fresh=False):
-    """({parameter: (WeightFiles, name there)}, one line that accounts for all tensors) of a model, on the meta device or not.
-
-    sources: [(WeightFiles, parts)]; of each file the parts named are taken, the tensors of other parts are skipped and counted.
-    ValueError when a tensor is missing, has another shape, or is left over: names up to ten and how many more.
-    """
-    where = ", ".join(str(files.path) for files, _ in sources)
-    is_linear, is_tied = (
-        model.config.projector_type == "linear",
-        model.config.text.tie_word_embeddings,
-    )
-    shapes = {
-        name: tuple(p.shape)
-        for name, p in model.named_parameters()
-        if part_of(name) != "lora" and not (fresh and part_of(name) == "mm_projector")
-    }
-    quantized = {
-        f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "quantize_")
-    }
-    found, skipped = {}, 0
-    for files, parts in sources:
-        if files.unknown:
+    def _add(self, entry: Entry) -> None:
+        ours = our_name(entry.name)
+        if IGNORABLE.search(entry.name):
+            self.ignored.append(entry.name)
+        elif ours is None:
+            self.unknown.append(entry.name)
+        elif ours in self.tensors:
+            other = self.tensors[ours]
             raise ValueError(
-                f"{files.path}: tensors that this model has no place for: {named_list(files.unknown)}"
+                f"{entry.file}: {entry.name} is also in {other.file.name} (as {other.name})"
             )
+        else:
+            self.tensors[ours] = entry
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].stored.get_shape())
+
+    def dtype(self, name: str) -> str:
+        """torch's name of it: "float32"."""
+        dtype = self.tensors[name].stored.get_dtype()
+        return DTYPES.get(dtype, dtype)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of a tensor, in the file's dtype, nothing else being read."""
+        return self.tensors[name].stored[start:stop]
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        # -sig: some releases carry a byte-order mark
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a JSON file ({error})") from None
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index of shards names, all of which must lie beside it."""
+    raw = _read_json(index)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map from tensors to files beside it")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name != Path(name).name:
+            raise ValueError(f"{index}: no weight_map from tensors to files beside it")
+    files = [index.with_name(name) for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index} names {missing[0]}, which is not there "
+            f"({len(missing)} of {len(files)} files are missing)"
+        )
+    return files
+
+
+# --- 5b. accounting: every parameter has its tensor, every tensor its parameter
+
+
+def is_same_tensor(files: WeightFiles, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are equal, some thousand rows at a time."""
+    if files.shape(one) != files.shape(other):
+        return False
+    for start in range(0, files.shape(one)[0], 4096):
+        rows = files.rows(one, start, start + 4096).float()
+        if not torch.equal(rows, files.rows(other, start, start + 4096).float()):
+            return False
+    return True
+
+
+def identity_tensor(kind: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The "weight" or "bias" of a linear layer that changes nothing."""
+    if kind == "weight":
+        return torch.eye(size, dtype=dtype)
+    return torch.zeros(size, dtype=dtype)
+
+
+def is_identity(files: WeightFiles, name: str, size: int) -> bool:
+    """Whether a tensor is the weight or the bias of an identity on `size` numbers."""
+    want = identity_tensor(split_projector_name(name)[1], size)
+    return files.shape(name) == want.shape and torch.equal(files.rows(name).float(), want)
+
+
+def parameter_for(name: str, files: WeightFiles, config: QilinConfig) -> str | None:
+    """The parameter that a tensor of `files` fills.
+
+    None: it is what the model holds elsewhere, which is checked; ValueError when it is not.
+    """
+    if name == HEAD and config.text.tie_word_embeddings:
+        if EMBED not in files.tensors:
+            # the one copy was saved under the head's name
+            return EMBED
+        if not is_same_tensor(files, HEAD, EMBED):
+            raise ValueError(
+                f"{files.path}: tie_word_embeddings is true, but lm_head.weight is not "
+                "embed_tokens.weight"
+            )
+        return None
+    if part_of(name) == "mm_projector":
+        row = PROJECTORS[config.projector_type]
+        layer, kind = split_projector_name(name)
+        if layer == row.hf_identity:
+            if not is_identity(files, name, config.text.hidden_size):
+                raise ValueError(
+                    f"{files.path}: {name} is no identity, so this is not a "
+                    f"{config.projector_type} projector"
+                )
+            return None
+        for ours, theirs in row.hf_layers.items():
+            if layer == theirs:
+                return ".".join(filter(None, ("mm_projector", ours, kind)))
+    return name
+
+
+# of a checkpoint's files those parts that are taken from them
+Sources = list[tuple[WeightFiles, set[str]]]
+# parameter -> the files it comes from, and its name there
+Places = dict[str, tuple[WeightFiles, str]]
+
+
+def wanted_shapes(model: nn.Module, fresh: bool) -> dict[str, tuple[int, ...]]:
+    """{parameter: its shape in a file} of all parameters that files must hold."""
+    shapes = {}
+    for name, param in model.named_parameters():
+        part = part_of(name)
+        if part == "lora" or (fresh and part == "mm_projector"):
+            continue
+        shapes[name] = tuple(param.shape)
+    for name, layer in layers_that_quantise(model).items():
+        shapes[name] = layer.shape
+    return shapes
+
+
+def layers_that_quantise(model: nn.Module) -> dict[str, Any]:
+    """{parameter: layer} of those layers that take over floats themselves, to keep fewer bits."""
+    return {
+        f"{name}.weight": layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "quantize_")
+    }
+
+
+def account(model: Qilin, sources: Sources, fresh: bool = False) -> tuple[Places, str]:
+    """(Where each parameter lies, one line that accounts for all tensors), model on meta or not.
+
+    sources: of each file the parts named are taken, the tensors of other parts are skipped and
+    counted. fresh: no file holds the projector.
+    ValueError when a tensor is missing, has another shape, or is left over: names up to ten and how
+    many more.
+    """
+    found: Places = {}
+    n_skipped = 0
+    n_ignored = 0
+    for files, parts in sources:
+        n_ignored += len(files.ignored)
+        if files.unknown:
+            names = named_list(files.unknown)
+            raise ValueError(f"{files.path}: tensors that this model has no place for: {names}")
         for name in files.tensors:
             if part_of(name) not in parts:
-                skipped += 1
-            elif is_tied and name == "lm_head.weight" and EMBED in files.tensors:
-                rows = files.shape(EMBED)[0]
-                if files.shape(name) != files.shape(EMBED) or not all(
-                    torch.equal(
-                        files.rows(name, i, i + 4096).float(),
-                        files.rows(EMBED, i, i + 4096).float(),
-                    )
-                    for i in range(0, rows, 4096)
-                ):
-                    raise ValueError(
-                        f"{files.path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight"
-                    )
-                files.ignored.append(name)
-            elif (
-                is_tied and name == "lm_head.weight"
-            ):  # the one copy was saved under the head's name
-                found[EMBED] = files, name
-            elif (
-                is_linear and name.startswith("mm_projector.2.")
-            ):  # llava-hf has no linear projector: ours goes out as linear_1, and an identity as linear_2
-                want = (
-                    torch.eye(model.config.text.hidden_size)
-                    if name.endswith("weight")
-                    else torch.zeros(model.config.text.hidden_size)
+                n_skipped += 1
+                continue
+            ours = parameter_for(name, files, model.config)
+            if ours is None:
+                # an identity is no tensor of the model's, in or out; a second copy of the head is
+                n_ignored += 1 if name == HEAD else 0
+            elif ours in found:
+                entry = files.tensors[name]
+                other = files.tensors[found[ours][1]]
+                raise ValueError(
+                    f"{entry.file}: {entry.name} is also in {other.file.name} (as {other.name})"
                 )
-                if files.shape(name) != want.shape or not torch.equal(
-                    files.rows(name).float(), want
-                ):
-                    raise ValueError(
-                        f"{files.path}: {name} is no identity, so this is not a linear projector"
-                    )
             else:
-                found[name.replace("mm_projector.0.", "mm_projector.") if is_linear else name] = (
-                    files,
-                    name,
-                )
-    for problem, names in (
-        ("missing", shapes.keys() - found.keys()),
-        ("tensors that this model has no place for:", found.keys() - shapes.keys()),
-    ):
-        if names:
-            raise ValueError(f"{where}: {problem} {named_list(names)}")
-    for name, (files, key) in found.items():
-        want = quantized[name].shape if name in quantized else shapes[name]
-        if files.shape(key) != want:
-            raise ValueError(
-                f"{files.path}: {name} is {files.shape(key)} in the file, {want} by the config"
-            )
-    return found, (
-        f"{len(found)} tensors loaded, {skipped} skipped (part given elsewhere), {sum(len(files.ignored) for files, _ in sources)} ignorable, "
-        f"none missing, none left over{', fresh projector' * fresh}"
+                found[ours] = (files, name)
+    check_places(found, wanted_shapes(model, fresh), sources)
+    line = (
+        f"{len(found)} tensors loaded, {n_skipped} skipped (part given elsewhere), "
+        f"{n_ignored} ignorable, none missing, none left over"
     )
+    if fresh:
+        line += ", fresh projector"
+    return found, line
 
 
-def is_finite(tensor):
-    return all(
-        extreme.isfinite() for extreme in torch.aminmax(tensor)
-    )  # one pass, nothing allocated; aminmax passes nan on
+def check_places(found: Places, wanted: dict[str, tuple[int, ...]], sources: Sources) -> None:
+    """ValueError unless what was found is what is wanted, in its shape."""
+    where = ", ".join(str(files.path) for files, _ in sources)
+    missing = wanted.keys() - found.keys()
+    if missing:
+        raise ValueError(f"{where}: missing {named_list(missing)}")
+    left_over = found.keys() - wanted.keys()
+    if left_over:
+        names = named_list(left_over)
+        raise ValueError(f"{where}: tensors that this model has no place for: {names}")
+    for name, (files, key) in found.items():
+        if files.shape(key) != wanted[name]:
+            raise ValueError(
+                f"{files.path}: {name} is {files.shape(key)} in the file, {wanted[name]} by the "
+                "config"
+            )
+
+
+# --- 5c. filling: a model on the meta device gets memory, each rank its rows
+
+
+def is_finite(tensor: Tensor) -> bool:
+    # one pass, nothing allocated; aminmax passes nan on
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
+def looks_finite(rows: Tensor) -> bool:
+    """Whether rows hold neither inf nor nan, as far as a look tells.
+
+    Of a large tensor a sample is looked at, since what is mapped need not be read yet; generate()
+    and convert.py find the rest.
+    """
+    if rows.numel() > 65536 and rows.is_contiguous():
+        rows = rows.flatten()[:: 1 + rows.numel() // 4096]
+    return is_finite(rows)
 
 
 @torch.no_grad()
-def check_finite(model, dtype=None):
+def check_finite(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """ValueError that names the parameters holding inf or nan, or that would in `dtype`."""
-    if names := [
-        name
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and not is_finite(p.to(dtype or p.dtype))
-    ]:
+    names = []
+    for name, param in model.named_parameters():
+        if param.is_floating_point() and not is_finite(param.to(dtype or param.dtype)):
+            names.append(name)
+    if names:
+        reason = f", or too large for {dtype}" if dtype else ""
         raise ValueError(
-            f"values that are not finite in {named_list(names)}: the weights are damaged{f', or too large for {dtype}' if dtype else ''}"
+            f"values that are not finite in {named_list(names)}: the weights are damaged{reason}"
         )
 
 
-@torch.no_grad()
-def load_weights(model, sources, device, fresh=False, seed=0):
-    """Give a model on the meta device (sharded or not, any dtype) memory on `device` and fill every parameter from the files;
-    -> the line of account(), whose errors come before any memory is taken. ValueError as well when a tensor holds no finite floats.
+def is_sharded(tensor: Any) -> bool:
+    """Whether FSDP has cut it into rows, of which each rank holds some."""
+    return hasattr(tensor, "to_local")
 
-    fresh: the projector is in no file and comes from init_fresh with `seed`, as LoRA adapters do.
+
+def local_part(param: Any) -> Tensor:
+    """What this rank holds of a parameter, sharded or not."""
+    return param.to_local() if is_sharded(param) else param
+
+
+def local_rows(param: Any) -> tuple[int, int]:
+    """(start, stop): the rows of a parameter that this rank holds.
+
+    Sharded on dim 0 as torch.chunk cuts, so the last ranks may hold fewer or none.
+    """
+    n_rows = param.shape[0]
+    if not is_sharded(param):
+        return 0, n_rows
+    # the last dimension shards, one before it replicates
+    mesh = param.device_mesh
+    n_ranks = mesh.size(mesh.ndim - 1)
+    rank = mesh.get_local_rank(mesh.ndim - 1)
+    chunk = -(-n_rows // n_ranks)
+    return min(rank * chunk, n_rows), min((rank + 1) * chunk, n_rows)
+
+
+def give_memory(model: nn.Module, device: str | torch.device) -> None:
+    """Memory on `device`, not yet filled, for a model on the meta device."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        if is_sharded(tensor):
+            return torch.empty_like(tensor, device=device)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    # what Module.to_empty does, which would give a plain tensor its empty_like as well: that makes
+    # torch import for half a second. _apply is private, but reaches what FSDP holds beside
+    model._apply(empty)
+
+
+def put_rows(rows: Tensor, param: nn.Parameter) -> None:
+    """Fill what this rank holds of a parameter."""
+    is_as_stored = rows.dtype == param.dtype and rows.device == param.device
+    if is_as_stored and rows.is_contiguous() and not is_sharded(param):
+        # no copy: the parameter is the file, mapped into memory; writing to it changes pages of our
+        # own
+        param.data = rows
+    else:
+        local_part(param).copy_(rows)
+
+
+@torch.no_grad()
+def fill_weights(
+    model: Qilin, sources: Sources, device: str | torch.device, fresh: bool = False
+) -> str:
+    """Give a model on the meta device (sharded or not, any dtype) memory, and fill its parameters.
+
+    -> the line of account(), whose errors come before any memory is taken.
+    ValueError as well when a tensor holds no finite floats.
+    fresh: no file holds the projector, which the caller fills.
     """
     found, line = account(model, sources, fresh)
-    quantized = {
-        f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "quantize_")
-    }
-    # what to_empty does; a plain tensor without its empty_like, which makes torch import for half a second
-    model._apply(
-        lambda t: (
-            torch.empty_like(t, device=device)
-            if hasattr(t, "to_local")
-            else torch.empty(t.shape, dtype=t.dtype, device=device)
-        )
-    )
+    quantised = layers_that_quantise(model)
+    give_memory(model, device)
     for name, (files, key) in found.items():
         param = model.get_parameter(name)
-        start, stop = local_rows(param) if name not in quantized else (0, None)
-        if stop == start:
-            continue
-        rows = files.rows(key, start, stop)
-        # of a large tensor a sample is looked at, since what is mapped need not be read yet; generate() and convert.py find the rest
-        if not rows.is_floating_point() or not is_finite(
-            rows.flatten()[:: 1 + rows.numel() // 4096]
-            if rows.numel() > 65536 and rows.is_contiguous()
-            else rows
-        ):
-            raise ValueError(
-                f"{files.tensors[key][0]}: {files.tensors[key][1]} holds {'values that are not finite' if rows.is_floating_point() else str(rows.dtype)}"
-            )
-        if name in quantized:
-            quantized[name].quantize_(rows)
-        elif (
-            (rows.dtype, rows.device) == (param.dtype, param.device)
-            and rows.is_contiguous()
-            and not hasattr(param, "to_local")
-        ):
-            param.data = rows  # no copy: the parameter is the file, mapped into memory; writing to it changes pages of our own
+        if name in quantised:
+            # whole on every rank, and of another shape than in the file
+            rows = files.rows(key)
         else:
-            (param.to_local() if hasattr(param, "to_local") else param).copy_(rows)
-    init_fresh(model, seed, projector=fresh)
+            start, stop = local_rows(param)
+            if start == stop:
+                continue
+            rows = files.rows(key, start, stop)
+        entry = files.tensors[key]
+        if not rows.is_floating_point():
+            raise ValueError(f"{entry.file}: {entry.name} holds {rows.dtype}")
+        if not looks_finite(rows):
+            raise ValueError(f"{entry.file}: {entry.name} holds values that are not finite")
+        if name in quantised:
+            quantised[name].quantize_(rows)
+        else:
+            put_rows(rows, param)
     return line
 
 
-HF_PREFIXES = (  # ours -> the older llava-hf names, which every transformers reads
-    ("vision_tower.", "vision_tower.vision_model."),
-    ("model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("mm_projector.0.", "multi_modal_projector.linear_1."),
-    ("mm_projector.2.", "multi_modal_projector.linear_2."),
-    ("mm_projector.", "multi_modal_projector.linear_1."),
-)
+# --- 5d. a llava-hf folder
 
 
-def hf_name(name):
-    """The llava-hf name of one of our parameters."""
-    return next(theirs + name[len(ours) :] for ours, theirs in HF_PREFIXES if name.startswith(ours))
+def folder_config(path: str | Path) -> tuple[dict, Path]:
+    """(config.json, its path) of a model's folder, or of the folder that a weight file lies in."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such folder or file: {path}")
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no config.json in {file.parent}: it tells the sizes of the model")
+    raw = _read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return raw, file
 
 
-# --- 6. generation ---------------------------------------------------------------------------------------------------
-# in: prompts of different lengths; out: one new id a row a step, until every row has said its end id
+def check_llava(raw: dict, where: Path) -> None:
+    """ValueError unless config.json asks for what is implemented between the two halves."""
+    activations = {activation_word(kind) for kind in PROJECTORS if PROJECTORS[kind].hf_layers}
+    implemented = {
+        "model_type": ("llava", "llava_llama", "llama"),
+        "vision_feature_select_strategy": ("default",),
+        "mm_vision_select_feature": ("patch",),
+        "projector_hidden_act": sorted(activations),
+        "mm_use_im_start_end": (False,),
+    }
+    for key, allowed in implemented.items():
+        if raw.get(key) not in (None, *allowed):
+            choices = " or ".join(map(str, allowed))
+            raise ValueError(
+                f"{where}: {key} = {raw[key]!r} is not implemented here (only {choices})"
+            )
 
 
-def pad_rows(rows, value):
+def inner_config(raw: dict) -> Any:
+    """The language model's half of a config.json, or all of it where it is not nested."""
+    inner = raw.get("text_config", raw)
+    if inner is not raw and isinstance(inner, dict) and "tie_word_embeddings" in raw:
+        # in llava-hf the outer one counts
+        return dict(inner, tie_word_embeddings=raw["tie_word_embeddings"])
+    return inner
+
+
+def feature_layer(raw: dict, where: Path | None, tower: VisionConfig) -> int:
+    """Which block of the tower gives the features."""
+    layer = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2))
+    n_layers = tower.num_hidden_layers
+    if type(layer) is not int or not -n_layers - 1 <= layer <= n_layers:
+        raise ValueError(f"{where}: vision_feature_layer = {layer!r} is not a layer of this tower")
+    return layer
+
+
+def count_token_ids(raw: dict, vocab_size: int) -> int:
+    """How many ids are a tokenizer's, by an export without one: the picture token follows them."""
+    picture_id = raw.get("image_token_index", raw.get("image_token_id"))
+    if type(picture_id) is int and picture_id > 0:
+        return min(vocab_size, picture_id)
+    return vocab_size
+
+
+def square_mode(raw: dict) -> str:
+    """How this model's pictures become square."""
+    return "crop" if raw.get("image_aspect_ratio") == "crop" else "pad"
+
+
+def activation_word(projector_type: str) -> str:
+    """projector_hidden_act of config.json."""
+    return PROJECTORS[projector_type].hf_activation or projector_type
+
+
+def projector_misfit(
+    projector_type: str, layers: Collection[str], raw: dict, hint: str | None
+) -> tuple[int, int, bool, bool]:
+    """How badly a projector's layers fit a type: the least of all types' is the type.
+
+    Layers it has no place for; its own that are not there; another word in config.json (where that
+    says nothing, a second layer is taken for a layer, not for an identity); not the one hinted at.
+    """
+    row = PROJECTORS[projector_type]
+    with torch.device("meta"):
+        parameters = dict(row.build(1, 1).named_parameters())
+    own = {name.rpartition(".")[0] for name in parameters}
+    ours = {theirs: ours for ours, theirs in row.hf_layers.items()}
+    filled = {ours.get(layer, layer) for layer in layers if layer != row.hf_identity}
+    word = raw.get("projector_hidden_act")
+    if word is None:
+        is_other = row.hf_identity in layers
+    else:
+        is_other = word != activation_word(projector_type)
+    return len(filled - own), len(own - filled), is_other, projector_type != hint
+
+
+def projector_type_of(files: WeightFiles, raw: dict, hint: str | None = None) -> str:
+    """The row of PROJECTORS that the projector's tensors in `files` fit best.
+
+    raw: the config.json beside them, or {}. hint: the type to take where they fit several alike.
+    """
+    names = [name for name in files.tensors if part_of(name) == "mm_projector"]
+    layers = {split_projector_name(name)[0] for name in names}
+    return min(PROJECTORS, key=lambda kind: projector_misfit(kind, layers, raw, hint))
+
+
+def load_llava_hf(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Qilin:
+    """A Qilin in eval mode from a llava-hf folder: config.json, safetensors in one file or shards.
+
+    ValueError or FileNotFoundError says which file or tensor is wrong. Every other layout:
+    model_io.load_qilin.
+    """
+    folder = Path(path)
+    raw, where = folder_config(folder)
+    if "text_config" not in raw or "vision_config" not in raw:
+        raise ValueError(f"{where}: no text_config and vision_config: load_qilin opens it")
+    index = folder / "model.safetensors.index.json"
+    shards = shards_of(index) if index.is_file() else [folder / "model.safetensors"]
+    files = WeightFiles(folder, shards)
+
+    text = text_config(inner_config(raw), where)
+    tower = vision_config(raw, where)
+    tower.select_layer = feature_layer(raw, where, tower)
+    check_llava(raw, where)
+    config = QilinConfig(
+        text=text,
+        vision=tower,
+        projector_type=projector_type_of(files, raw),
+        n_token_ids=count_token_ids(raw, text.vocab_size),
+        image_mode=square_mode(raw),
+    )
+    with torch.device("meta"):
+        model = Qilin(config).to(dtype)
+    fill_weights(model, [(files, set(PARTS))], device)
+    return model.eval()
+
+
+# --- 6. generation --------------------------------------------------------------------------------
+# in: prompts of different lengths
+# out: one new id a row a step, until every row has said its end id
+
+
+def pad_rows(rows: list[list[int]], value: int) -> Tensor:
     """int64 (B, T) from lists of int of different lengths, padded on the right with `value`."""
     length = max(map(len, rows))
-    return torch.tensor(
-        [row + [value] * (length - len(row)) for row in rows], dtype=torch.int64
-    )  # (B, T)
+    padded = [row + [value] * (length - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.int64)  # (B, T)
 
 
 def sample_next_token(
-    logits, seen, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, generator=None
-):
-    """int64 (B,) from logits float32 (B, V). temperature 0: the likeliest. seen bool (B, V): ids that repetition_penalty makes less likely
-    (divides positive logits, multiplies negative ones: CTRL, arXiv 1909.05858). top_k, then top_p, cut the tail before drawing."""
+    logits: Tensor,
+    seen: Tensor | None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """int64 (B,) from logits float32 (B, V). temperature 0: the likeliest.
+
+    seen bool (B, V): ids that repetition_penalty makes less likely (divides positive logits,
+    multiplies negative ones: CTRL, arXiv 1909.05858). top_k, then top_p, cut the tail before
+    drawing.
+    """
     if repetition_penalty != 1.0:
-        logits = torch.where(
-            seen,
-            torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty),
-            logits,
+        assert seen is not None, "a penalty needs to know what was said"
+        is_positive = logits > 0
+        penalised = torch.where(
+            is_positive, logits / repetition_penalty, logits * repetition_penalty
         )
-    if temperature < 1e-4:  # logits divided by less leave the range of float32
+        logits = torch.where(seen, penalised, logits)
+    # logits divided by less leave the range of float32
+    if temperature < 1e-4:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
-        logits = logits.masked_fill(
-            logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf
-        )
+        largest = logits.topk(min(top_k, logits.shape[-1])).values  # (B, top_k)
+        logits = logits.masked_fill(logits < largest[:, -1:], -torch.inf)
     if top_p < 1.0:
         ranked, order = logits.sort(descending=True)
         probs = ranked.softmax(-1)
-        ranked = ranked.masked_fill(
-            probs.cumsum(-1) - probs >= top_p, -torch.inf
-        )  # keeps the one that reaches top_p
+        # keeps the one that reaches top_p
+        ranked = ranked.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(1, order, ranked)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-@torch.no_grad()
-def generate(
-    model,
-    input_ids,
-    pixel_values=None,
-    *,
-    max_new_tokens,
-    temperature=0.0,
-    top_p=1.0,
-    top_k=0,
-    repetition_penalty=1.0,
-    seed=None,
-    stop=all,
-    cache=None,
-):
-    """Yield one list of B new ids a step for B prompts (lists of int, from encode_prompt) and their pictures (M, 3, H, W).
-
-    A row's end id is yielded, after that None. Rows of different lengths answer as each would alone. Ids past the tokenizer never come.
-    stop: asked before each step with one bool a row (has it ended?); on a sharded model it must agree over ranks, since each step is a
-    collective. A row ends as well after max_new_tokens or at the model's last position. ValueError when a prompt is empty or already fills the positions.
-    cache: a KVCache of an earlier call that holds the beginning of each prompt, which is then not computed again; pictures are those of the rest.
-    """
-    device = next(model.parameters()).device
-    limit, longest = model.config.text.max_position_embeddings, max(map(len, input_ids))
-    if longest >= limit:
-        raise ValueError(
-            f"the prompt has {longest} tokens, the model's positions end at {limit}: ask a shorter question"
-        )
-    if cache is None:
-        cache = KVCache(model.config.text.num_hidden_layers, min(longest + max_new_tokens, limit))
-    limit = min(limit, max(cache.max_length, longest))
-    held = [0] * len(input_ids) if cache.lengths is None else cache.lengths.tolist()
-    rest = [row[n:] for row, n in zip(input_ids, held)]
-    if not all(rest) or longest > cache.max_length:
+def not_yet_held(prompts: list[list[int]], cache: KVCache) -> list[list[int]]:
+    """What of each prompt the cache does not hold yet. ValueError when there is nothing left."""
+    held = [0] * len(prompts)
+    if cache.lengths is not None:
+        held = cache.lengths.tolist()
+    rest = [prompt[n:] for prompt, n in zip(prompts, held, strict=True)]
+    if not all(rest) or max(map(len, prompts)) > cache.max_length:
         raise ValueError(
             "a prompt is empty, or the cache holds all of it, or it is longer than the cache"
         )
+    return rest
+
+
+def mark_seen(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
+    """bool (B, V): which ids stand in each prompt; picture positions are none."""
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        ids = [i for i in set(prompt) if i >= 0]
+        row[ids] = True
+    return seen
+
+
+def check_logits(logits: Tensor, model: Qilin) -> None:
+    """ValueError that says what is not finite, where something is: a drawn token would hide it."""
+    if not is_finite(logits):
+        check_finite(model)
+        raise ValueError(
+            "the model's logits are not finite, though its weights are: try another dtype"
+        )
+
+
+@torch.no_grad()
+def generate(
+    model: Qilin,
+    input_ids: list[list[int]],
+    pixel_values: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Callable[[list[bool]], bool] = all,
+    cache: KVCache | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield one list of B new ids a step for B prompts (lists of int, from encode_prompt).
+
+    pixel_values: their pictures (M, 3, H, W).
+    A row's end id is yielded, after that None. Rows of different lengths answer as each would
+    alone. Ids past the tokenizer never come.
+    stop: asked before each step with one bool a row (has it ended?); on a sharded model it must
+    agree over ranks, since each step is a collective. A row ends as well after max_new_tokens or at
+    the model's last position. ValueError when a prompt is empty or already fills the positions.
+    cache: a KVCache of an earlier call that holds the beginning of each prompt, which is then not
+    computed again; pictures are those of the rest.
+    """
+    config = model.config
+    device = next(model.parameters()).device
+    longest = max(map(len, input_ids))
+    limit = config.text.max_position_embeddings
+    if longest >= limit:
+        raise ValueError(
+            f"the prompt has {longest} tokens, the model's positions end at {limit}: "
+            "ask a shorter question"
+        )
+    if cache is None:
+        cache = KVCache(config.text.num_hidden_layers, min(longest + max_new_tokens, limit))
+    limit = min(limit, max(cache.max_length, longest))
+    rest = not_yet_held(input_ids, cache)
     lengths = torch.tensor([len(row) for row in rest], device=device)
     ids = pad_rows(rest, 0).to(device)
-    seen = torch.zeros(
-        len(input_ids), model.config.text.vocab_size, dtype=torch.bool, device=device
-    )
-    for row, prompt in zip(seen, input_ids):
-        row[[i for i in set(prompt) if i >= 0]] = True
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    pixel_values = None if pixel_values is None else pixel_values.to(device)
-    ended = [False] * len(input_ids)
+    seen = mark_seen(input_ids, config.text.vocab_size, device)
+    rows = torch.arange(len(input_ids), device=device)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(device).manual_seed(seed)
+    if pixel_values is not None:
+        pixel_values = pixel_values.to(device)
+
     logits = model(ids, pixel_values, cache=cache, lengths=lengths)  # prefill: (B, V)
+    check_logits(logits, model)
+    ended = [False] * len(input_ids)
     for step in range(max_new_tokens):
-        if step == 0 and not is_finite(logits):
-            check_finite(model)
-            raise ValueError(
-                "the model's logits are not finite, though its weights are: try another dtype"
-            )
-        logits[:, model.config.n_token_ids :] = -torch.inf
+        logits[:, config.n_token_ids :] = -torch.inf
         ids = sample_next_token(
             logits, seen, temperature, top_p, top_k, repetition_penalty, generator
         )  # (B,)
-        seen[torch.arange(len(ids), device=device), ids] = True
-        new = [None if end else i for end, i in zip(ended, ids.tolist())]
+        seen[rows, ids] = True
+        new = [None if end else i for end, i in zip(ended, ids.tolist(), strict=True)]
         yield new
+        lengths = [len(prompt) + step + 1 for prompt in input_ids]
         ended = [
-            end or i in model.config.end_ids or len(row) + step + 1 >= limit
-            for end, i, row in zip(ended, new, input_ids)
+            end or i in config.end_ids or length >= limit
+            for end, i, length in zip(ended, new, lengths, strict=True)
         ]
         if stop(ended) or step == max_new_tokens - 1:
             return
-        logits = model(
-            ids[:, None],
-            cache=cache,
-            lengths=torch.tensor([int(not end) for end in ended], device=device),
-        )  # one token a row: (B, V)
+        going_on = torch.tensor([int(not end) for end in ended], device=device)
+        logits = model(ids[:, None], cache=cache, lengths=going_on)  # one token a row: (B, V)
 
 
-def answer_ids(model, input_ids, pixel_values=None, **options):
-    """The whole answers, end ids left out: a list of int for each prompt. Options as for generate()."""
-    answers = [[] for _ in input_ids]
+def answer_ids(
+    model: Qilin, input_ids: list[list[int]], pixel_values: Tensor | None = None, **options: Any
+) -> list[list[int]]:
+    """The whole answers, end ids left out: a list of int for each prompt.
+
+    Options as for generate().
+    """
+    answers: list[list[int]] = [[] for _ in input_ids]
     for new in generate(model, input_ids, pixel_values, **options):
-        for answer, i in zip(answers, new):
+        for answer, i in zip(answers, new, strict=True):
             if i is not None and i not in model.config.end_ids:
                 answer.append(i)
     return answers

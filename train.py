@@ -40,11 +40,12 @@ from common.files import (
     replace_folder,
     run_cli,
 )
-from model_io.export import full_tensors, save_qilin, save_tensors
+from model_io.export import check_exportable, full_tensors, save_qilin, save_tensors
 from model_io.load import read_checkpoint
 from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
 from model_io.tokens import TEMPLATES, Tokenizer
-from qilin_min import LOSS_CHUNK, Qilin, load_weights
+from model_io.weights import load_weights
+from qilin_min import LOSS_CHUNK, PROJECTORS, Qilin
 from training.batches import (
     Dialogs,
     all_batches,
@@ -153,9 +154,9 @@ def parse_args(argv=None):
     )
     add(
         "--projector-type",
-        default="linear",
-        choices=("linear", "mlp2x_gelu"),
-        help="of a fresh one: the paper's, or the released weights' (default %(default)s)",
+        default=None,
+        choices=PROJECTORS,
+        help="of a fresh one: the paper's, or the released weights' (default linear)",
     )
     add(
         "--data",
@@ -545,6 +546,15 @@ def export(args, model, tokenizer):
 # --- 5. main --------------------------------------------------------------------------------------------------------
 
 
+def check_projector_type(given: str, asked_for: str | None) -> None:
+    """ValueError when a projector to start from is not of the type that was asked for."""
+    if asked_for not in (None, given):
+        raise ValueError(
+            f"--projector-type {asked_for}: the projector to start from is {given}; leave the "
+            "option out, or give --projector fresh"
+        )
+
+
 def prepare(args):
     """What can go wrong before data is read: --out, the weights' headers, the tokenizer. -> (Checkpoint, Tokenizer)"""
     if not args.out.name or (args.out.exists() and not args.out.is_dir()):
@@ -563,6 +573,9 @@ def prepare(args):
         projector=args.projector,
         projector_type=args.projector_type,
     )
+    check_projector_type(checkpoint.config.projector_type, args.projector_type)
+    if STAGES[args.stage].export == "model":
+        check_exportable(checkpoint.config.projector_type)
     if args.max_length > checkpoint.config.text.max_position_embeddings:
         raise ValueError(
             f"--max-length {args.max_length} is more than the model's {checkpoint.config.text.max_position_embeddings} positions"

@@ -19,7 +19,19 @@ from common.files import check_replaceable, one_line, replace_folder, write_json
 from model_io.lowbit import QuantizedLinear
 from model_io.pixels import CLIP_MEAN, CLIP_STD
 from model_io.tokens import SYSTEM, Tokenizer
-from qilin_min import EMBED, IMAGE_TOKEN, Qilin, QilinConfig, hf_name, part_of
+from qilin_min import (
+    EMBED,
+    HEAD,
+    IMAGE_TOKEN,
+    PROJECTORS,
+    Qilin,
+    QilinConfig,
+    activation_word,
+    hf_name,
+    identity_tensor,
+    part_of,
+    split_projector_name,
+)
 
 # --- 1. weights: a model -> whole tensors -> safetensors files ---
 
@@ -132,17 +144,25 @@ def hf_tensors(
 ) -> dict[str, torch.Tensor]:
     """{name in the file: tensor} of one of our parameters: one, or two where llava-hf's class has
     more layers than ours. The embeddings and the head get n_rows rows."""
-    key = hf_name(name)
-    if name in (EMBED, "lm_head.weight"):
+    key = hf_name(name, projector_type)
+    if name in (EMBED, HEAD):
         filler = full[:1].expand(n_rows - len(full), -1)
         return {key: torch.cat((full, filler))}
-    if projector_type == "linear" and name.startswith("mm_projector."):
-        if name.endswith("weight"):
-            second = torch.eye(len(full), dtype=full.dtype)
-        else:
-            second = torch.zeros_like(full)
-        return {key: full, key.replace("linear_1", "linear_2"): second}
+    identity = PROJECTORS[projector_type].hf_identity
+    if part_of(name) == "mm_projector" and identity:
+        kind = split_projector_name(name)[1]
+        second = identity_tensor(kind, len(full), full.dtype)
+        return {key: full, f"multi_modal_projector.{identity}.{kind}": second}
     return {key: full}
+
+
+def check_exportable(projector_type: str) -> None:
+    """ValueError when no folder can hold a model with this projector."""
+    if not PROJECTORS[projector_type].hf_layers:
+        raise ValueError(
+            f"a model with a projector {projector_type} cannot be exported: its row of PROJECTORS "
+            "has no names for its layers in a llava-hf folder"
+        )
 
 
 def _is_only_quantised(module: nn.Module) -> bool:
@@ -169,6 +189,7 @@ def save_qilin(
     config = model.config
     if any(_is_only_quantised(module) for module in model.modules()):
         raise ValueError("a quantised model cannot be saved: load it without quantize")
+    check_exportable(config.projector_type)
     check_replaceable(path, "config.json")
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -238,7 +259,7 @@ def _config_json(config, n_token_ids, n_rows, dtype_name):
         "image_token_index": n_token_ids,
         "image_seq_length": config.n_image_tokens,
         "tie_word_embeddings": config.text.tie_word_embeddings,
-        "projector_hidden_act": "linear" if config.projector_type == "linear" else "gelu",
+        "projector_hidden_act": activation_word(config.projector_type),
         "multimodal_projector_bias": True,
         "image_aspect_ratio": config.image_mode,
         "vision_feature_layer": config.vision.select_layer,

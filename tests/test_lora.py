@@ -16,6 +16,7 @@ from model_io.load import load_qilin
 from model_io.lowbit import QuantizedLinear, add_lora
 from model_io.pixels import preprocess_image, row_pictures
 from model_io.tokens import Tokenizer, encode_conversation
+from model_io.weights import init_fresh
 
 RANK, ALPHA = 3, 5.0
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -86,7 +87,7 @@ def test_adapters_start_as_no_change():
     want = models[0](ids)
     for model in models:
         add_lora(model, 8, 16.0)
-        q.init_fresh(model, seed=1, projector=False)
+        init_fresh(model, seed=1, projector=False)
     a = models[0].model.layers[0].mlp.down_proj.lora_A
     assert torch.equal(models[0](ids), want) and torch.equal(
         a, models[1].model.layers[0].mlp.down_proj.lora_A

@@ -19,9 +19,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model_io.load import folder_config, read_checkpoint
+from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer
-from qilin_min import LOSS_CHUNK, QilinConfig, TextConfig, VisionConfig, text_config, vision_config
+from qilin_min import (
+    LOSS_CHUNK,
+    QilinConfig,
+    TextConfig,
+    VisionConfig,
+    folder_config,
+    text_config,
+    vision_config,
+)
 from training.batches import Dialogs, all_batches
 from training.costs import (
     GIB,
@@ -553,7 +561,7 @@ class PlannedWeights:
     model: str | None
     llm: str | None
     vision: str | None
-    projector_type: str
+    projector_type: str | None
     size: str  # of LLAMA_SIZES, where there are no weights
     defaults: dict[str, str]  # folders of llm and vision
 
@@ -587,7 +595,8 @@ def planned_config(weights: PlannedWeights) -> tuple[QilinConfig, str]:
         tower = PAPER_TOWER
     else:
         tower = vision_config(*folder_config(vision))
-    return QilinConfig(text, tower, weights.projector_type), where
+    projector_type = weights.projector_type or QilinConfig.projector_type
+    return QilinConfig(text, tower, projector_type), where
 
 
 def planned_samples(data: PlannedData, weights: PlannedWeights, config: QilinConfig) -> Samples:

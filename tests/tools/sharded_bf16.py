@@ -12,7 +12,8 @@ import torch.distributed as dist
 import train
 from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer
-from qilin_min import Qilin, load_weights
+from model_io.weights import load_weights
+from qilin_min import Qilin
 from training.ranks import setup_distributed
 
 toy = Path(sys.argv[1])
