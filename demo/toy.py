@@ -1,17 +1,22 @@
-"""The toy world: small pictures that look like scans, Chinese sentences about them, and tiny untrained weights in the published layouts.
+"""The toy world: small pictures that look like scans, Chinese sentences about them, and tiny
+untrained weights in the published layouts.
 
-    python -m demo.toy OUT         writes OUT/llama OUT/clip OUT/images OUT/*.json; the same seed gives the same bytes
+    python -m demo.toy OUT
+        writes OUT/llama OUT/clip OUT/images OUT/*.json; the same seed gives the same bytes
 
-Everything a real run needs, a thousand times smaller: train.py and sample.py read it through the code that reads the 13B model and ChiMed-VL.
-A picture shows 1 to 3 lesions in one quarter of a scan. Modality, quarter, count, shape and size vary independently, with noise, so that
-no question can be answered from another, nor without the picture.
+Everything a real run needs, a thousand times smaller: train.py and sample.py read it through the
+code that reads the 13B model and ChiMed-VL. A picture shows 1 to 3 lesions in one quarter of a
+scan. Modality, quarter, count, shape and size vary independently, with noise, so that no question
+can be answered from another, nor without the picture.
 """
 
 import argparse
 import io
 import random
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -19,15 +24,20 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from common.files import check_ranges, check_replaceable, replace_folder, run_cli, write_json
+from common.files import check_replaceable, replace_folder, run_cli, write_json
+from common.options import InRange
 from common.rows import Records
 from model_io.export import hf_configs, save_tensors
 from model_io.tokens import SYSTEM
 from qilin_min import IMAGE_TOKEN, Qilin, QilinConfig, TextConfig, VisionConfig, part_of
 
-# --- 1. what can be seen, and how it is said ------------------------------------------------------------------------
+# one value of each kind, in its words
+Scene = dict[str, str]
 
-WORLD = {  # one value of each is drawn for a picture, all equally likely
+# --- 1. what can be seen, and how it is said ------------------------------------------------------
+
+# one value of each is drawn for a picture, all equally likely
+WORLD = {
     "modality": ["CT", "X光", "超声", "磁共振"],
     "place": ["左上", "右上", "左下", "右下"],
     "count": ["一个", "两个", "三个"],
@@ -51,160 +61,207 @@ CAPTIONS = [
     "{modality}图像，{place}区域可见{count}{size}的{shape}病灶。",
     "本次{modality}检查于{place}区域发现{count}{shape}病灶，{size}。",
 ]
-TEXT_SCENE = "检查：{modality}；位置：{place}；数目：{count}；形状：{shape}；大小：{size}。\n"  # what the language model reads before it has eyes
+# what the language model reads before it has eyes
+TEXT_SCENE = "检查：{modality}；位置：{place}；数目：{count}；形状：{shape}；大小：{size}。\n"
 
 
-# --- 2. pictures ----------------------------------------------------------------------------------------------------
+# --- 2. pictures ----------------------------------------------------------------------------------
 
 
-def draw(scene, rng):
-    """A PIL image (grey in RGB, 62 to 66 pixels a side, not always square) of a scene, with noise and jitter from numpy's rng."""
+def background(modality: str, height: int, width: int) -> tuple[np.ndarray, int, tuple]:
+    """(grey (height, width), spread of its noise, tint): they differ by modality, with overlap."""
+    sides = np.array([height, width]).reshape(2, 1, 1)
+    rows, cols = np.mgrid[0:height, 0:width] / sides - 0.5
+    body = (rows**2 + cols**2 < 0.235).astype(float)
+    if modality == "CT":
+        return 70 + 40 * body, 9, (1.0, 1.0, 1.0)
+    if modality == "X光":
+        return 105 - 50 * np.abs(cols) + 12 * np.sin(rows * 40), 7, (1.0, 1.0, 1.0)
+    if modality == "超声":
+        fan = np.abs(cols) < 0.15 + 0.45 * (rows + 0.5)
+        return 60 * (rows + 0.7) * fan, 9, (1.0, 0.95, 0.85)
+    return 30 + 75 * body * (1 - rows**2), 5, (0.9, 0.97, 1.0)
+
+
+def place_lesions(
+    scene: Scene, height: int, width: int, rng: np.random.Generator
+) -> list[tuple[float, float, float]]:
+    """(x, y, radius) in pixels of each lesion.
+
+    A quarter has 2 x 2 cells, each holds at most one lesion, somewhere inside.
+    """
+    cell_width = width / 4
+    cell_height = height / 4
+    first_column = 2 * ("右" in scene["place"])
+    first_row = 2 * ("下" in scene["place"])
+    n_lesions = 1 + WORLD["count"].index(scene["count"])
+    lesions = []
+    for cell in rng.permutation(4)[:n_lesions]:
+        low, high = (5.2, 6.4) if scene["size"] == "较大" else (2.9, 3.9)
+        radius = rng.uniform(low, high)
+        x = (first_column + cell % 2 + 0.5) * cell_width
+        x += rng.uniform(-1, 1) * (cell_width / 2 - radius)
+        y = (first_row + cell // 2 + 0.5) * cell_height
+        y += rng.uniform(-1, 1) * (cell_height / 2 - radius)
+        lesions.append((x, y, radius))
+    return lesions
+
+
+def draw_lesion(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, light: int
+) -> None:
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "圆形":
+        pen.ellipse(box, fill=light)
+    elif shape == "环形":
+        pen.ellipse(box, outline=light, width=max(1, round(radius / 3)))
+    elif shape == "方形":
+        half = 0.85 * radius
+        pen.rectangle((x - half, y - half, x + half, y + half), fill=light)
+    else:
+        stroke = max(1, round(radius / 2.5))
+        pen.line((x - radius, y, x + radius, y), fill=light, width=stroke)
+        pen.line((x, y - radius, x, y + radius), fill=light, width=stroke)
+
+
+def draw_scan(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """A picture (grey in RGB, 62 to 66 pixels a side, not always square) of a scene, with noise and
+    jitter from numpy's rng.
+    """
     width, height = (int(n) for n in rng.integers(62, 67, 2))
     noise = rng.normal(0, 1, (height, width))
-    rows, cols = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1) - 0.5
-    body = (rows**2 + cols**2 < 0.235).astype(float)
-    base, spread, tint = {  # background, noise and tint differ by modality, with overlap
-        "CT": (70 + 40 * body, 9, (1.0, 1.0, 1.0)),
-        "X光": (105 - 50 * np.abs(cols) + 12 * np.sin(rows * 40), 7, (1.0, 1.0, 1.0)),
-        "超声": (
-            60 * (rows + 0.7) * (np.abs(cols) < 0.15 + 0.45 * (rows + 0.5)),
-            9,
-            (1.0, 0.95, 0.85),
-        ),
-        "磁共振": (30 + 75 * body * (1 - rows**2), 5, (0.9, 0.97, 1.0)),
-    }[scene["modality"]]
-    pixels = np.clip(base * rng.uniform(0.85, 1.15) + spread * noise, 0, 160)
-    image = Image.fromarray(np.uint8(np.clip(pixels[..., None] * np.array(tint), 0, 255)))
-    lesions = Image.new("L", (width, height))
-    pen = ImageDraw.Draw(lesions)
-    cell_w, cell_h = (
-        width / 4,
-        height / 4,
-    )  # a quarter has 2 x 2 cells, each holds at most one lesion, somewhere inside
-    centres = []
-    for cell in rng.permutation(4)[: 1 + WORLD["count"].index(scene["count"])]:
-        r = rng.uniform(5.2, 6.4) if scene["size"] == "较大" else rng.uniform(2.9, 3.9)
-        x = (2 * ("右" in scene["place"]) + cell % 2 + 0.5) * cell_w + rng.uniform(-1, 1) * (
-            cell_w / 2 - r
-        )
-        y = (2 * ("下" in scene["place"]) + cell // 2 + 0.5) * cell_h + rng.uniform(-1, 1) * (
-            cell_h / 2 - r
-        )
-        centres.append((x, y, r))
-    for x, y, r in centres:
-        box, light = (x - r, y - r, x + r, y + r), int(rng.integers(190, 256))
-        if scene["shape"] == "圆形":
-            pen.ellipse(box, fill=light)
-        elif scene["shape"] == "环形":
-            pen.ellipse(box, outline=light, width=max(1, round(r / 3)))
-        elif scene["shape"] == "方形":
-            pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=light)
-        else:
-            pen.line((x - r, y, x + r, y), fill=light, width=max(1, round(r / 2.5)))
-            pen.line((x, y - r, x, y + r), fill=light, width=max(1, round(r / 2.5)))
-    lesions = lesions.filter(ImageFilter.GaussianBlur(0.5))
-    return Image.composite(Image.new("RGB", image.size, (255, 255, 255)), image, lesions)
+    grey, spread, tint = background(scene["modality"], height, width)
+    pixels = np.clip(grey * rng.uniform(0.85, 1.15) + spread * noise, 0, 160)
+    # (height, width, 3)
+    tinted = pixels[..., None] * np.array(tint)
+    image = Image.fromarray(np.uint8(np.clip(tinted, 0, 255)))
+    mask = Image.new("L", (width, height))
+    pen = ImageDraw.Draw(mask)
+    for x, y, radius in place_lesions(scene, height, width, rng):
+        draw_lesion(pen, scene["shape"], x, y, radius, light=int(rng.integers(190, 256)))
+    mask = mask.filter(ImageFilter.GaussianBlur(0.5))
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    return Image.composite(white, image, mask)
 
 
-# --- 3. dialogs -----------------------------------------------------------------------------------------------------
+# --- 3. dialogs -----------------------------------------------------------------------------------
 
 
-def turns(*texts):
+def alternating(*texts: str) -> list[dict[str, str]]:
     """[{"from": human, "value": …}, {"from": gpt, …}, …] of texts that alternate."""
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def ask_all(scene, rng, first=""):
-    """One dialog with every kind of question in random order, `first` standing before the first."""
-    kinds = rng.sample(list(WORLD), len(WORLD))
-    texts = [t for kind in kinds for t in (rng.choice(QUESTIONS[kind]), scene[kind] + "。")]
-    return turns(first + texts[0], *texts[1:])
+class Speaker:
+    """Draws scenes, and words for them, from one seed."""
+
+    def __init__(self, seed: int):
+        self.rng = random.Random(seed)
+
+    def scene(self) -> Scene:
+        return {kind: self.rng.choice(values) for kind, values in WORLD.items()}
+
+    def described(self, scene: Scene, first: str) -> list[dict[str, str]]:
+        """One dialog that asks for a caption and gives it, `first` standing before the request."""
+        request = first + self.rng.choice(CAPTION_REQUESTS)
+        return alternating(request, self.rng.choice(CAPTIONS).format(**scene))
+
+    def asked(self, scene: Scene, first: str) -> list[dict[str, str]]:
+        """One dialog with every kind of question in random order, `first` before the first."""
+        texts = []
+        for kind in self.rng.sample(list(WORLD), len(WORLD)):
+            texts += [self.rng.choice(QUESTIONS[kind]), scene[kind] + "。"]
+        return alternating(first + texts[0], *texts[1:])
+
+    def asked_once(self, scene: Scene, kind: str, first: str) -> list[dict[str, str]]:
+        """One question of a kind and its answer."""
+        return alternating(first + self.rng.choice(QUESTIONS[kind]), scene[kind] + "。")
 
 
-def build_dialogs(out, seed, n_language, n_alignment, n_instruction, n_heldout):
-    """Write the pictures and the four JSON files of the published form."""
-    rng, pixels = random.Random(seed), np.random.default_rng(seed)
-    picture = IMAGE_TOKEN + "\n"
-
-    def draw_scene():
-        return {kind: rng.choice(values) for kind, values in WORLD.items()}
-
-    def describe(scene):
-        return rng.choice(CAPTIONS).format(**scene)
-
-    language = []
-    for i in range(n_language):
-        scene = draw_scene()
+def build_text_dialogs(speaker: Speaker, n: int) -> list[dict[str, Any]]:
+    """What the language model learns its language from: captions and questions by turns."""
+    rows = []
+    for i in range(n):
+        scene = speaker.scene()
         text = TEXT_SCENE.format(**scene)
-        dialog = (
-            ask_all(scene, rng, text)
-            if i % 2
-            else turns(text + rng.choice(CAPTION_REQUESTS), describe(scene))
-        )
-        language.append({"id": f"language-{i}", "conversations": dialog})
-    write_json(out / "language.json", language)
+        dialog = speaker.asked(scene, text) if i % 2 else speaker.described(scene, text)
+        rows.append({"id": f"language-{i}", "conversations": dialog})
+    return rows
 
-    bar = tqdm(
-        total=n_alignment + n_instruction + n_heldout, desc="pictures", unit="", disable=None
-    )
 
-    def make(name, n, dialog):
+def build_heldout_text(speaker: Speaker, n: int) -> list[dict[str, Any]]:
+    rows = []
+    for i in range(n):
+        scene = speaker.scene()
+        dialog = speaker.asked(scene, TEXT_SCENE.format(**scene))
+        rows.append({"id": f"heldout-language-{i}", "conversations": dialog})
+    return rows
+
+
+def build_dialogs(
+    out: Path, seed: int, n_language: int, n_alignment: int, n_instruction: int, n_heldout: int
+) -> None:
+    """Write the pictures and the JSON files of the published form."""
+    speaker = Speaker(seed)
+    pixels = np.random.default_rng(seed)
+    picture = IMAGE_TOKEN + "\n"
+    write_json(out / "language.json", build_text_dialogs(speaker, n_language))
+
+    n_pictures = n_alignment + n_instruction + n_heldout
+    bar = tqdm(total=n_pictures, desc="pictures", unit="", disable=None)
+
+    def captioned(name: str, scene: Scene) -> list[dict[str, Any]]:
+        return [{"id": name, "conversations": speaker.described(scene, picture)}]
+
+    def questioned(name: str, scene: Scene) -> list[dict[str, Any]]:
+        return [{"id": name, "conversations": speaker.asked(scene, picture)}]
+
+    def one_by_one(name: str, scene: Scene) -> list[dict[str, Any]]:
         rows = []
-        for i in range(n):
-            scene = draw_scene()
-            file = f"{name}-{i:05d}.png"
-            draw(scene, pixels).save(out / "images" / file, compress_level=1)
-            rows += [dict(row, image=file) for row in dialog(f"{name}-{i}", scene)]
-            bar.update()
+        for kind in WORLD:
+            dialog = speaker.asked_once(scene, kind, picture)
+            rows.append({"id": f"{name}-{kind}", "kind": kind, "conversations": dialog})
         return rows
 
-    def caption(id, scene):
-        return [
-            {
-                "id": id,
-                "conversations": turns(picture + rng.choice(CAPTION_REQUESTS), describe(scene)),
-            }
-        ]
+    def write_rows(
+        file: str, name: str, n: int, rows_of: Callable[[str, Scene], list[dict[str, Any]]]
+    ) -> None:
+        rows = []
+        for i in range(n):
+            scene = speaker.scene()
+            image = f"{name}-{i:05d}.png"
+            draw_scan(scene, pixels).save(out / "images" / image, compress_level=1)
+            rows += [dict(row, image=image) for row in rows_of(f"{name}-{i}", scene)]
+            bar.update()
+        write_json(out / file, rows)
 
-    def questions(id, scene):
-        return [{"id": id, "conversations": ask_all(scene, rng, picture)}]
-
-    def single(id, scene):
-        return [
-            {
-                "id": f"{id}-{kind}",
-                "kind": kind,
-                "conversations": turns(picture + rng.choice(QUESTIONS[kind]), scene[kind] + "。"),
-            }
-            for kind in WORLD
-        ]
-
-    write_json(out / "alignment.json", make("alignment", n_alignment, caption))
-    write_json(out / "instruction.json", make("instruction", n_instruction, questions))
-    write_json(out / "heldout.json", make("heldout", n_heldout, single))
-    write_json(out / "heldout_captions.json", make("heldout-caption", n_heldout, caption))
-    write_json(
-        out / "heldout_language.json",
-        [
-            {
-                "id": f"heldout-language-{i}",
-                "conversations": ask_all(scene, rng, TEXT_SCENE.format(**scene)),
-            }
-            for i, scene in enumerate(draw_scene() for _ in range(64))
-        ],
-    )
+    write_rows("alignment.json", "alignment", n_alignment, captioned)
+    write_rows("instruction.json", "instruction", n_instruction, questioned)
+    write_rows("heldout.json", "heldout", n_heldout, one_by_one)
+    write_rows("heldout_captions.json", "heldout-caption", n_heldout, captioned)
+    write_json(out / "heldout_language.json", build_heldout_text(speaker, 64))
     bar.close()
 
 
-# --- 4. a tokenizer and tiny weights, in the published layouts -------------------------------------------------------
+# --- 4. a tokenizer and tiny weights, in the published layouts ------------------------------------
 
 
-def train_tokenizer(out, texts, vocab_size):
-    """A sentencepiece model with LLaMA's settings (BPE, byte fallback, a blank in front, nothing normalised) at out/tokenizer.model."""
-    model = (
-        io.BytesIO()
-    )  # a file prefix would be written into the model: the same world would not be the same bytes
-    sentencepiece.SentencePieceTrainer.train(
+def tokenizer_texts() -> list[str]:
+    """Every sentence of the toy world, and the prompt's own words often enough to become pieces."""
+    sentences = []
+    for texts in (*QUESTIONS.values(), CAPTION_REQUESTS, CAPTIONS, [TEXT_SCENE], *WORLD.values()):
+        sentences += [text.replace("{", " ").replace("}", " ") for text in texts]
+    return [SYSTEM + " USER: ", " ASSISTANT: "] * 20 + sentences
+
+
+def train_tokenizer(out: Path, texts: Iterable[str], vocab_size: int) -> None:
+    """A sentencepiece model with LLaMA's settings (BPE, byte fallback, a blank in front, nothing
+    normalised) at out/tokenizer.model.
+    """
+    # not a file: its name would be written into the model, and the same world would not be the
+    # same bytes
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
         sentence_iterator=iter(texts),
         model_writer=model,
         model_type="bpe",
@@ -227,119 +284,113 @@ def train_tokenizer(out, texts, vocab_size):
 
 
 @torch.no_grad()
-def save_random_weights(out, text, vision, seed):
-    """out/llama and out/clip: Hugging Face folders with random weights of the given sizes, under the names of the published files."""
+def random_model(text: TextConfig, vision: VisionConfig, seed: int) -> Qilin:
+    """A Qilin whose random weights let something through at any width."""
     torch.manual_seed(seed)
     model = Qilin(QilinConfig(text, vision))
-    for name, param in model.named_parameters():
-        if (
-            param.ndim > 1
-        ):  # LLaMA: std 0.02 is made for width 4096 and up; 1 / sqrt(fan_in) is the same idea at any width
+    for param in model.parameters():
+        if param.ndim > 1:
+            # LLaMA: std 0.02 is made for width 4096 and up; 1 / sqrt(fan_in) is the same idea at
+            # any width
             param.normal_(0, param[0].numel() ** -0.5)
     model.model.embed_tokens.weight.normal_(0, 0.5)
-    tower = model.vision_tower  # untrained but never to be trained: pixels must reach its output, so they weigh more than attention's mixing
+    # the tower is untrained but never to be trained: pixels must reach its output, so they weigh
+    # more than attention's mixing
+    tower = model.vision_tower
     tower.embeddings.position_embedding.weight.normal_(0, 0.3)
     for layer in tower.encoder.layers:
-        layer.self_attn.out_proj.weight.mul_(0.5)
-    llm = {name: p.clone() for name, p in model.named_parameters() if part_of(name) == "llm"}
-    clip = {
-        name.replace("vision_tower.", "vision_model.", 1): p.clone()
-        for name, p in model.named_parameters()
-        if part_of(name) == "vision_tower"
-    }
+        layer.self_attn.out_proj.weight.mul_(0.5)  # pyright: ignore
+    return model
+
+
+def save_random_weights(out: Path, text: TextConfig, vision: VisionConfig, seed: int) -> None:
+    """out/llama and out/clip: Hugging Face folders with random weights of the given sizes, under
+    the names of the published files.
+    """
+    model = random_model(text, vision, seed)
+    llm = {}
+    clip = {}
+    for name, param in model.named_parameters():
+        tensor = param.detach().clone()
+        if part_of(name) == "llm":
+            llm[name] = tensor
+        elif part_of(name) == "vision_tower":
+            clip[name.replace("vision_tower.", "vision_model.", 1)] = tensor
     save_tensors(llm, out / "llama" / "model.safetensors")
     save_tensors(clip, out / "clip" / "model.safetensors")
     config = hf_configs(model.config, text.vocab_size, text.vocab_size, "float32")["config.json"]
     write_json(out / "llama" / "config.json", config["text_config"])
-    write_json(
-        out / "clip" / "config.json",
-        dict(config["vision_config"], architectures=["CLIPVisionModel"]),
-    )
+    clip_config = dict(config["vision_config"], architectures=["CLIPVisionModel"])
+    write_json(out / "clip" / "config.json", clip_config)
 
 
-def ask(out):
+# --- 5. command -----------------------------------------------------------------------------------
+
+
+def print_question(out: Path) -> None:
     """Three lines for demo.sh: a held-out picture, a question about it, and its answer."""
-    row = next((row for row in Records(out / "heldout.json") if row["kind"] == "shape"), None)
-    if row is None:
-        raise ValueError(f"{out}: no question about a shape in heldout.json")
-    question, answer = (turn["value"] for turn in row["conversations"])
-    print(
-        out / "images" / row["image"], question.removeprefix(IMAGE_TOKEN).strip(), answer, sep="\n"
-    )
+    for row in Records(out / "heldout.json"):
+        if row["kind"] == "shape":
+            question, answer = (turn["value"] for turn in row["conversations"])
+            print(out / "images" / row["image"])
+            print(question.removeprefix(IMAGE_TOKEN).strip())
+            print(answer)
+            return
+    raise ValueError(f"{out}: no question about a shape in heldout.json")
 
 
-def main():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "out", type=Path, help="folder to write; a toy world that is there already is replaced"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed, another world (default %(default)s)"
-    )
-    parser.add_argument(
-        "--language", type=int, default=2800, help="text-only dialogs (default %(default)s)"
-    )
-    parser.add_argument(
-        "--alignment",
+    add = parser.add_argument
+    add(
+        "--seed",
+        action=InRange,
         type=int,
-        default=2400,
-        help="pictures with captions, stage 1 (default %(default)s)",
+        low=0,
+        high=2**31,
+        default=0,
+        help="another seed, another world (default %(default)s)",
     )
-    parser.add_argument(
-        "--instruction",
-        type=int,
-        default=4400,
-        help="pictures with questions, stage 2 (default %(default)s)",
-    )
-    parser.add_argument(
-        "--heldout",
-        type=int,
-        default=120,
-        help="unseen pictures, 5 questions each (default %(default)s)",
-    )
-    parser.add_argument(
+    for name, default, what in (
+        ("--language", 2800, "text-only dialogs"),
+        ("--alignment", 2400, "pictures with captions, stage 1"),
+        ("--instruction", 4400, "pictures with questions, stage 2"),
+        ("--heldout", 120, "unseen pictures, 5 questions each"),
+    ):
+        add(
+            name,
+            action=InRange,
+            type=int,
+            low=1,
+            high=10**7,
+            default=default,
+            help=f"{what} (default %(default)s)",
+        )
+    add(
         "--ask",
         action="store_true",
         help="write nothing; print a held-out picture, a question and its answer from OUT",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     if args.ask:
-        return ask(args.out)
-    check_ranges(
-        args,
-        seed=(0, 2**31),
-        language=(1, 10**7),
-        alignment=(1, 10**7),
-        instruction=(1, 10**7),
-        heldout=(1, 10**7),
-    )
+        print_question(args.out)
+        return
     check_replaceable(args.out, "language.json")
     out = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(out, ignore_errors=True)
     for folder in ("images", "llama", "clip"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     build_dialogs(out, args.seed, args.language, args.alignment, args.instruction, args.heldout)
-    sentences = [
-        text
-        for texts in (
-            *QUESTIONS.values(),
-            CAPTION_REQUESTS,
-            CAPTIONS,
-            [TEXT_SCENE],
-            *WORLD.values(),
-        )
-        for text in texts
-    ]
-    train_tokenizer(
-        out / "llama",
-        (
-            [SYSTEM + " USER: ", " ASSISTANT: "] * 20
-            + [s.replace("{", " ").replace("}", " ") for s in sentences]
-        ),
-        512,
-    )
+    train_tokenizer(out / "llama", tokenizer_texts(), 512)
     text = TextConfig(
         vocab_size=512,
         hidden_size=128,
@@ -361,8 +412,9 @@ def main():
     save_random_weights(out, text, vision, args.seed)
     replace_folder(out, args.out)
     print(
-        f"{args.out}: {args.language} dialogs, {args.alignment} captioned pictures, {args.instruction} pictures with questions, "
-        f"{args.heldout} unseen pictures with {len(WORLD)} questions each; untrained weights in llama/ and clip/"
+        f"{args.out}: {args.language} dialogs, {args.alignment} captioned pictures, "
+        f"{args.instruction} pictures with questions, {args.heldout} unseen pictures with "
+        f"{len(WORLD)} questions each; untrained weights in llama/ and clip/"
     )
 
 
