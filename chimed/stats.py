@@ -1,5 +1,5 @@
-"""Tables 1 and 2 and Figures 1 and 2 of the paper (arXiv 2310.17956) for built files: token counts by set, exact quantiles in one pass; histograms,
-word clouds, a sheet of pictures by modality."""
+"""Tables 1 and 2 and Figures 1 and 2 of the paper (arXiv 2310.17956) for built files: token counts
+by set, exact quantiles in one pass; histograms, word clouds, a sheet of pictures by modality."""
 
 import argparse
 import heapq
@@ -8,7 +8,10 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +19,7 @@ from tqdm import tqdm
 
 from chimed.prompts import CONTEXT, MODALITIES
 from chimed.sources import SOURCES, own_question
-from chimed.workers import add_workers_option, in_order
+from chimed.workers import add_workers_option, blocks_of, in_order
 from common.files import write_json, write_text
 from common.rows import BadRow, Records, find_rows
 from common.text import text_key
@@ -24,12 +27,15 @@ from model_io.pixels import find_picture, open_image
 from model_io.tokens import Tokenizer, check_conversation
 from qilin_min import IMAGE_TOKEN
 
-# --- 1. one pass ----------------------------------------------------------------------------------------------------
+# --- 1. one pass ----------------------------------------------------------------------------------
 
-BLOCK = 500
-CLOUD_TEXTS = 20_000  # texts a word cloud is made of, drawn evenly: cutting words out of a million takes an hour
-SHEET = 6  # pictures of a modality on the sheet
-NAMES = {
+# rows a worker counts at a time
+ROWS_COUNTED = 500
+# texts a word cloud is made of, drawn evenly: cutting words out of a million takes an hour
+CLOUD_TEXTS = 20_000
+# pictures of a modality on the sheet
+SHEET = 6
+SET_NAMES = {
     "pmc-oa": "PMC-OA",
     "pmc-casereport": "PMC-CaseReport",
     "pmc-vqa": "PMC-VQA",
@@ -37,178 +43,333 @@ NAMES = {
     "chimed-alignment": "ChiMed-VL",
     "chimed-instruction": "ChiMed-VL",
 }
-HITS = {
-    name: re.compile(
-        "|".join(
-            re.escape(word)
-            if not word.isascii()
-            else rf"(?<![A-Za-z]){re.escape(word)}(?![A-Za-z])"
-            if word != word.lower()
-            else rf"(?<![A-Za-z])(?i:{re.escape(word)}s?)(?![A-Za-z])"
-            for word in sorted(words, key=len, reverse=True)
-        )
-    )
-    for name, words in MODALITIES.items()
-}
 
 
-def source_of(row_id):
+def word_pattern(word: str) -> str:
+    """The pattern of a keyword: Latin words must stand alone; those in capitals only so."""
+    escaped = re.escape(word)
+    if not word.isascii():
+        return escaped
+    if word != word.lower():
+        return rf"(?<![A-Za-z]){escaped}(?![A-Za-z])"
+    return rf"(?<![A-Za-z])(?i:{escaped}s?)(?![A-Za-z])"
+
+
+def any_word(words: Iterable[str]) -> re.Pattern:
+    """Finds any of some keywords, the longest first."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(map(word_pattern, longest_first)))
+
+
+MODALITY_PATTERNS = {name: any_word(words) for name, words in MODALITIES.items()}
+UNKNOWN = "unknown"
+
+
+def source_of(row_id: object) -> str:
     """The set a dialog came from, by the id that build gave it."""
-    return next(
-        (NAMES[source] for source in SOURCES if str(row_id).startswith(f"{source}-")), "other"
-    )
+    for source in SOURCES:
+        if str(row_id).startswith(f"{source}-"):
+            return SET_NAMES[source]
+    return "other"
 
 
-def modality_of(text):
+def modality_of(text: str) -> str:
     """The first row of the keyword table with a word in the text, or "unknown"."""
-    return next((name for name, pattern in HITS.items() if pattern.search(text)), "unknown")
+    for name, pattern in MODALITY_PATTERNS.items():
+        if pattern.search(text):
+            return name
+    return UNKNOWN
 
 
-def count_block(state, f, start, stop):
-    """Counts of rows start to stop of a file: lengths {(set, kind): {tokens: n}}, pairs, modalities, pictures for the sheet, texts for the cloud, bad rows."""
-    (subset, rows, every), tokenizer = state[0][f], state[1]
-    lengths, pairs, modalities, sheet, texts, bad = {}, Counter(), Counter(), [], [], 0
+class SheetEntry(NamedTuple):
+    """A picture that may stand on the sheet. The smallest keys do: drawn evenly, always alike."""
+
+    key: int
+    modality: str
+    image: str
+
+
+def smallest_of_each(entries: Iterable[SheetEntry]) -> list[SheetEntry]:
+    """Of each modality the entries with the smallest keys: more than the sheet holds, since some
+    pictures may not decode."""
+    by_modality: dict[str, list[SheetEntry]] = {name: [] for name in (*MODALITY_PATTERNS, UNKNOWN)}
+    for entry in entries:
+        by_modality[entry.modality].append(entry)
+    smallest = []
+    for entries_of_one in by_modality.values():
+        smallest += heapq.nsmallest(3 * SHEET, entries_of_one)
+    return smallest
+
+
+@dataclass
+class Counts:
+    """What is counted of some rows of a subset. Sets are named as in the paper."""
+
+    # (set, kind of text): {tokens: texts that have so many}
+    lengths: dict[tuple[str, str], Counter[int]] = field(default_factory=dict)
+    # set: pairs
+    pairs: Counter[str] = field(default_factory=Counter)
+    # modality: rows
+    modalities: Counter[str] = field(default_factory=Counter)
+    sheet: list[SheetEntry] = field(default_factory=list)
+    # for the word cloud
+    texts: list[str] = field(default_factory=list)
+    n_bad: int = 0
+
+    def add_length(self, source: str, kind: str, n_tokens: int) -> None:
+        """One more text of so many tokens."""
+        self.lengths.setdefault((source, kind), Counter())[n_tokens] += 1
+
+    def update(self, more: "Counts") -> None:
+        """Adds what was counted of further rows, but for the sheet, which all subsets share."""
+        for key, lengths in more.lengths.items():
+            self.lengths.setdefault(key, Counter()).update(lengths)
+        self.pairs.update(more.pairs)
+        self.modalities.update(more.modalities)
+        self.texts.extend(more.texts)
+        self.n_bad += more.n_bad
+
+
+@dataclass(frozen=True)
+class BuiltFile:
+    """A file of dialogs. every: of so many rows one gives its texts to the word cloud."""
+
+    subset: str
+    rows: Records
+    every: int
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What all workers share."""
+
+    files: list[BuiltFile]
+    tokenizer: Tokenizer
+
+
+def count_block(counting: Counting, f: int, start: int, stop: int) -> Counts:
+    """Counts of rows start to stop of file f."""
+    file = counting.files[f]
+    counts = Counts()
     for i in range(start, stop):
         try:
-            row = rows[i]
+            row = file.rows[i]
             check_conversation(row["conversations"])
         except (ValueError, TypeError, KeyError):
-            bad += 1
+            counts.n_bad += 1
             continue
-        source, turns = (
-            source_of(row.get("id")),
-            [turn["value"].encode("utf-8", "ignore").decode() for turn in row["conversations"]],
-        )
-        for question, answer in zip(turns[::2], turns[1::2]):
-            pairs[source] += 1
-            if subset == "alignment":
-                kind = (
-                    "C"
-                    if str(row.get("id")).endswith("-context")
-                    or question.replace(IMAGE_TOKEN, "").strip() in CONTEXT
-                    else "I"
-                )
-                counted = [(kind, answer)]
-            else:
-                counted = [("Q", own_question(question)), ("A", answer)]
-            for kind, text in counted:
-                lengths.setdefault((source, kind), Counter())[len(tokenizer.encode(text))] += 1
-                texts += [text] if i % every == 0 else []
-        modality = modality_of(
-            " ".join(turns[1::2] if subset == "alignment" else (own_question(turns[0]), *turns[1:]))
-        )
-        modalities[modality] += 1
-        image = row.get("image")
-        if isinstance(image, str):
-            sheet.append((text_key(image), modality, image))
-    best = [
-        entry
-        for name in (*HITS, "unknown")
-        for entry in heapq.nsmallest(3 * SHEET, (s for s in sheet if s[1] == name))
-    ]
-    return lengths, pairs, modalities, best, texts, bad
+        count_row(counts, file.subset, row, counting.tokenizer, for_cloud=i % file.every == 0)
+    counts.sheet = smallest_of_each(counts.sheet)
+    return counts
 
 
-def quantile(counts, p):
-    """The p-quantile of numbers given as {number: how many}, as numpy.quantile of them all: between two it is interpolated."""
+def count_row(
+    counts: Counts, subset: str, row: dict[str, Any], tokenizer: Tokenizer, *, for_cloud: bool
+) -> None:
+    """One dialog: the lengths of its texts, its modality, its picture."""
+    row_id = row.get("id")
+    source = source_of(row_id)
+    turns = []
+    for turn in row["conversations"]:
+        turns.append(turn["value"].encode("utf-8", "ignore").decode())
+    for question, answer in zip(turns[::2], turns[1::2], strict=False):
+        counts.pairs[source] += 1
+        for kind, text in texts_of_pair(subset, row_id, question, answer).items():
+            counts.add_length(source, kind, len(tokenizer.encode(text)))
+            if for_cloud:
+                counts.texts.append(text)
+    modality = modality_of(" ".join(telling_texts(subset, turns)))
+    counts.modalities[modality] += 1
+    image = row.get("image")
+    if isinstance(image, str):
+        counts.sheet.append(SheetEntry(text_key(image), modality, image))
+
+
+def texts_of_pair(subset: str, row_id: object, question: str, answer: str) -> dict[str, str]:
+    """{kind: text} of a question and its answer: C context, I inline text or caption, Q question,
+    A answer."""
+    if subset != "alignment":
+        return {"Q": own_question(question), "A": answer}
+    asks_for_context = question.replace(IMAGE_TOKEN, "").strip() in CONTEXT
+    if str(row_id).endswith("-context") or asks_for_context:
+        return {"C": answer}
+    return {"I": answer}
+
+
+def telling_texts(subset: str, turns: list[str]) -> list[str]:
+    """What of a dialog may say which kind of picture it is about: not the words of prompts."""
+    if subset == "alignment":
+        return turns[1::2]
+    return [own_question(turns[0]), *turns[1:]]
+
+
+def quantile(counts: Mapping[int, int], p: float) -> float:
+    """The p-quantile of numbers given as {number: how many}, as numpy.quantile of them all: between
+    two it is interpolated."""
     numbers = sorted(counts)
     ends = np.cumsum([counts[number] for number in numbers])
     place = p * (int(ends[-1]) - 1)
-    low, high = (
-        numbers[int(np.searchsorted(ends, k, side="right"))]
-        for k in (int(np.floor(place)), int(np.ceil(place)))
-    )
+    low = numbers[int(np.searchsorted(ends, int(np.floor(place)), side="right"))]
+    high = numbers[int(np.searchsorted(ends, int(np.ceil(place)), side="right"))]
     return low + (high - low) * (place - np.floor(place))
 
 
-# --- 2. tables ------------------------------------------------------------------------------------------------------
+# --- 2. tables ------------------------------------------------------------------------------------
 
 
-def describe(counts):
-    """{texts, tokens, max, median, q1, q3} of {tokens: how many}."""
-    return {
-        "texts": sum(counts.values()),
-        "tokens": sum(length * n for length, n in counts.items()),
-        "max": max(counts),
-        **{
-            name: float(quantile(counts, p))
-            for name, p in (("median", 0.5), ("q1", 0.25), ("q3", 0.75))
-        },
-    }
+@dataclass
+class TokenCounts:
+    """A cell of the tables: how many texts of a kind a set has, and how long they are."""
+
+    texts: int
+    tokens: int
+    max: int
+    median: float
+    q1: float
+    q3: float
 
 
-def make_table(lengths, pairs, kinds):
-    """{set or "total": {pairs, kind: describe()}}"""
-    table = {}
-    for source in [*sorted(pairs), "total"]:
-        entry = {"pairs": pairs.total() if source == "total" else pairs[source]}
-        for kind in kinds:
-            counts = sum(
-                (c for (s, k), c in lengths.items() if k == kind and source in (s, "total")),
-                Counter(),
-            )
-            if counts:
-                entry[kind] = describe(counts)
-        table[source] = entry
-    return table
+@dataclass
+class SetColumn:
+    """A column of the tables. kinds: {kind of text: TokenCounts} of those it has."""
+
+    pairs: int
+    kinds: dict[str, TokenCounts]
+
+    def as_json(self) -> dict[str, Any]:
+        """As stats.json holds it."""
+        kinds = {kind: asdict(counts) for kind, counts in self.kinds.items()}
+        return {"pairs": self.pairs, **kinds}
 
 
-def millions(n):
-    return f"{n / 1e6:,.0f} M" if n >= 10**7 else f"{n / 1e6:.1f} M" if n >= 10**6 else f"{n:,}"
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper. kinds: of text, a letter each; pairs: what it calls them."""
+
+    subset: str
+    title: str
+    kinds: str
+    pairs: str
 
 
-def markdown(title, table, kinds, what):
-    """The table in the paper's form: sets beside each other, - where a set has no such text."""
+PAPER_TABLES = (
+    PaperTable("alignment", "Table 1: ChiMed-VL-Alignment", "CI", "image-text pairs"),
+    PaperTable("instruction", "Table 2: ChiMed-VL-Instruction", "QA", "QA pairs"),
+)
+TOTAL = "total"
 
-    def cell(entry, kind, show):
-        return show(entry[kind]) if kind in entry else "-"
 
-    rows = [(what, [f"{entry['pairs']:,}" for entry in table.values()])]
-    rows += [
-        (
-            f"{kind} tokens",
-            [cell(entry, kind, lambda d: millions(d["tokens"])) for entry in table.values()],
-        )
-        for kind in kinds
-    ]
-    rows += [
-        (
-            f"max {' / '.join(kinds)} tokens",
-            [
-                " / ".join(cell(entry, kind, lambda d: f"{d['max']:,}") for kind in kinds)
-                for entry in table.values()
-            ],
-        )
-    ]
-    rows += [
-        (
-            f"median (Q1, Q3) {kind} tokens",
-            [
-                cell(entry, kind, lambda d: f"{d['median']:g} ({d['q1']:g}, {d['q3']:g})")
-                for entry in table.values()
-            ],
-        )
-        for kind in kinds
-    ]
-    return (
-        "\n".join(
-            [
-                f"## {title}",
-                "",
-                f"| | {' | '.join(table)} |",
-                f"|---|{'---|' * len(table)}",
-                *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
-            ]
-        )
-        + "\n"
+def describe(counts: Mapping[int, int]) -> TokenCounts:
+    """Of {tokens: how many texts}."""
+    return TokenCounts(
+        texts=sum(counts.values()),
+        tokens=sum(length * n_texts for length, n_texts in counts.items()),
+        max=max(counts),
+        median=float(quantile(counts, 0.5)),
+        q1=float(quantile(counts, 0.25)),
+        q3=float(quantile(counts, 0.75)),
     )
 
 
-# --- 3. figures -----------------------------------------------------------------------------------------------------
+def lengths_of(
+    lengths: Mapping[tuple[str, str], Counter[int]], kind: str, source: str = TOTAL
+) -> Counter[int]:
+    """{tokens: how many texts} of one kind, in a set or in all."""
+    found = Counter()
+    for (its_source, its_kind), counts in lengths.items():
+        if its_kind == kind and source in (its_source, TOTAL):
+            found.update(counts)
+    return found
+
+
+def make_table(counts: Counts, kinds: str) -> dict[str, SetColumn]:
+    """{set or "total": its column}"""
+    table = {}
+    for source in [*sorted(counts.pairs), TOTAL]:
+        n_pairs = counts.pairs.total() if source == TOTAL else counts.pairs[source]
+        column = SetColumn(n_pairs, {})
+        for kind in kinds:
+            lengths = lengths_of(counts.lengths, kind, source)
+            if lengths:
+                column.kinds[kind] = describe(lengths)
+        table[source] = column
+    return table
+
+
+def millions(n: int) -> str:
+    """A large number as the paper writes it."""
+    if n >= 10**7:
+        return f"{n / 1e6:,.0f} M"
+    if n >= 10**6:
+        return f"{n / 1e6:.1f} M"
+    return f"{n:,}"
+
+
+def cells_of(
+    columns: Iterable[SetColumn], kind: str, show: Callable[[TokenCounts], str]
+) -> list[str]:
+    """A line of the table: a cell for each set, - where a set has no such text."""
+    cells = []
+    for column in columns:
+        cells.append(show(column.kinds[kind]) if kind in column.kinds else "-")
+    return cells
+
+
+def show_tokens(counts: TokenCounts) -> str:
+    return millions(counts.tokens)
+
+
+def show_max(counts: TokenCounts) -> str:
+    return f"{counts.max:,}"
+
+
+def show_median(counts: TokenCounts) -> str:
+    return f"{counts.median:g} ({counts.q1:g}, {counts.q3:g})"
+
+
+def markdown(paper: PaperTable, table: dict[str, SetColumn]) -> str:
+    """The table in the paper's form: sets beside each other, - where a set has no such text."""
+    columns = list(table.values())
+    lines = [(paper.pairs, [f"{column.pairs:,}" for column in columns])]
+    for kind in paper.kinds:
+        lines.append((f"{kind} tokens", cells_of(columns, kind, show_tokens)))
+    longest = [cells_of(columns, kind, show_max) for kind in paper.kinds]
+    lines.append(
+        (
+            f"max {' / '.join(paper.kinds)} tokens",
+            [" / ".join(of_a_set) for of_a_set in zip(*longest, strict=True)],
+        )
+    )
+    for kind in paper.kinds:
+        lines.append((f"median (Q1, Q3) {kind} tokens", cells_of(columns, kind, show_median)))
+
+    rule = ["---"] * (len(columns) + 1)
+    text = [f"## {paper.title}", "", f"| | {' | '.join(table)} |", f"|{'|'.join(rule)}|"]
+    for name, cells in lines:
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def modality_table(modalities: Counter[str]) -> str:
+    """How many rows speak of each kind of picture."""
+    lines = ["## Figure 1: kinds of pictures, by keywords", "", "| kind | rows |", "|---|---|"]
+    for name, n_rows in modalities.most_common():
+        lines.append(f"| {name} | {n_rows:,} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- 3. figures -----------------------------------------------------------------------------------
 
 FONT_FILES = re.compile(
-    r"(?:NotoSans(?:Mono)?(?:CJK|SC)|NotoSerifCJK|SourceHanSans|SourceHanSerif|wqy-|simhei|simsun|msyh|PingFang|STHeiti|Hiragino Sans GB|DroidSansFallback|ukai|uming)[^/]*\.(?:ttc|ttf|otf)$",
-    re.IGNORECASE,
+    r"""
+    (?:
+        NotoSans(?:Mono)?(?:CJK|SC)|NotoSerifCJK|SourceHanSans|SourceHanSerif
+      | wqy-|simhei|simsun|msyh|PingFang|STHeiti|Hiragino[ ]Sans[ ]GB|DroidSansFallback
+      | ukai|uming
+    )
+    [^/]*\.(?:ttc|ttf|otf)$
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 FONT_FOLDERS = (
     "/usr/share/fonts",
@@ -222,137 +383,207 @@ FONT_FOLDERS = (
 )
 
 
-def has_chinese(path):
-    """True for a font file that draws simplified Chinese, which Japanese ones lack in part: no box in place of a character."""
+def has_chinese(path: str) -> bool:
+    """True for a font file that draws simplified Chinese, which Japanese ones lack in part: no box
+    in place of a character."""
     try:
         font = ImageFont.truetype(path, 20)
-        return all(
-            bytes(font.getmask(c)) != bytes(font.getmask("\uffff")) for c in "\u7ed3\u68c0\u8bca"
-        )
+        # what stands for a character that a font has not
+        box = _mask(font, "\uffff")
+        return all(_mask(font, character) != box for character in "\u7ed3\u68c0\u8bca")
     except OSError:
         return False
 
 
-def find_font(given):
-    """A font file with Chinese characters: the one given, or one of the usual ones on this machine; None without. ValueError for one that has none."""
+def _mask(font, character):
+    mask: Any = font.getmask(character)
+    return bytes(mask)
+
+
+def font_folders() -> list[str]:
+    """Where fonts usually lie on this machine; first a package that brings one along."""
+    package = importlib.util.find_spec("zhplot")
+    folders = list(package.submodule_search_locations or ()) if package else []
+    return folders + [os.path.expanduser(folder) for folder in FONT_FOLDERS]
+
+
+def find_font(given: str | None) -> str | None:
+    """A font file with Chinese characters: the one given, or one of the usual ones on this machine;
+    None without. ValueError for one that has none."""
     if given:
         if not has_chinese(given):
             raise ValueError(
                 f"--font {given}: no font file, or one without simplified Chinese characters"
             )
         return given
-    package = importlib.util.find_spec("zhplot")  # a package that brings one along
-    for folder in [
-        *(package.submodule_search_locations if package else ()),
-        *map(os.path.expanduser, FONT_FOLDERS),
-    ]:
+    for folder in font_folders():
         for path, _, files in os.walk(folder):
             for name in sorted(files):
-                if FONT_FILES.search(name) and has_chinese(os.path.join(path, name)):
-                    return os.path.join(path, name)
+                file = os.path.join(path, name)
+                if FONT_FILES.search(name) and has_chinese(file):
+                    return file
     return None
 
 
-def draw_histograms(tables, path):
+KIND_NAMES = {"C": "context", "I": "inline text, caption", "Q": "question", "A": "answer"}
+
+
+def draw_histograms(counts: Mapping[str, Counts], path: Path) -> bool:
+    """A histogram of lengths for each kind of text of each subset."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = [
-        (subset, kind, counts)
-        for subset, lengths in tables.items()
-        for kind in ("C", "I", "Q", "A")
-        if (counts := sum((c for (_, k), c in lengths.items() if k == kind), Counter()))
-    ]
-    names = {"C": "context", "I": "inline text, caption", "Q": "question", "A": "answer"}
-    figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.2), squeeze=False)
-    for axis, (subset, kind, counts) in zip(axes[0], kinds):
-        top = max(10, quantile(counts, 0.995))
-        axis.hist(
-            list(counts),
-            weights=list(counts.values()),
-            bins=np.arange(0, top + 2, max(1, round(top / 50))) - 0.5,
-            color="#4477aa",
-        )
-        axis.axvline(quantile(counts, 0.5), color="#cc3311", linewidth=1)
+    charts = []
+    for subset, of_subset in counts.items():
+        for kind in KIND_NAMES:
+            lengths = lengths_of(of_subset.lengths, kind)
+            if lengths:
+                charts.append((f"{subset}: {KIND_NAMES[kind]}", lengths))
+    figure, axes = plt.subplots(1, len(charts), figsize=(4 * len(charts), 3.2), squeeze=False)
+    for axis, (title, lengths) in zip(axes[0], charts, strict=True):
+        top = max(10, quantile(lengths, 0.995))
+        n_longer = sum(n_texts for length, n_texts in lengths.items() if length > top)
+        edges = np.arange(0, top + 2, max(1, round(top / 50))) - 0.5
+        axis.hist(list(lengths), weights=list(lengths.values()), bins=edges, color="#4477aa")
+        axis.axvline(quantile(lengths, 0.5), color="#cc3311", linewidth=1)
         axis.set(
-            title=f"{subset}: {names[kind]}",
-            xlabel=f"tokens (line: median; {sum(n for length, n in counts.items() if length > top):,} longer)",
+            title=title,
+            xlabel=f"tokens (line: median; {n_longer:,} longer)",
             ylabel="texts",
         )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return True
 
 
-def draw_cloud(texts, font, path):
-    """A word cloud of the nouns, verbs and terms of some texts, cut into words by jieba. False when there are no words."""
+def cloud_words(texts: Iterable[str], cut: Callable[[str], Iterable[str]]) -> Counter[str]:
+    """The nouns, verbs and terms of some texts."""
+    words = Counter()
+    for text in texts:
+        for word in cut(text):
+            if len(word) > 1 and re.search(r"[\u4e00-\u9fff]", word):
+                words[word] += 1
+    return words
+
+
+def draw_cloud(texts: Iterable[str], font: str, path: Path) -> bool:
+    """A word cloud of some texts, cut into words by jieba. False when there are no words."""
     import jieba
     from wordcloud import WordCloud
 
     jieba.setLogLevel(60)
-    words = Counter(
-        word
-        for text in texts
-        for word in jieba.cut(text)
-        if len(word) > 1 and not word.isascii() and re.search(r"[\u4e00-\u9fff]", word)
-    )
+    words = cloud_words(texts, jieba.cut)
     if not words:
         return False
-    WordCloud(
+    cloud = WordCloud(
         font_path=font,
         width=1000,
         height=600,
         background_color="white",
         max_words=150,
         random_state=0,
-    ).generate_from_frequencies(words).to_file(path)
+    )
+    cloud.generate_from_frequencies(words).to_file(path)
     return True
 
 
-def draw_sheet(entries, counts, root, font, path):
-    """Figure 1: a line of pictures for each modality. entries: (key, modality, name), the smallest keys first; those that do not decode are passed over."""
-    size, label = 150, 230
-    lines = []
-    for name in [*HITS, "unknown"]:
-        pictures = []
-        for _, _, image in sorted(e for e in entries if e[1] == name):
-            try:
-                picture = open_image(find_picture([image], (root,))[0])
-            except (BadRow, ValueError, OSError):
-                continue
-            picture.thumbnail((size, size))
-            pictures.append(picture)
-            if len(pictures) == SHEET:
-                break
-        if counts[name]:
-            lines.append((name, pictures))
-    sheet = Image.new("RGB", (label + SHEET * (size + 8), max(1, len(lines)) * (size + 8)), "white")
-    pen, letters = (
-        ImageDraw.Draw(sheet),
-        ImageFont.truetype(font, 18) if font else ImageFont.load_default(18),
-    )
-    for y, (name, pictures) in enumerate(lines):
+# pixels: the longer side of a picture on the sheet, what lies between two, the width of a name
+PICTURE_SIZE = 150
+PICTURE_STEP = PICTURE_SIZE + 8
+LABEL_WIDTH = 230
+
+
+def sheet_pictures(entries: Iterable[SheetEntry], root: str) -> list[Image.Image]:
+    """The first pictures that decode, small."""
+    pictures = []
+    for entry in sorted(entries):
+        try:
+            path, _ = find_picture([entry.image], (root,))
+            picture = open_image(path)
+        except (BadRow, ValueError, OSError):
+            continue
+        picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+        pictures.append(picture)
+        if len(pictures) == SHEET:
+            break
+    return pictures
+
+
+def draw_sheet(
+    entries: list[SheetEntry], modalities: Counter[str], root: str, font: str | None, path: Path
+) -> bool:
+    """Figure 1: a line of pictures for each modality, the smallest keys first; those that do not
+    decode are passed over."""
+    names = [name for name in (*MODALITY_PATTERNS, UNKNOWN) if modalities[name]]
+    width = LABEL_WIDTH + SHEET * PICTURE_STEP
+    sheet = Image.new("RGB", (width, max(1, len(names)) * PICTURE_STEP), "white")
+    pen = ImageDraw.Draw(sheet)
+    letters = ImageFont.truetype(font, 18) if font else ImageFont.load_default(18)
+    for y, name in enumerate(names):
+        top = y * PICTURE_STEP
+        # without a font for it the Chinese half of a name is left out
         shown = name if font or name.isascii() else name.split(" ", 1)[1]
-        pen.text(
-            (10, y * (size + 8) + size // 2 - 20),
-            f"{shown}\n{counts[name]:,}",
-            fill="black",
-            font=letters,
-        )
+        label = f"{shown}\n{modalities[name]:,}"
+        pen.text((10, top + PICTURE_SIZE // 2 - 20), label, fill="black", font=letters)
+        pictures = sheet_pictures([entry for entry in entries if entry.modality == name], root)
         for x, picture in enumerate(pictures):
-            sheet.paste(
-                picture,
-                (
-                    label + x * (size + 8) + (size - picture.width) // 2,
-                    y * (size + 8) + (size - picture.height) // 2,
-                ),
-            )
+            left = LABEL_WIDTH + x * PICTURE_STEP + (PICTURE_SIZE - picture.width) // 2
+            sheet.paste(picture, (left, top + (PICTURE_SIZE - picture.height) // 2))
     sheet.save(path)
+    return True
 
 
-# --- 4. command -----------------------------------------------------------------------------------------------------
+def is_drawn(draw: Callable[..., bool], *given: Any, path: Path, needs: str) -> bool:
+    """Whether draw(*given, path) made a figure. Without a package it needs: said, and False."""
+    try:
+        return draw(*given, path)
+    except ImportError as error:
+        is_known = error.name in ("jieba", "wordcloud", "matplotlib")
+        package = error.name if is_known else needs
+        print(f"data_prep.py: no {path.name}: it needs pip install {package}", file=sys.stderr)
+        return False
+
+
+def draw_figures(
+    counts: Mapping[str, Counts],
+    sheet: list[SheetEntry],
+    modalities: Counter[str],
+    *,
+    out: Path,
+    images: str | None,
+    font: str | None,
+) -> list[str]:
+    """The names of the PNGs that can be made here; what cannot says why."""
+    made = []
+    path = out / "lengths.png"
+    if is_drawn(draw_histograms, counts, path=path, needs="matplotlib"):
+        made.append(path.name)
+    if font is None:
+        print(
+            "data_prep.py: no word clouds: no font with Chinese characters was found; "
+            "install one (Debian: apt install fonts-noto-cjk; anywhere: pip install zhplot) "
+            "or name one by --font FILE",
+            file=sys.stderr,
+        )
+    else:
+        for subset, of_subset in counts.items():
+            path = out / f"words-{subset}.png"
+            if is_drawn(draw_cloud, of_subset.texts, font, path=path, needs="jieba wordcloud"):
+                made.append(path.name)
+    if images:
+        path = out / "pictures.png"
+        root = os.path.realpath(images)
+        if is_drawn(draw_sheet, sheet, modalities, root, font, path=path, needs="pillow"):
+            made.append(path.name)
+    else:
+        print("data_prep.py: no sheet of pictures: name their folder by --images", file=sys.stderr)
+    return made
+
+
+# --- 4. command -----------------------------------------------------------------------------------
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -387,128 +618,89 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    named = [("alignment", path) for path in args.alignment] + [
-        ("instruction", path) for path in args.instruction
-    ]
-    if not named:
+    paths = [*args.alignment, *args.instruction]
+    if not paths:
         raise ValueError("name built files by --alignment FILE, --instruction FILE or both")
     if args.images and not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
     font = find_font(args.font)
-    files = [(subset, Records(path, ranges=find_rows(path))) for subset, path in named]
-    totals = Counter()
-    for subset, rows in files:
-        totals[subset] += len(rows)
-    if not totals.total():
-        raise ValueError(f"{', '.join(path for _, path in named)}: no rows")
-    state = (
-        [(subset, rows, max(1, totals[subset] // CLOUD_TEXTS)) for subset, rows in files],
-        Tokenizer(args.tokenizer),
-    )
-    lengths, pairs, modalities, sheets, clouds, bad = {}, {}, {}, [], {}, 0
-    tasks = [
-        (f, start, min(start + BLOCK, len(rows)))
-        for f, (_, rows) in enumerate(files)
-        for start in range(0, len(rows), BLOCK)
-    ]
-    with tqdm(total=totals.total(), desc="counting", unit=" rows", disable=None) as bar:
-        for (f, start, stop), (more, n_pairs, kinds, sheet, texts, n_bad) in zip(
-            tasks, in_order(count_block, tasks, args.workers, state)
-        ):
-            subset = files[f][0]
-            for key, counts in more.items():
-                lengths.setdefault(subset, {}).setdefault(key, Counter()).update(counts)
-            pairs.setdefault(subset, Counter()).update(n_pairs)
-            modalities.setdefault(subset, Counter()).update(kinds)
-            sheets = [
-                entry
-                for name in (*HITS, "unknown")
-                for entry in heapq.nsmallest(
-                    3 * SHEET, {e for e in (*sheets, *sheet) if e[1] == name}
-                )
-            ]
-            clouds.setdefault(subset, []).extend(texts)
-            bad += n_bad
-            bar.update(stop - start)
-    if not pairs:
+    files = open_built({"alignment": args.alignment, "instruction": args.instruction})
+    n_rows = sum(len(file.rows) for file in files)
+    if not n_rows:
+        raise ValueError(f"{', '.join(paths)}: no rows")
+    counts, sheet = count_files(Counting(files, Tokenizer(args.tokenizer)), args.workers)
+    if not counts:
         raise ValueError(
-            f"{', '.join(path for _, path in named)}: no dialog in {totals.total():,} rows (see data_prep.py check)"
+            f"{', '.join(paths)}: no dialog in {n_rows:,} rows (see data_prep.py check)"
         )
+
     args.out.mkdir(parents=True, exist_ok=True)
-    made, report, parts = (
-        [],
-        {"tokenizer": str(args.tokenizer), "files": [path for _, path in named], "bad_rows": bad},
-        [],
-    )
-    for subset, kinds, title, what in (
-        ("alignment", "CI", "Table 1: ChiMed-VL-Alignment", "image-text pairs"),
-        ("instruction", "QA", "Table 2: ChiMed-VL-Instruction", "QA pairs"),
-    ):
-        if pairs.get(subset):
-            report[subset] = make_table(lengths[subset], pairs[subset], kinds)
-            report[subset + "_modalities"] = dict(modalities[subset].most_common())
-            parts.append(markdown(title, report[subset], kinds, what))
-    total = sum(modalities.values(), Counter())
-    parts.append(
-        "## Figure 1: kinds of pictures, by keywords\n\n| kind | rows |\n|---|---|\n"
-        + "".join(f"| {name} | {n:,} |\n" for name, n in total.most_common())
-    )
-    text = (
-        f"Tokens of {args.tokenizer}; C context, I inline text or caption, Q question, A answer, without the words of prompts.\n\n"
-        + "\n".join(parts)
-    )
-    write_text(args.out / "stats.md", text)
-    write_json(args.out / "stats.json", report)
-    print(text)
-    if bad:
+    n_bad = sum(of_subset.n_bad for of_subset in counts.values())
+    modalities = Counter()
+    for of_subset in counts.values():
+        modalities.update(of_subset.modalities)
+    report = {"tokenizer": str(args.tokenizer), "files": paths, "bad_rows": n_bad}
+    write_tables(counts, modalities, report, args.out)
+    if n_bad:
         print(
-            f"data_prep.py: {bad:,} rows are no dialogs and were passed over: see data_prep.py check",
+            f"data_prep.py: {n_bad:,} rows are no dialogs and were passed over: "
+            "see data_prep.py check",
             file=sys.stderr,
         )
+    made = ["stats.md", "stats.json"]
     if not args.no_figures:
-        made += figures(args, lengths, clouds, sheets, total, font)
-    print(
-        "written: " + ", ".join(str(args.out / name) for name in ("stats.md", "stats.json", *made))
-    )
+        made += draw_figures(counts, sheet, modalities, out=args.out, images=args.images, font=font)
+    print("written: " + ", ".join(str(args.out / name) for name in made))
     return 0
 
 
-def figures(args, lengths, clouds, sheets, total, font):
-    """The PNGs that can be made here; what cannot says why."""
-    made = []
+def open_built(paths: Mapping[str, list[str]]) -> list[BuiltFile]:
+    """The files of each subset, {subset: paths}."""
+    files = []
+    for subset, paths_of_one in paths.items():
+        opened = [Records(path, ranges=find_rows(path)) for path in paths_of_one]
+        every = max(1, sum(map(len, opened)) // CLOUD_TEXTS)
+        files += [BuiltFile(subset, rows, every) for rows in opened]
+    return files
 
-    def attempt(name, package, draw):
-        try:
-            if draw() is not False:
-                made.append(name)
-        except ImportError as error:
-            print(
-                f"data_prep.py: no {name}: it needs pip install {error.name if error.name in ('jieba', 'wordcloud', 'matplotlib') else package}",
-                file=sys.stderr,
-            )
 
-    attempt("lengths.png", "matplotlib", lambda: draw_histograms(lengths, args.out / "lengths.png"))
-    if font is None:
-        print(
-            "data_prep.py: no word clouds: no font with Chinese characters was found; install one (Debian: apt install fonts-noto-cjk; anywhere: pip install zhplot) or name one by --font FILE",
-            file=sys.stderr,
-        )
-    for subset, texts in clouds.items() if font else ():
-        attempt(
-            f"words-{subset}.png",
-            "jieba wordcloud",
-            lambda subset=subset, texts=texts: draw_cloud(
-                texts, font, args.out / f"words-{subset}.png"
-            ),
-        )
-    if args.images:
-        attempt(
-            "pictures.png",
-            "pillow",
-            lambda: draw_sheet(
-                sheets, total, os.path.realpath(args.images), font, args.out / "pictures.png"
-            ),
-        )
-    else:
-        print("data_prep.py: no sheet of pictures: name their folder by --images", file=sys.stderr)
-    return made
+def count_files(counting: Counting, workers: int) -> tuple[dict[str, Counts], list[SheetEntry]]:
+    """{subset: Counts} of all files, and the pictures that may stand on the sheet."""
+    tasks = []
+    for f, file in enumerate(counting.files):
+        for start, stop in blocks_of(len(file.rows), ROWS_COUNTED):
+            tasks.append((f, start, stop))
+    n_rows = sum(len(file.rows) for file in counting.files)
+    counts: dict[str, Counts] = {}
+    sheet = []
+    blocks = in_order(count_block, tasks, workers, counting)
+    with tqdm(total=n_rows, desc="counting", unit=" rows", disable=None) as bar:
+        for (f, start, stop), more in zip(tasks, blocks, strict=True):
+            counts.setdefault(counting.files[f].subset, Counts()).update(more)
+            # a picture may come twice
+            sheet = smallest_of_each({*sheet, *more.sheet})
+            bar.update(stop - start)
+    return counts, sheet
+
+
+def write_tables(
+    counts: Mapping[str, Counts], modalities: Counter[str], report: dict[str, Any], out: Path
+) -> None:
+    """stats.md, also printed, and stats.json, which begins with what `report` holds."""
+    parts = []
+    for paper in PAPER_TABLES:
+        of_subset = counts.get(paper.subset)
+        if of_subset is None or not of_subset.pairs:
+            continue
+        table = make_table(of_subset, paper.kinds)
+        report[paper.subset] = {source: column.as_json() for source, column in table.items()}
+        report[f"{paper.subset}_modalities"] = dict(of_subset.modalities.most_common())
+        parts.append(markdown(paper, table))
+    parts.append(modality_table(modalities))
+    text = (
+        f"Tokens of {report['tokenizer']}; C context, I inline text or caption, Q question, "
+        "A answer, without the words of prompts.\n\n" + "\n".join(parts)
+    )
+    write_text(out / "stats.md", text)
+    write_json(out / "stats.json", report)
+    print(text)

@@ -1,4 +1,5 @@
-"""Promise: `stats` counts what is in the built files with the chosen tokenizer, exactly, in the form of the paper's Tables 1 and 2, and draws its figures."""
+"""Promise: `stats` counts what is in the built files with the chosen tokenizer, exactly, in the
+form of the paper's Tables 1 and 2, and draws its figures."""
 
 import json
 from collections import Counter
@@ -11,7 +12,8 @@ from PIL import Image
 from raw_sets import OA, make_raw, prep
 
 from chimed.prompts import MODALITIES, VQA
-from chimed.stats import find_font, has_chinese, modality_of, own_question, quantile
+from chimed.sources import own_question
+from chimed.stats import find_font, has_chinese, modality_of, quantile
 from common.rows import Records
 from model_io.tokens import Tokenizer
 
@@ -148,7 +150,8 @@ def test_modalities(text, modality):
 
 
 def test_figures(tmp_path, toy):
-    """Histograms, word clouds without a box in place of a character, a sheet with a line for each kind of picture."""
+    """Histograms, word clouds without a box in place of a character, a sheet with a line for each
+    kind of picture."""
     raw = make_raw(tmp_path / "raw", n=9)
     given = [
         {"english": OA[k][0].format(a), "chinese": OA[k][1].format(a)}
@@ -200,7 +203,8 @@ def test_figures(tmp_path, toy):
 
 
 def test_fonts(tmp_path, monkeypatch):
-    """A font without simplified Chinese is refused by name; where none is found, that is said and everything else is made."""
+    """A font without simplified Chinese is refused by name; where none is found, that is said and
+    everything else is made."""
     latin = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
     chinese = find_font(None)
     assert (
