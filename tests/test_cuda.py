@@ -1,4 +1,5 @@
-"""Promise: what a CPU cannot show holds on a GPU: NCCL, bf16, the same answers, the plan's memory. Skips without CUDA; `train.py --smoke` is the longer proof."""
+"""Promise: what a CPU cannot show holds on a GPU: NCCL, bf16, the same answers, the plan's memory.
+Skips without CUDA; `train.py --smoke` is the longer proof."""
 
 import json
 import os
@@ -38,38 +39,11 @@ def test_training_in_bf16_follows_float32(toy, tmp_path, report):
         toy, tmp_path / "gpu", "--batch-size", 8, "--save-every", 1, "--keep", 9, ranks=n
     )
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    subprocess.run(
-        list(
-            map(
-                str,
-                [
-                    sys.executable,
-                    ROOT / "train.py",
-                    "--stage",
-                    2,
-                    "--llm",
-                    toy / "llama",
-                    "--vision",
-                    toy / "clip",
-                    "--projector",
-                    "fresh",
-                    "--images",
-                    toy / "images",
-                    "--data",
-                    toy / "mixed.json",
-                    "--out",
-                    tmp_path / "cpu",
-                    "--lr",
-                    "2e-3",
-                    "--batch-size",
-                    8,
-                ],
-            )
-        ),
-        check=True,
-        env=env,
-        capture_output=True,
-    )
+    words = [sys.executable, ROOT / "train.py", "--stage", 2]
+    words += ["--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh"]
+    words += ["--images", toy / "images", "--data", toy / "mixed.json", "--out", tmp_path / "cpu"]
+    words += ["--lr", "2e-3", "--batch-size", 8]
+    subprocess.run(list(map(str, words)), check=True, env=env, capture_output=True)
     want = np.array(
         [r["loss"] for r in map(json.loads, open(tmp_path / "cpu/log.jsonl")) if "seconds" in r]
     )
@@ -88,40 +62,51 @@ def test_training_in_bf16_follows_float32(toy, tmp_path, report):
 
 def test_peak_memory_is_the_plans(report):
     """One GPU, 0.3 billion parameters: torch's allocator beside the formula, within 15 %."""
+    text = dict(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=2752,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+    )
+    vision = (64, 128, 2, 2, 56, 14)
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, train, qilin_min as q
-rank, W, device = train.setup_distributed()
-config = q.QilinConfig(q.TextConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2752, num_hidden_layers=16, num_attention_heads=8), q.VisionConfig(64, 128, 2, 2, 56, 14))
-with torch.device("meta"): model = q.Qilin(config)
-model = train.shard_model(model, device, ("mm_projector", "llm"), torch.bfloat16)
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+
+import torch
+
+import qilin_min as q
+from train import shard_model
+from training.ranks import setup_distributed
+
+_, _, device = setup_distributed()
+config = q.QilinConfig(q.TextConfig(**{text!r}), q.VisionConfig(*{vision!r}))
+with torch.device("meta"):
+    model = q.Qilin(config)
+model = shard_model(model, device, ("mm_projector", "llm"), torch.bfloat16)
 model._apply(lambda t: torch.empty_like(t, device=device))
-with torch.no_grad(): [(p.to_local() if hasattr(p, "to_local") else p).normal_(0, 0.02) for p in model.parameters()]
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-model.train(); model.model.n_checkpointed = 4
+with torch.no_grad():
+    for param in model.parameters():
+        local = param.to_local() if hasattr(param, "to_local") else param
+        local.normal_(0, 0.02)
+trained = [param for param in model.parameters() if param.requires_grad]
+optimizer = torch.optim.AdamW(trained, fused=True)
+model.train()
+model.model.n_checkpointed = 4
 ids = torch.ones(4, 512, dtype=torch.int64, device=device)
 for step in range(2):
-    model(ids, None, ids, reduction="mean").backward(); optimizer.step(); optimizer.zero_grad()
-print(torch.cuda.max_memory_allocated())"""
+    model(ids, None, ids, reduction="mean").backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(torch.cuda.max_memory_allocated())
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    sizes = count_sizes(
-        q.QilinConfig(
-            q.TextConfig(
-                vocab_size=32000,
-                hidden_size=1024,
-                intermediate_size=2752,
-                num_hidden_layers=16,
-                num_attention_heads=8,
-            ),
-            q.VisionConfig(64, 128, 2, 2, 56, 14),
-        ),
-        ("mm_projector", "llm"),
-    )
-    want, got = (
-        step_memory(sizes, 1, 4 * 512, 4, n_labels=4 * 511).peak,
-        int(done.stdout.split()[-1]),
-    )
+    config = q.QilinConfig(q.TextConfig(**text), q.VisionConfig(*vision))
+    sizes = count_sizes(config, ("mm_projector", "llm"))
+    want = step_memory(sizes, 1, 4 * 512, 4, n_labels=4 * 511).peak
+    got = int(done.stdout.split()[-1])
     report(
         f"cuda: plan {want / GIB:.2f} GiB, allocator {got / GIB:.2f} (relative)",
         abs(want / got - 1),

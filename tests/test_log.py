@@ -1,4 +1,5 @@
-"""Promise: a run shows what it does: a line a step, a curve that is redrawn, answers to held-out questions, run.json; and the loop that does it fits a screen."""
+"""Promise: a run shows what it does: a line a step, a curve that is redrawn, answers to held-out
+questions, run.json; and the loop that does it fits a screen."""
 
 import ast
 import hashlib
@@ -20,7 +21,8 @@ from training.costs import count_sizes, flops
 
 
 def test_a_line_a_step(toy, tmp_path):
-    """step/total, loss, lr, gradient norm, tokens/s, share of peak (the peak being given), memory, padding, time left; log.jsonl has the same numbers."""
+    """step/total, loss, lr, gradient norm, tokens/s, share of peak (the peak being given), memory,
+    padding, time left; log.jsonl has the same numbers."""
     done = run(
         toy,
         tmp_path / "out",
@@ -39,12 +41,14 @@ def test_a_line_a_step(toy, tmp_path):
     rows = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
     steps = [r for r in rows if "seconds" in r]
     lines = re.findall(
-        r"^step (\d+)/3 \| loss ([\d.]+) \| lr ([\d.e-]+) \| grad ([\d.]+) \| ([\d,]+) tok/s \| ([\d.]+)% of peak \| ([\d.]+) GiB \| padding ([\d.]+)% \| [\d.]+ s \| [\d:]+ to go$",
+        r"^step (\d+)/3 \| loss ([\d.]+) \| lr ([\d.e-]+) \| grad ([\d.]+) \| "
+        r"([\d,]+) tok/s \| ([\d.]+)% of peak \| ([\d.]+) GiB \| padding ([\d.]+)% \| "
+        r"[\d.]+ s \| [\d:]+ to go$",
         done.stdout,
         re.M,
     )
     assert len(lines) == len(steps) == 3, done.stdout
-    for line, row in zip(lines, steps):
+    for line, row in zip(lines, steps, strict=True):
         assert (
             int(line[0]) == row["step"]
             and float(line[1]) == pytest.approx(row["loss"], abs=1e-4)
@@ -107,36 +111,14 @@ def test_tensorboard(toy, tmp_path, is_installed):
         pytest.skip("tensorboard is not installed")
     if not is_installed:
         (tmp_path / "hide.py").write_text(
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['tensorboard'] = None\nimport train\nfrom common.files import run_cli\nrun_cli(train.main)"
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['tensorboard'] = None\n"
+            "import train\nfrom common.files import run_cli\nrun_cli(train.main)"
         )
-        done = subprocess.run(
-            list(
-                map(
-                    str,
-                    [
-                        sys.executable,
-                        tmp_path / "hide.py",
-                        "--stage",
-                        2,
-                        "--llm",
-                        toy / "llama",
-                        "--vision",
-                        toy / "clip",
-                        "--projector",
-                        "fresh",
-                        "--images",
-                        toy / "images",
-                        "--data",
-                        toy / "one.json",
-                        "--out",
-                        tmp_path / "out",
-                        "--tensorboard",
-                    ],
-                )
-            ),
-            capture_output=True,
-            text=True,
-        )
+        words = [sys.executable, tmp_path / "hide.py", "--stage", 2]
+        words += ["--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh"]
+        words += ["--images", toy / "images", "--data", toy / "one.json"]
+        words += ["--out", tmp_path / "out", "--tensorboard"]
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
         assert (
             done.returncode == 2
             and "pip install tensorboard" in done.stderr

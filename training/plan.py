@@ -268,17 +268,17 @@ class Texts:
 
 PROMPT = 60  # tokens of the system sentence, roles and a request
 # Table 1: PMC-CaseReport, every other sample a context, else an inline text, and PMC-OA captions
-CAPTIONS = (
+PAPER_CAPTIONS = (
     Texts(158_419, median=435, q1=211, q3=757, most=2576),
     Texts(158_419, median=59, q1=41, q3=83, most=1551),
     Texts(263_176, median=125, q1=68, q3=210, most=1417),
 )
 # Table 2: of both sources
-ANSWERS = (
+PAPER_ANSWERS = (
     Texts(316_838, median=27, q1=20, q3=38, most=451),
     Texts(152_603, median=10, q1=6, q3=16, most=732),
 )
-QUESTIONS = (
+PAPER_QUESTIONS = (
     Texts(316_838, median=21, q1=16, q3=26, most=4040),
     Texts(152_603, median=18, q1=15, q3=22, most=335),
 )
@@ -300,10 +300,10 @@ def paper_lengths(table: int, n_image_tokens: int, seed: int = 0) -> tuple[np.nd
     questions and answers by Table 2."""
     rng = np.random.default_rng(seed)
     if table == 1:
-        labels = draw_lengths(rng, CAPTIONS)
+        labels = draw_lengths(rng, PAPER_CAPTIONS)
         return n_image_tokens + PROMPT + labels, labels
-    labels = draw_lengths(rng, ANSWERS)
-    questions = draw_lengths(rng, QUESTIONS)
+    labels = draw_lengths(rng, PAPER_ANSWERS)
+    questions = draw_lengths(rng, PAPER_QUESTIONS)
     return n_image_tokens + PROMPT + questions + labels, labels
 
 
@@ -355,7 +355,7 @@ class Plan:
 
 def plan_lines(plan: Plan) -> list[str]:
     """The plan in words."""
-    return [*model_lines(plan), *memory_lines(plan), *work_lines(plan), disk_line(plan)]
+    return [*model_lines(plan), *peak_lines(plan), *work_lines(plan), disk_line(plan)]
 
 
 def model_lines(plan: Plan) -> list[str]:
@@ -379,7 +379,7 @@ def model_lines(plan: Plan) -> list[str]:
     return [machine_line, f"  {trained}", f"  {cut}"]
 
 
-def memory_lines(plan: Plan) -> list[str]:
+def peak_lines(plan: Plan) -> list[str]:
     """Memory by kind in the largest step, its peak, and what would fit if it does not."""
     slots, n_checkpointed, needed = largest_step(plan)
     n_blocks = plan.sizes.n_blocks

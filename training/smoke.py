@@ -529,17 +529,17 @@ class SmokeRow:
     needs: tuple[str, ...] = ()  # the checks it stands on
 
 
-WORLD = "toy world, random model"
-NCCL = "all-reduce under NCCL"
+TOY_WORLD = "toy world, random model"
+ALL_REDUCE = "all-reduce under NCCL"
 TABLE = (
-    SmokeRow(WORLD, Checks.world),
-    SmokeRow(NCCL, Checks.nccl, is_cuda_only=True),
-    SmokeRow("bf16 product", Checks.bf16, is_cuda_only=True, needs=(NCCL,)),
-    SmokeRow("stage 1", Checks.stage_1, needs=(WORLD,)),
-    SmokeRow("stage 2", Checks.stage_2, needs=(WORLD,)),
-    SmokeRow("kill", Checks.kill, needs=(WORLD,)),
+    SmokeRow(TOY_WORLD, Checks.world),
+    SmokeRow(ALL_REDUCE, Checks.nccl, is_cuda_only=True),
+    SmokeRow("bf16 product", Checks.bf16, is_cuda_only=True, needs=(ALL_REDUCE,)),
+    SmokeRow("stage 1", Checks.stage_1, needs=(TOY_WORLD,)),
+    SmokeRow("stage 2", Checks.stage_2, needs=(TOY_WORLD,)),
+    SmokeRow("kill", Checks.kill, needs=(TOY_WORLD,)),
     SmokeRow("resume", Checks.resume, needs=("stage 2", "kill")),
-    SmokeRow("SIGTERM", Checks.sigterm, needs=(WORLD,)),
+    SmokeRow("SIGTERM", Checks.sigterm, needs=(TOY_WORLD,)),
     SmokeRow("export", Checks.export, needs=("stage 2",)),
     SmokeRow("peak memory beside the plan's", Checks.memory, is_cuda_only=True, needs=("stage 2",)),
     SmokeRow("MFU", Checks.mfu, is_cuda_only=True, needs=("stage 2",)),
