@@ -48,11 +48,11 @@ def row_problems(row: Any, rules: Rules) -> list[str]:
 
 def dialog_problems(row: dict, rules: Rules) -> list[str]:
     """What is wrong with the turns of a row and with its pictures."""
-    conversation = row.get("conversations")
     try:
-        check_conversation(conversation)
+        check_conversation(row.get("conversations"))
     except BadDialog as error:
         return [error.kind]
+    conversation = row["conversations"]
     problems = picture_problems(row, rules.root)
     texts = [turn["value"] for turn in conversation]
     if any(has_half_pair(text) for text in texts):
@@ -112,16 +112,16 @@ class Finding(NamedTuple):
     content_key: int = 0  # of what it says; 0 where it is no object
 
 
-class Job(NamedTuple):
+class Checked(NamedTuple):
     """What the processes share."""
 
     rows: Records
     rules: Rules
 
 
-def check_block(job: Job, start: int, stop: int) -> list[Finding]:
+def check_block(checked: Checked, start: int, stop: int) -> list[Finding]:
     """What was found in rows start to stop."""
-    return [check_row(job.rows, i, job.rules) for i in range(start, stop)]
+    return [check_row(checked.rows, i, checked.rules) for i in range(start, stop)]
 
 
 def check_row(rows: Records, i: int, rules: Rules) -> Finding:
@@ -170,7 +170,7 @@ def find_problems(rows: Records, rules: Rules, workers: int) -> dict[int, list[s
     ids = np.zeros(len(rows), dtype=np.uint64)
     contents = np.zeros(len(rows), dtype=np.uint64)
     tasks = list(blocks_of(len(rows), BLOCK // 10))
-    results = in_order(check_block, tasks, workers, Job(rows, rules))
+    results = in_order(check_block, tasks, workers, Checked(rows, rules))
     with tqdm(total=len(rows), desc="checking", unit=" rows", disable=None) as bar:
         for (start, stop), findings in zip(tasks, results, strict=True):
             for i, finding in enumerate(findings, start):
@@ -239,6 +239,7 @@ def write_clean(rows: Records, problems: dict[int, list[str]], target: Path) -> 
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
+    """The options of `check`."""
     about = "every row and picture of a dialog file; exit code 1 when any is unfit"
     parser = commands.add_parser(
         "check",

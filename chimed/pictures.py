@@ -5,8 +5,9 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,19 +140,35 @@ def link_or_copy(path: Path, target: Path, copy: bool) -> None:
 # --- 3. the picture of a row ----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class PictureFolder:
+    """Where the pictures of a build come from, and where they go."""
+
+    roots: tuple[str, ...]  # folders they are looked for in, real paths, in this order
+    path: Path  # where they go
+    is_copied: bool  # never linked
+    is_skipped: bool  # named as they would be, and neither sought nor made
+
+
 class Placed(NamedTuple):
     """What became of a row's pictures."""
 
-    name: str = ""  # of the picture, in the folder
+    name: str = ""  # of the one picture, in the folder
     problem: str = ""  # why there is none
 
 
+def picture_of(names: Iterable[tuple[str, ...]], folder: PictureFolder) -> str:
+    """The name of a row's picture in `folder`, where it is placed. names: the candidates of each of
+    its pictures. BadRow."""
+    placed = place_pictures(tuple(dict.fromkeys(names)), folder)
+    if placed.problem:
+        raise BadRow(placed.problem)
+    return placed.name
+
+
 @functools.lru_cache(CACHE)
-def place_pictures(
-    names: tuple[tuple[str, ...], ...], roots: tuple[str, ...], folder: Path, copy: bool, skip: bool
-) -> Placed:
-    """The picture of a row under `folder`. names: the candidates of each of its pictures; skip: the
-    picture is only named as it would be.
+def place_pictures(names: tuple[tuple[str, ...], ...], folder: PictureFolder) -> Placed:
+    """picture_of, remembered: also what is wrong, for which an exception could not be.
 
     One picture keeps its name and is linked (or copied); DICOM becomes PNG; two to four become one
     composite under composites/.
@@ -161,11 +178,11 @@ def place_pictures(
             raise BadRow("no picture named")
         if len(names) > MAX_PICTURES:
             raise BadRow(f"more than {MAX_PICTURES} pictures")
-        if skip:
+        if folder.is_skipped:
             return Placed(_name_unseen(names))
         if len(names) == 1:
-            return Placed(_place_one(names[0], roots, folder, copy))
-        return Placed(_place_composite(names, roots, folder))
+            return Placed(_place_one(names[0], folder))
+        return Placed(_place_composite(names, folder))
     except BadRow as error:
         return Placed(problem=str(error))
     except PermissionError:
@@ -184,33 +201,33 @@ def _name_unseen(names: tuple[tuple[str, ...], ...]) -> str:
     return composite_name(first_choices)
 
 
-def _place_composite(
-    names: tuple[tuple[str, ...], ...], roots: tuple[str, ...], folder: Path
-) -> str:
-    found = [find_picture(list(choices), roots) for choices in names]
+def _place_composite(names: tuple[tuple[str, ...], ...], folder: PictureFolder) -> str:
+    found = [find_picture(list(choices), folder.roots) for choices in names]
     paths = [path for path, _ in found]
     name = composite_name([name for _, name in found])
-    if not is_current(folder / name, paths):
+    target = folder.path / name
+    if not is_current(target, paths):
         composite = join_pictures([decode(path) for path in paths])
-        with made_of(paths, folder / name) as partial:
+        with made_of(paths, target) as partial:
             composite.save(partial, "JPEG", quality=95, subsampling=0)
     return name
 
 
-def _place_one(choices: tuple[str, ...], roots: tuple[str, ...], folder: Path, copy: bool) -> str:
-    path, name = find_picture(list(choices), roots)
+def _place_one(choices: tuple[str, ...], folder: PictureFolder) -> str:
+    path, name = find_picture(list(choices), folder.roots)
     is_converted = is_dicom(path)
     if is_converted:
         name += ".png"
-    if is_current(folder / name, [path]):
+    target = folder.path / name
+    if is_current(target, [path]):
         return name
     # also where it is only linked: what does not decode is not placed
     image = decode(path)
-    with made_of([path], folder / name) as partial:
+    with made_of([path], target) as partial:
         if is_converted:
             image.save(partial, "PNG")
         else:
-            link_or_copy(path, partial, copy)
+            link_or_copy(path, partial, folder.is_copied)
     return name
 
 
