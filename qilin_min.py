@@ -1404,6 +1404,24 @@ def sample_next_token(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def new_cache(config: TextConfig, prompts: list[list[int]], max_new_tokens: int) -> KVCache:
+    """A cache for these prompts and their answers, no longer than the model has positions."""
+    longest = max(map(len, prompts))
+    return KVCache(
+        config.num_hidden_layers, min(longest + max_new_tokens, config.max_position_embeddings)
+    )
+
+
+def check_room(config: TextConfig, prompts: list[list[int]]) -> None:
+    """ValueError when a prompt leaves no position for an answer."""
+    longest = max(map(len, prompts))
+    if longest >= config.max_position_embeddings:
+        raise ValueError(
+            f"the prompt has {longest} tokens, the model's positions end at "
+            f"{config.max_position_embeddings}: ask a shorter question"
+        )
+
+
 def not_yet_held(prompts: list[list[int]], cache: KVCache) -> list[list[int]]:
     """What of each prompt the cache does not hold yet. ValueError when there is nothing left."""
     held = [0] * len(prompts)
@@ -1450,9 +1468,8 @@ def generate(
     stop: Callable[[list[bool]], bool] = all,
     cache: KVCache | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield one list of B new ids a step for B prompts (lists of int, from encode_prompt).
+    """Yield one list of B new ids a step for B prompts, lists of int, and pictures (M, 3, H, W).
 
-    pixel_values: their pictures (M, 3, H, W).
     A row's end id is yielded, after that None. Rows of different lengths answer as each would
     alone. Ids past the tokenizer never come.
     stop: asked before each step with one bool a row (has it ended?); on a sharded model it must
@@ -1463,21 +1480,14 @@ def generate(
     """
     config = model.config
     device = next(model.parameters()).device
-    longest = max(map(len, input_ids))
-    limit = config.text.max_position_embeddings
-    if longest >= limit:
-        raise ValueError(
-            f"the prompt has {longest} tokens, the model's positions end at {limit}: "
-            "ask a shorter question"
-        )
+    check_room(config.text, input_ids)
     if cache is None:
-        cache = KVCache(config.text.num_hidden_layers, min(longest + max_new_tokens, limit))
-    limit = min(limit, max(cache.max_length, longest))
+        cache = new_cache(config.text, input_ids, max_new_tokens)
+    limit = min(config.text.max_position_embeddings, cache.max_length)
     rest = not_yet_held(input_ids, cache)
     lengths = torch.tensor([len(row) for row in rest], device=device)
     ids = pad_rows(rest, 0).to(device)
     seen = mark_seen(input_ids, config.text.vocab_size, device)
-    rows = torch.arange(len(input_ids), device=device)
     generator = None
     if seed is not None:
         generator = torch.Generator(device).manual_seed(seed)
@@ -1492,7 +1502,7 @@ def generate(
         ids = sample_next_token(
             logits, seen, temperature, top_p, top_k, repetition_penalty, generator
         )  # (B,)
-        seen[rows, ids] = True
+        seen.scatter_(1, ids[:, None], True)
         new = [None if end else i for end, i in zip(ended, ids.tolist(), strict=True)]
         yield new
         lengths = [len(prompt) + step + 1 for prompt in input_ids]
