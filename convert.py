@@ -1,16 +1,24 @@
-"""What is in a checkpoint, and any published layout -> one llava-hf folder that transformers, vLLM and qilin-min load.
+"""What is in a checkpoint, and any published layout -> one llava-hf folder that transformers, vLLM
+and qilin-min load.
 
-    python convert.py info PATH                                       layout, sizes, dtype, vocabulary, memory to run it; reads headers only
-    python convert.py SRC DST                                         original LLaVA or Qilin release, llava-hf of any age, a train.py --out folder
-    python convert.py DST --llm DIR --vision DIR --projector FILE     from parts; beside SRC, a part given so takes the place of SRC's own
-    python convert.py SRC DST --dtype bfloat16                        half the size (default: as on disk, float32 where parts differ)
+    python convert.py info PATH
+        layout, sizes, dtype, vocabulary, memory to run it; reads headers only
+    python convert.py SRC DST
+        original LLaVA or Qilin release, llava-hf of any age, a train.py --out folder
+    python convert.py DST --llm DIR --vision DIR --projector FILE
+        from parts; beside SRC, a part given so takes the place of SRC's own
+    python convert.py SRC DST --dtype bfloat16
+        half the size (default: as on disk, float32 where parts differ)
 
-DST gets safetensors shards of at most 5 GB, config.json, generation_config.json, tokenizer, processor and chat template, and a README.md to be completed.
-Weights of one dtype are mapped from disk, not held: a 13B model converts in the memory of one shard. DST appears when it is whole; an interrupted run can be repeated.
+DST gets safetensors shards of at most 5 GB, config.json, generation_config.json, tokenizer,
+processor and chat template, and a README.md to be completed. Weights of one dtype are mapped from
+disk, not held: a 13B model converts in the memory of one shard. DST appears when it is whole; an
+interrupted run can be repeated.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +32,8 @@ from qilin_min import (
     DTYPES,
     PARTS,
     Qilin,
+    QilinConfig,
+    WeightFiles,
     account,
     check_finite,
     folder_config,
@@ -32,6 +42,8 @@ from qilin_min import (
     text_config,
     vision_config,
 )
+
+# --- 1. info --------------------------------------------------------------------------------------
 
 LAYOUTS = (  # the beginning of a tensor's name in the file -> layout; the first that any name has
     ("base_model.model.", "saved through peft"),
@@ -48,203 +60,279 @@ LAYOUTS = (  # the beginning of a tensor's name in the file -> layout; the first
 )
 
 
-def layout_of(files, names):
-    """The layout by the names inside; `names` as they stand in the files."""
+def layout_of(files: WeightFiles) -> str:
+    """The layout by the names inside, as they stand in the files."""
     if all(part_of(name) == "mm_projector" for name in files.tensors):
         return "a projector alone (stage 1)"
-    return next(
-        (layout for start, layout in LAYOUTS if any(name.startswith(start) for name in names)),
-        "unknown",
-    )
+    stored = [entry.name for entry in files.tensors.values()]
+    names = [*stored, *files.ignored]
+    for start, layout in LAYOUTS:
+        if any(name.startswith(start) for name in names):
+            return layout
+    return "unknown"
 
 
-def human(n_bytes):
+def human(n_bytes: float) -> str:
     """Bytes as GiB, or MiB where they are few."""
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+    if n_bytes >= 2**30:
+        return f"{n_bytes / 2**30:.2f} GiB"
+    return f"{n_bytes / 2**20:.1f} MiB"
 
 
-def memory_lines(config, total):
-    """What running a whole model of `total` parameters takes: weights, and keys and values of 2048 positions."""
-    text = config.text
-    in_blocks = (
-        text.num_hidden_layers
-        * text.hidden_size
-        * (
-            2 * text.num_attention_heads * text.head_dim
-            + 2 * text.num_key_value_heads * text.head_dim
-            + 3 * text.intermediate_size
+def counted(n: int, word: str) -> str:
+    """How many of what."""
+    return f"{n} {word}s" if n > 1 else f"{n} {word}"
+
+
+def column(name: str, text: str) -> str:
+    """A line of info: what, then how much of it."""
+    return f"  {name:11} {text}"
+
+
+def tensors_line(files: WeightFiles) -> str:
+    """How many tensors in how many files, and in which dtypes."""
+    n_files = len({entry.file for entry in files.tensors.values()})
+    dtypes = sorted({files.dtype(name) for name in files.tensors})
+    return column(
+        "tensors",
+        f"{len(files.tensors)} in {counted(n_files, 'file')}, {len(files.ignored)} ignorable, "
+        f"{len(files.unknown)} unknown; {', '.join(dtypes)}",
+    )
+
+
+def count_parameters(files: WeightFiles) -> dict[str, int]:
+    """{part of a model: parameters of it in the files}."""
+    n_params: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for name in files.tensors:
+        n_params[part_of(name)] += torch.Size(files.shape(name)).numel()
+    return n_params
+
+
+def language_lines(path: Path, raw: dict, where: Path) -> Iterator[str]:
+    """Sizes of the language model by its config.json (`raw`, of `where`), and its tokenizer."""
+    text = text_config(raw.get("text_config", raw), where)
+    yield column(
+        "language",
+        f"{text.num_hidden_layers} layers, width {text.hidden_size}, "
+        f"{text.num_attention_heads} heads ({text.num_key_value_heads} key-value), "
+        f"ffn {text.intermediate_size}, vocabulary {text.vocab_size}, "
+        f"{text.max_position_embeddings} positions, theta {text.rope_theta:g}",
+    )
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.model").is_file():
+        n_pieces = Tokenizer(folder).vocab_size
+        yield column("tokenizer", f"tokenizer.model, {n_pieces} pieces")
+    else:
+        yield column(
+            "tokenizer",
+            "none: sample.py and train.py need a tokenizer.model beside the weights",
         )
+
+
+def tower_line(raw: dict, where: Path) -> str:
+    """Sizes of a vision tower that lies alone."""
+    tower = vision_config(raw, where)
+    return column(
+        "vision",
+        f"{tower.num_hidden_layers} layers, width {tower.hidden_size}, "
+        f"{tower.image_size} pixels in patches of {tower.patch_size}",
     )
-    cache = (
-        2
-        * text.num_hidden_layers
-        * text.num_key_value_heads
-        * text.head_dim
-        * min(2048, text.max_position_embeddings)
+
+
+def projector_line(files: WeightFiles, raw: dict) -> str:
+    """The kind and widths of a projector that lies alone."""
+    names = [name for name in sorted(files.tensors) if name.endswith("weight")]
+    shapes = [files.shape(name) for name in names]  # (out, in) of each layer
+    kind = projector_type_of(files, raw)
+    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
+    return column("projector", f"{kind}: {' -> '.join(map(str, widths))}")
+
+
+def model_lines(path: Path) -> Iterator[str]:
+    """What loading a whole model would find, and what it takes to run it. ValueError as loading."""
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = Qilin(config)
+    _, accounted = account(model, checkpoint.sources, checkpoint.is_fresh)
+    tower = config.vision
+    encoder = model.vision_tower.encoder
+    n_computed = len(encoder.layers[: model.vision_tower.n_computed])
+    outside = [files.path for files, _ in checkpoint.sources if files.path != path]
+    origin = f", from {outside[0]}" if outside else ""
+    yield column(
+        "vision",
+        f"{tower.num_hidden_layers} layers, {n_computed} computed, width {tower.hidden_size}, "
+        f"{tower.image_size} pixels in patches of {tower.patch_size}: "
+        f"{config.n_image_tokens} tokens a picture{origin}",
     )
+    yield column("projector", config.projector_type)
+    yield column("complete", accounted)
+    yield "  memory to run it"
+    n_params = sum(param.numel() for param in model.parameters())
+    yield from memory_lines(config, n_params)
+
+
+def memory_lines(config: QilinConfig, n_params: int) -> list[str]:
+    """What running a whole model of n_params parameters takes: weights, and keys and values of 2048
+    positions."""
+    text = config.text
+    attention_width = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    block_width = attention_width + 3 * text.intermediate_size
+    in_blocks = text.num_hidden_layers * text.hidden_size * block_width
+    n_positions = min(2048, text.max_position_embeddings)
+    kv_width = text.num_key_value_heads * text.head_dim
+    cached = 2 * text.num_hidden_layers * kv_width * n_positions
+    elsewhere = n_params - in_blocks
+    # dtype: (bytes of the weights, bytes of a number in the cache)
     needs = {
-        "float32": (4 * total, 4),
-        "bfloat16": (2 * total, 2),
-        "int8": (2 * (total - in_blocks) + in_blocks, 2),
-        "int4": (2 * (total - in_blocks) + in_blocks * 17 / 32, 2),
+        "float32": (4 * n_params, 4),
+        "bfloat16": (2 * n_params, 2),
+        "int8": (2 * elsewhere + in_blocks, 2),
+        # half a byte, and a scale of 2 bytes for every 64 of them
+        "int4": (2 * elsewhere + in_blocks * 17 / 32, 2),
     }
     return [
-        f"    {name:9} {human(weights):>10} weights + {human(cache * size)} keys and values"
+        f"    {name:9} {human(weights):>10} weights + {human(cached * size)} keys and values"
         for name, (weights, size) in needs.items()
     ]
 
 
-def info(path):
-    """Print what a folder or file holds. ValueError where it could not be loaded, as for loading itself."""
-    path = model_folder(path)
+def info_lines(path: Path) -> Iterator[str]:
+    """What a folder or file holds. ValueError where it could not be loaded."""
     files = weight_files(path)
-    stored = [entry.name for entry in files.tensors.values()]
-    dtypes = sorted({files.dtype(name) for name in files.tensors})
-    n_params = {part: 0 for part in PARTS}
-    for name in files.tensors:
-        n_params[part_of(name)] += torch.Size(files.shape(name)).numel()
-    n_files = len({entry.file for entry in files.tensors.values()})
-    print(f"{path}")
-    print(f"  layout      {layout_of(files, [*stored, *files.ignored])}")
-    print(
-        f"  tensors     {len(stored)} in {n_files} file{'s' * (n_files > 1)}, {len(files.ignored)} ignorable, {len(files.unknown)} unknown; {', '.join(dtypes)}"
-    )
+    n_params = count_parameters(files)
+    has_llm = n_params["llm"] > 0
+    has_tower = n_params["vision_tower"] > 0
+    has_projector = n_params["mm_projector"] > 0
+    yield str(path)
+    yield column("layout", layout_of(files))
+    yield tensors_line(files)
     for part, n in n_params.items():
-        print(f"  {part:11} {n:>16,} parameters" if n else f"  {part:11} none inside")
-    raw, where = (
-        folder_config(path)
-        if (path if path.is_dir() else path.parent).joinpath("config.json").is_file()
-        else (None, None)
-    )
-    if n_params["llm"]:
-        if raw is None:
+        yield column(part, f"{n:>16,} parameters" if n else "none inside")
+
+    folder = path if path.is_dir() else path.parent
+    has_config = (folder / "config.json").is_file()
+    raw, where = folder_config(path) if has_config else ({}, folder / "config.json")
+    if has_llm:
+        if not has_config:
             raise ValueError(
-                f"{path}: no config.json beside it: it tells heads, norms and rotations, which no tensor shows"
+                f"{path}: no config.json beside it: it tells heads, norms and rotations, "
+                "which no tensor shows"
             )
-        text = text_config(raw.get("text_config", raw), where)
-        print(
-            f"  language    {text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads ({text.num_key_value_heads} key-value), "
-            f"ffn {text.intermediate_size}, vocabulary {text.vocab_size}, {text.max_position_embeddings} positions, theta {text.rope_theta:g}"
-        )
-        folder = path if path.is_dir() else path.parent
-        if (folder / "tokenizer.model").is_file():
-            print(f"  tokenizer   tokenizer.model, {Tokenizer(folder).vocab_size} pieces")
-        else:
-            print(
-                "  tokenizer   none: sample.py and train.py need a tokenizer.model beside the weights"
-            )
-    if n_params["vision_tower"] and not n_params["llm"] and raw is not None:
-        tower = vision_config(raw, where)
-        print(
-            f"  vision      {tower.num_hidden_layers} layers, width {tower.hidden_size}, {tower.image_size} pixels in patches of {tower.patch_size}"
-        )
-    if n_params["llm"] and (n_params["mm_projector"] or n_params["vision_tower"]):
-        checkpoint = read_checkpoint(path)
-        config = checkpoint.config
-        with torch.device("meta"):
-            model = Qilin(config)
-        _, line = account(model, checkpoint.sources, checkpoint.is_fresh)
-        tower, outside = (
-            config.vision,
-            [str(f.path) for f, parts in checkpoint.sources if f.path != path],
-        )
-        print(
-            f"  vision      {tower.num_hidden_layers} layers, {len(model.vision_tower.encoder.layers[: model.vision_tower.n_computed])} computed, width {tower.hidden_size}, "
-            f"{tower.image_size} pixels in patches of {tower.patch_size}: {config.n_image_tokens} tokens a picture{', from ' + outside[0] if outside else ''}"
-        )
-        print(f"  projector   {config.projector_type}")
-        print(f"  complete    {line}")
-        print("  memory to run it")
-        print("\n".join(memory_lines(config, sum(p.numel() for p in model.parameters()))))
+        yield from language_lines(path, raw, where)
+    elif has_tower and has_config:
+        yield tower_line(raw, where)
+
+    if has_llm and (has_projector or has_tower):
+        yield from model_lines(path)
     elif files.unknown:
-        raise ValueError(
-            f"{path}: tensors that this model has no place for: {', '.join(sorted(files.unknown)[:10])}"
-        )
-    elif not n_params["llm"] and not n_params["vision_tower"]:
-        weights = [files.shape(name) for name in sorted(files.tensors) if name.endswith("weight")]
-        print(
-            f"  projector   {projector_type_of(files, raw or {})}: {' -> '.join(map(str, [weights[0][1], *(w[0] for w in weights)]))}"
-        )
+        unknown = ", ".join(sorted(files.unknown)[:10])
+        raise ValueError(f"{path}: tensors that this model has no place for: {unknown}")
+    elif not has_llm and not has_tower:
+        yield projector_line(files, raw)
     else:
-        print("  one part of a model: give it as --llm or --vision")
+        yield "  one part of a model: give it as --llm or --vision"
 
 
-def convert(args):
-    """Load without copying, write DST."""
-    sources = read_checkpoint(
-        args.src, llm=args.llm, vision=args.vision, projector=args.projector
-    ).sources
-    check_replaceable(args.dst, "config.json")
-    for path in (args.src, args.llm, args.vision):
-        if (
-            path is not None
-            and args.dst.exists()
-            and args.dst.resolve() in (Path(path).resolve(), model_folder(path).resolve())
-        ):
-            raise ValueError(f"{args.dst} is a source as well: give another name")
-    dtypes = {
-        files.dtype(name)
-        for files, parts in sources
-        for name in files.tensors
-        if part_of(name) in parts
-    }
-    stored = dtypes.pop() if len(dtypes) == 1 else "float32"  # which holds all others exactly
+# --- 2. convert -----------------------------------------------------------------------------------
+
+
+def check_is_no_source(dst: Path, sources: list[str]) -> None:
+    """ValueError where DST is there and is one of the folders that are read."""
+    if not dst.exists():
+        return
+    for path in sources:
+        if dst.resolve() in (Path(path).resolve(), model_folder(path).resolve()):
+            raise ValueError(f"{dst} is a source as well: give another name")
+
+
+def stored_dtype(sources: list[tuple[WeightFiles, set[str]]]) -> str:
+    """The dtype that all weights have on disk, or float32, which holds all others exactly."""
+    dtypes = set()
+    for files, parts in sources:
+        dtypes |= {files.dtype(name) for name in files.tensors if part_of(name) in parts}
+    stored = dtypes.pop() if len(dtypes) == 1 else "float32"
     if stored not in DTYPES.values():
         raise ValueError(f"weights of type {stored} are not implemented here")
-    model, dtype = (
-        load_qilin(
-            args.src,
-            llm=args.llm,
-            vision=args.vision,
-            projector=args.projector,
-            dtype=getattr(torch, stored),
-        ),
-        args.dtype or stored,
-    )
-    check_finite(model, getattr(torch, dtype))
-    folder = args.llm or args.src
+    return stored
+
+
+def find_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer of the language model's folder, or None, which stderr tells."""
     try:
-        tokenizer = Tokenizer(folder)
+        return Tokenizer(folder)
     except FileNotFoundError as error:
-        tokenizer = None
         print(
             f"convert.py: {error}; DST is written without tokenizer and chat template",
             file=sys.stderr,
         )
-    names = [
-        Path(path).name
-        for path in (args.src, args.llm, args.vision, args.projector)
-        if path is not None
-    ]
-    save_qilin(model, tokenizer, args.dst, getattr(torch, dtype), made_from=", ".join(names))
-    size = sum(f.stat().st_size for f in args.dst.iterdir())
-    n_shards = len(list(args.dst.glob("*.safetensors")))
+        return None
+
+
+def convert(
+    src: str | None,
+    dst: Path,
+    *,
+    llm: str | None,
+    vision: str | None,
+    projector: str | None,
+    dtype: str | None,
+) -> None:
+    """Load without copying, write DST."""
+    checkpoint = read_checkpoint(src, llm=llm, vision=vision, projector=projector)
+    check_replaceable(dst, "config.json")
+    check_is_no_source(dst, [path for path in (src, llm, vision) if path is not None])
+    stored = stored_dtype(checkpoint.sources)
+    model = load_qilin(
+        src, llm=llm, vision=vision, projector=projector, dtype=getattr(torch, stored)
+    )
+    dtype = dtype or stored
+    check_finite(model, getattr(torch, dtype))
+
+    folder = llm or src
+    assert folder is not None, "read_checkpoint found a language model in one of them"
+    tokenizer = find_tokenizer(folder)
+    given = [path for path in (src, llm, vision, projector) if path is not None]
+    made_from = ", ".join(Path(path).name for path in given)
+    save_qilin(model, tokenizer, dst, getattr(torch, dtype), made_from=made_from)
+
+    size = sum(file.stat().st_size for file in dst.iterdir())
+    n_shards = len(list(dst.glob("*.safetensors")))
     print(
-        f"{args.dst}: {human(size)} in {dtype}, {n_shards} shard{'s' * (n_shards > 1)}, {model.config.projector_type} projector; complete its README.md before you share it"
+        f"{dst}: {human(size)} in {dtype}, {counted(n_shards, 'shard')}, "
+        f"{model.config.projector_type} projector; complete its README.md before you share it"
     )
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="+", metavar="info PATH | SRC DST | DST", help="see above")
-    parser.add_argument("--llm", metavar="DIR", help="LLaMA folder")
-    parser.add_argument("--vision", metavar="DIR", help="CLIP folder")
-    parser.add_argument("--projector", metavar="FILE", help="projector file")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in DST"
-    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="info PATH | SRC DST | DST", help="see above")
+    add("--llm", metavar="DIR", help="LLaMA folder")
+    add("--vision", metavar="DIR", help="CLIP folder")
+    add("--projector", metavar="FILE", help="projector file")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in DST")
     args = parser.parse_intermixed_args()
-    if args.paths[0] == "info" and len(args.paths) == 2:
-        return info(args.paths[1])
-    if len(args.paths) > 2 or (
-        len(args.paths) == 1 and not (args.llm and args.vision and args.projector)
-    ):
+
+    n_paths = len(args.paths)
+    if n_paths == 2 and args.paths[0] == "info":
+        for line in info_lines(model_folder(args.paths[1])):
+            print(line)
+        return
+    has_parts = args.llm and args.vision and args.projector
+    if n_paths > 2 or (n_paths == 1 and not has_parts):
         raise ValueError("give `info PATH`, `SRC DST`, or DST with --llm, --vision and --projector")
-    *src, args.dst = args.paths
-    args.src, args.dst = (src or [None])[0], Path(args.dst)
-    convert(args)
+    convert(
+        args.paths[0] if n_paths == 2 else None,
+        Path(args.paths[-1]),
+        llm=args.llm,
+        vision=args.vision,
+        projector=args.projector,
+        dtype=args.dtype,
+    )
 
 
 if __name__ == "__main__":
