@@ -1,88 +1,123 @@
 """What int8 or int4 change, against the model as it is."""
 
 import math
-from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from evaluation.asking import encode_question, prefill
-from model_io.options import open_model
+from evaluation.testsets import Question
 from model_io.pixels import preprocess_image
+from model_io.tokens import Tokenizer
+from qilin_min import Qilin
 
 
-def true_logits(model, prompts, answers, pixels):
-    """Logits float32 (n, V), on the CPU, that follow a batch's prompts and true answers, one token at a time as generate() decodes, which is where int8 computes otherwise; and the ids (n,)."""
-    cache, logits, _ = prefill(model, prompts, pixels, max(map(len, answers)))
+@dataclass(frozen=True, slots=True)
+class QuantisedChange:
+    """What the linear layers in fewer bits do to the true answers of some questions."""
+
+    bits: str
+    dtype: str  # of the model as it is
+    n: int
+    n_tokens: int
+    perplexity_before: float
+    perplexity_after: float
+    logits_off: float  # root mean square, as a share of the logits' own
+    same_first: float  # share of tokens whose likeliest word is the same
+    kl: float
+
+
+@dataclass(slots=True)
+class Sums:
+    """What is added up over batches."""
+
+    n_tokens: int = 0
+    off: float = 0.0
+    size: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+    same: int = 0
+    kl: float = 0.0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor, ids: torch.Tensor) -> None:
+        """Logits (n, V) of the model as it is and of the other, and the true ids (n,)."""
+        # a constant added to all changes nothing
+        off = after - before
+        off = off - off.mean(-1, keepdim=True)
+        centred = before - before.mean(-1, keepdim=True)
+        self.off += float(off.square().sum())
+        self.size += float(centred.square().sum())
+        before = before.log_softmax(-1)
+        after = after.log_softmax(-1)
+        self.n_tokens += len(ids)
+        self.before -= float(before.gather(1, ids[:, None]).sum())
+        self.after -= float(after.gather(1, ids[:, None]).sum())
+        self.same += int((before.argmax(-1) == after.argmax(-1)).sum())
+        self.kl += float((before.exp() * (before - after)).sum())
+
+
+def true_logits(
+    model: Qilin, prompts: list[list[int]], answers: list[list[int]], pixels: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits float32 (n, V), on the CPU, that follow a batch's prompts and true answers, one token
+    at a time as generate() decodes, which is where int8 computes otherwise; and the ids (n,)."""
+    longest = max(map(len, answers))
+    cache, logits, _ = prefill(model, prompts, pixels, longest)
+    room = cache.max_length - max(map(len, prompts))
+    one_each = torch.ones(len(answers), dtype=torch.int64, device=logits.device)
     steps = [logits]
-    for t in range(min(max(map(len, answers)), cache.max_length - max(map(len, prompts))) - 1):
-        ids = torch.tensor([[a[min(t, len(a) - 1)]] for a in answers], device=logits.device)
-        steps.append(
-            model(
-                ids,
-                cache=cache,
-                lengths=torch.ones(len(answers), dtype=torch.int64, device=logits.device),
-            )
-        )
+    for t in range(min(longest, room) - 1):
+        # a row that has ended repeats its last token, which is not kept
+        new = [[answer[min(t, len(answer) - 1)]] for answer in answers]
+        ids = torch.tensor(new, device=logits.device)
+        steps.append(model(ids, cache=cache, lengths=one_each))
     steps = torch.stack(steps, 1).float().cpu()  # (B, T, V)
-    return torch.cat([row[: len(a)] for row, a in zip(steps, answers)]), torch.tensor(
-        [i for a in answers for i in a[: len(steps[0])]]
-    )
+    kept = []
+    ids = []
+    for row, answer in zip(steps, answers, strict=True):
+        kept.append(row[: len(answer)])
+        ids += answer[: len(row)]
+    return torch.cat(kept), torch.tensor(ids)
 
 
 @torch.no_grad()
-def quantised_change(args, questions, model, tokenizer, n=64):
-    """What --quantize does to the logits of the first n true answers, against the same weights as they are; both are in memory for it."""
-    plain = open_model(
-        args.model,
-        llm=args.llm,
-        vision=args.vision,
-        projector=args.projector,
-        device=args.device,
-        dtype=args.dtype,
-        quantize=None,
-    )[0]
-    questions, total = questions[:n], defaultdict(float)
-    for start in tqdm(
-        range(0, len(questions), args.batch_size),
-        desc=f"{args.quantize} against plain",
-        unit="batch",
-        disable=None,
-    ):
-        batch = questions[start : start + args.batch_size]
-        pixels = [
-            preprocess_image(p, model.config.vision.image_size, model.config.image_mode)
-            for q in batch
-            for p in q.pictures
-        ]
-        prompts, answers = (
-            [encode_question(q, tokenizer, model.config) for q in batch],
-            [tokenizer.encode(q.truth) + [tokenizer.eos_id] for q in batch],
-        )
-        (before, ids), (after, _) = (
-            true_logits(m, prompts, answers, torch.stack(pixels) if pixels else None)
-            for m in (plain, model)
-        )
-        off, centred = (
-            x - x.mean(-1, keepdim=True) for x in (after - before, before)
-        )  # a constant added to all changes nothing
-        total["off"] += float(off.square().sum())
-        total["size"] += float(centred.square().sum())
-        before, after = before.log_softmax(-1), after.log_softmax(-1)
-        total["n"] += len(ids)
-        total["before"] -= float(before.gather(1, ids[:, None]).sum())
-        total["after"] -= float(after.gather(1, ids[:, None]).sum())
-        total["same"] += int((before.argmax(-1) == after.argmax(-1)).sum())
-        total["kl"] += float((before.exp() * (before - after)).sum())
-    n = total["n"]
-    return {
-        "bits": args.quantize,
-        "dtype": str(next(plain.parameters()).dtype).removeprefix("torch."),
-        "n": len(questions),
-        "n_tokens": int(n),
-        "perplexity_before": math.exp(total["before"] / n),
-        "perplexity_after": math.exp(total["after"] / n),
-        "logits_off": math.sqrt(total["off"] / total["size"]),
-        "same_first": total["same"] / n,
-        "kl": total["kl"] / n,
-    }
+def quantised_change(
+    plain: Qilin,
+    model: Qilin,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    *,
+    bits: str,
+    batch_size: int,
+    n: int = 64,
+) -> QuantisedChange:
+    """What `bits` do to the logits of the first n true answers: `model` against `plain`, the same
+    weights as they are; both are in memory for it."""
+    questions = questions[:n]
+    size = model.config.vision.image_size
+    mode = model.config.image_mode
+    sums = Sums()
+    starts = range(0, len(questions), batch_size)
+    for start in tqdm(starts, desc=f"{bits} against plain", unit="batch", disable=None):
+        batch = questions[start : start + batch_size]
+        pixels = []
+        for question in batch:
+            pixels += [preprocess_image(picture, size, mode) for picture in question.pictures]
+        pixels = torch.stack(pixels) if pixels else None  # (M, 3, H, W)
+        prompts = [encode_question(question, tokenizer, model.config) for question in batch]
+        answers = [tokenizer.encode(q.truth) + [tokenizer.eos_id] for q in batch]
+        before, ids = true_logits(plain, prompts, answers, pixels)
+        after, _ = true_logits(model, prompts, answers, pixels)
+        sums.add(before, after, ids)
+    return QuantisedChange(
+        bits=bits,
+        dtype=str(next(plain.parameters()).dtype).removeprefix("torch."),
+        n=len(questions),
+        n_tokens=sums.n_tokens,
+        perplexity_before=math.exp(sums.before / sums.n_tokens),
+        perplexity_after=math.exp(sums.after / sums.n_tokens),
+        logits_off=math.sqrt(sums.off / sums.size),
+        same_first=sums.same / sums.n_tokens,
+        kl=sums.kl / sums.n_tokens,
+    )

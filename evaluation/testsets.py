@@ -1,26 +1,36 @@
-"""Test sets as they are published, one Question for each row: what is asked, about which pictures, what is right.
+"""Test sets as they are published, one Question for each row: what is asked, about which pictures,
+what is right.
 
-dialogs     .json .jsonl  id, image, conversations [, kind]: the last answer is the one asked for
-PMC-VQA     .csv          v1 and v2, English or translated: Figure_path, Question, Choice A … Choice D, Answer [, Answer_label]
-SLAKE       .json         img_name, question, answer, q_lang, modality, location, content_type, answer_type
-VQA-RAD     .json         image_name, question, answer, image_organ, question_type, answer_type, phrase_type
-own         .csv .tsv .json .jsonl  image(s), question, answer
+dialogs   .json .jsonl   id, image, conversations [, kind]: the last answer is the one asked for
+PMC-VQA   .csv           v1 and v2, English or translated:
+                         Figure_path, Question, Choice A … Choice D, Answer [, Answer_label]
+SLAKE     .json          img_name, question, answer,
+                         q_lang, modality, location, content_type, answer_type
+VQA-RAD   .json          image_name, question, answer,
+                         image_organ, question_type, answer_type, phrase_type
+own       .csv .tsv .json .jsonl   image(s), question, answer
 """
 
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+# of another workshop: PMC-VQA is training data, too, and what its columns mean is said there once
 from chimed.sources import names_in, read_row
 from common.files import USER_ERRORS, one_line
 from common.rows import BadRow, Records
 from common.text import chinese_share, clean_text
 from model_io.pixels import find_picture, row_pictures
 from model_io.tokens import check_conversation
+from qilin_min import IMAGE_TOKEN
 
-KINDS = {  # what a set says of its questions: name in the report -> column
+# what a set says of its questions: name in the report -> column
+KINDS = {
     "dialogs": {"kind": "kind"},
     "SLAKE": {
         "answer type": "answer_type",
@@ -28,31 +38,74 @@ KINDS = {  # what a set says of its questions: name in the report -> column
         "modality": "modality",
         "organ": "location",
     },
-    "VQA-RAD": {"answer type": "answer_type", "content": "question_type", "organ": "image_organ"},
+    "VQA-RAD": {
+        "answer type": "answer_type",
+        "content": "question_type",
+        "organ": "image_organ",
+    },
 }
+
+# --- 1. questions ---------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Question:
-    id: object  # str or int
-    conversation: list  # up to the question; its last turn is the question
+    id: str | int
+    conversation: list[dict[str, str]]  # up to the question; its last turn is the question
     truth: str
-    pictures: list  # of Path
+    pictures: list[Path]
     n_images: int | None = None  # as for encode_prompt: None where <image> stands in the text
-    kinds: dict = field(default_factory=dict)  # {name in the report: value}
-    choices: dict = field(default_factory=dict)  # {letter: text} of a multiple-choice question
+    kinds: dict[str, str] = field(default_factory=dict)  # {name in the report: value}
+    choices: dict[str, str] = field(default_factory=dict)  # {letter: text}
     letter: str = ""  # of the right choice
 
     @property
-    def question(self):
+    def question(self) -> str:
         return self.conversation[-1]["value"]
 
     @property
-    def language(self):
+    def language(self) -> str:
         return "Chinese" if chinese_share(self.question) >= 0.3 else "English"
 
 
-def set_of(records):
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of what is asked, with the pictures that belong to it."""
+
+    speaker: str  # human or gpt
+    text: str
+    pictures: list[Path]
+
+
+def turns_of(question: Question) -> list[Turn]:
+    """What is asked: mostly one turn. Where <image> stands for a picture it is taken out of the
+    text."""
+    rest = iter(question.pictures)
+    turns = []
+    for i, turn in enumerate(question.conversation):
+        text = turn["value"]
+        if question.n_images is None:
+            n = text.count(IMAGE_TOKEN)
+            text = text.replace(IMAGE_TOKEN, "").strip()
+        else:
+            n = question.n_images if i == 0 else 0
+        turns.append(Turn(turn["from"], text, list(islice(rest, n))))
+    return turns
+
+
+def wording(question: Question) -> str:
+    """The question as a page shows it; of a dialog the turns before it, too."""
+    lines = []
+    for turn in turns_of(question):
+        arrow = "\u2192 " if turn.speaker == "gpt" else ""
+        lines.append(arrow + turn.text)
+    return "\n".join(lines)
+
+
+# --- 2. rows --------------------------------------------------------------------------------------
+
+
+def set_of(records: Records) -> str:
     """Which set a file belongs to, by its columns. ValueError when none."""
     seen = records.names_seen()
     if "conversations" in seen:
@@ -65,82 +118,109 @@ def set_of(records):
         return "PMC-VQA"
     if {"question", "answer"} <= seen and seen & {"image", "images"}:
         return "own"
+    found = ", ".join(sorted(seen)) or "nothing readable"
     raise ValueError(
-        f"{records.path}: of no known test set (found: {', '.join(sorted(seen)) or 'nothing readable'}; wanted e.g. image, question, answer; --help lists the sets)"
+        f"{records.path}: of no known test set (found: {found}; wanted e.g. image, question, "
+        "answer; --help lists the sets)"
     )
 
 
-def read_question(kind, i, record, images):
-    """The Question of a record. ValueError (BadRow too) says what is wrong with it."""
+def read_question(kind: str, i: int, record: dict[str, Any], images: str) -> Question:
+    """The Question of record i of a set. ValueError (BadRow too) says what is wrong with it."""
     if kind == "dialogs":
-        conversation = record.get("conversations")
-        check_conversation(conversation)
-        if conversation[-1]["from"] != "gpt":
-            raise ValueError("the last turn is no answer")
-        if not isinstance(record.get("kind", ""), str) or not isinstance(
-            record.get("id", i), (str, int)
-        ):
-            raise ValueError("'kind' is not a text, or 'id' neither text nor number")
-        json.dumps(
-            record, ensure_ascii=False
-        ).encode()  # a text that has no UTF-8 stops here, not when the answers are written
-        return Question(
-            record.get("id", i),
-            conversation[:-1],
-            conversation[-1]["value"],
-            row_pictures(record, images),
-            kinds={"kind": record["kind"]} if "kind" in record else {},
-        )
-    choices, letter = {}, ""
+        return question_of_dialog(i, record, images)
     if kind == "PMC-VQA":
-        row = read_row("pmc-vqa", record)
-        question, truth, names, letter = (
-            row.texts["question"],
-            row.texts["answer"],
-            row.images,
-            row.letter,
-        )
-        choices = {
-            name[-1].upper(): text for name, text in row.texts.items() if name.startswith("choice_")
-        }
-        if choices and not letter:
-            raise ValueError(f"the answer {truth!r} is none of the options")
-        id = clean_text(record.get("index")) or i
-    else:
-        name, id_name = {
-            "SLAKE": ("img_name", "qid"),
-            "VQA-RAD": ("image_name", "qid"),
-            "own": ("image" if "image" in record else "images", "id"),
-        }[kind]
-        question, truth, names = (
-            clean_text(record.get("question")),
-            clean_text(record.get("answer")),
-            names_in(record.get(name), r"[;|]" if kind == "own" else None),
-        )
-        id = clean_text(record.get(id_name)) or i
-    if not question or not truth:
-        raise ValueError("no question" if not question else "no answer")
-    if not names and kind != "own":
-        raise ValueError("no picture")
-    kinds = {
-        label: text
-        for label, column in KINDS.get(kind, {}).items()
-        if (text := clean_text(record.get(column)))
-    }
-    pictures = [Path(find_picture([name], (images,))[0]) for name in names]
+        return question_of_pmc_vqa(i, record, images)
+    return question_of_columns(kind, i, record, images)
+
+
+def question_of_dialog(i: int, record: dict[str, Any], images: str) -> Question:
+    check_conversation(record.get("conversations"))
+    conversation = record["conversations"]
+    if conversation[-1]["from"] != "gpt":
+        raise ValueError("the last turn is no answer")
+    id = record.get("id", i)
+    if not isinstance(record.get("kind", ""), str) or not isinstance(id, (str, int)):
+        raise ValueError("'kind' is not a text, or 'id' neither text nor number")
+    # a text that has no UTF-8 stops here, not when the answers are written
+    json.dumps(record, ensure_ascii=False).encode()
     return Question(
         id,
-        [{"from": "human", "value": question}],
-        truth,
-        pictures,
-        len(pictures),
-        kinds,
-        choices,
-        letter,
+        conversation[:-1],
+        conversation[-1]["value"],
+        row_pictures(record, images),
+        kinds={"kind": record["kind"]} if "kind" in record else {},
     )
 
 
-def readable(records):
+def question_of_pmc_vqa(i: int, record: dict[str, Any], images: str) -> Question:
+    row = read_row("pmc-vqa", record)
+    truth = row.texts["answer"]
+    choices = {}
+    for name, text in row.texts.items():
+        if name.startswith("choice_"):
+            choices[name.removeprefix("choice_").upper()] = text
+    if choices and not row.letter:
+        raise ValueError(f"the answer {truth!r} is none of the options")
+    id = clean_text(record.get("index")) or i
+    question = row.texts["question"]
+    check_texts(question, truth)
+    if not row.images:
+        raise ValueError("no picture")
+    pictures = find_pictures(row.images, images)
+    return one_turn(id, question, truth, pictures, choices=choices, letter=row.letter)
+
+
+def question_of_columns(kind: str, i: int, record: dict[str, Any], images: str) -> Question:
+    """A row of SLAKE, VQA-RAD or your own: columns as they are."""
+    separators = None
+    id_column = "qid"
+    if kind == "SLAKE":
+        picture_column = "img_name"
+    elif kind == "VQA-RAD":
+        picture_column = "image_name"
+    else:
+        picture_column = "image" if "image" in record else "images"
+        id_column = "id"
+        separators = r"[;|]"
+    question = clean_text(record.get("question"))
+    truth = clean_text(record.get("answer"))
+    names = names_in(record.get(picture_column), separators)
+    id = clean_text(record.get(id_column)) or i
+    check_texts(question, truth)
+    if not names and kind != "own":
+        raise ValueError("no picture")
+    kinds = {}
+    for label, column in KINDS.get(kind, {}).items():
+        value = clean_text(record.get(column))
+        if value:
+            kinds[label] = value
+    return one_turn(id, question, truth, find_pictures(names, images), kinds=kinds)
+
+
+def check_texts(question: str, truth: str) -> None:
+    if not question:
+        raise ValueError("no question")
+    if not truth:
+        raise ValueError("no answer")
+
+
+def find_pictures(names: list[str], images: str) -> list[Path]:
+    return [Path(find_picture([name], (images,))[0]) for name in names]
+
+
+def one_turn(
+    id: str | int, question: str, truth: str, pictures: list[Path], **more: Any
+) -> Question:
+    """A question that is text and nothing else, its pictures in front."""
+    conversation = [{"from": "human", "value": question}]
+    return Question(id, conversation, truth, pictures, len(pictures), **more)
+
+
+# --- 3. files -------------------------------------------------------------------------------------
+
+
+def readable(records: Records) -> Iterator[dict[str, Any]]:
     """The records that can be read at all."""
     for i in range(len(records)):
         try:
@@ -149,37 +229,38 @@ def readable(records):
             pass
 
 
-def is_test(record):
+def is_test(record: dict[str, Any]) -> bool:
     return clean_text(record.get("phrase_type")).startswith("test")
 
 
-def read_testset(path, images, skip_bad=False, encoding="utf-8"):
-    """(name of the set, [Question], Counter of what was left out) of a file. ValueError names file and row; with skip_bad such rows are left out and counted."""
+def read_testset(
+    path: str | Path, images: str | Path, skip_bad: bool = False, encoding: str = "utf-8"
+) -> tuple[str, list[Question], Counter[str]]:
+    """(name of the set, its questions, a count of what was left out) of a file.
+
+    ValueError names file and row; with skip_bad such rows are left out and counted."""
     records = Records(path, encoding)
-    kind, questions, left_out = set_of(records), [], Counter()
-    only_test = kind == "VQA-RAD" and any(
-        is_test(record) for record in readable(records)
-    )  # the published file holds both halves
+    kind = set_of(records)
+    questions = []
+    left_out = Counter()
+    # the published file of VQA-RAD holds both halves
+    only_test = kind == "VQA-RAD" and any(is_test(record) for record in readable(records))
+    root = os.path.realpath(images)
     for i in range(len(records)):
         try:
             record = records.record(i)
             if only_test and not is_test(record):
                 left_out["not marked as test"] += 1
                 continue
-            questions.append(read_question(kind, i, record, os.path.realpath(images)))
+            questions.append(read_question(kind, i, record, root))
         except USER_ERRORS as error:
+            reason = one_line(error)
             if not skip_bad:
                 raise ValueError(
-                    f"{path}: row {i}: {one_line(error)} (--skip-bad leaves such rows out)"
+                    f"{path}: row {i}: {reason} (--skip-bad leaves such rows out)"
                 ) from None
-            left_out[one_line(error).partition(":")[0]] += 1
+            left_out[reason.partition(":")[0]] += 1
     if not questions:
-        raise ValueError(
-            f"{path}: no questions in it"
-            + (
-                f" ({', '.join(f'{reason} x {n}' for reason, n in left_out.most_common(3))})"
-                if left_out
-                else ""
-            )
-        )
+        reasons = ", ".join(f"{reason} x {n}" for reason, n in left_out.most_common(3))
+        raise ValueError(f"{path}: no questions in it" + (f" ({reasons})" if reasons else ""))
     return kind, questions, left_out

@@ -1,6 +1,6 @@
-"""Promise: `compare` shows what every system answers to the same questions, sends no more than was agreed to, repeats and loses no answer; what doctors rank blind is counted right."""
+"""Promise: `compare` shows what every system answers to the same questions, sends no more than was
+agreed to, repeats and loses no answer; what doctors rank blind is counted right."""
 
-import argparse
 import base64
 import contextlib
 import csv
@@ -30,9 +30,9 @@ import evaluate
 import qilin_min as q
 from common.intervals import wilson
 from evaluation import compare
-from evaluation.pages import COLUMNS, html_text, markdown_text, visible, wording
+from evaluation.pages import RANKING_COLUMNS, html_text, markdown_text, visible
 from evaluation.ranking import interval, read_keys
-from evaluation.testsets import Question, read_testset
+from evaluation.testsets import Question, read_testset, wording
 from model_io.export import save_qilin
 from model_io.load import load_qilin
 from model_io.pixels import open_image, preprocess_image
@@ -57,7 +57,8 @@ def asked(body):
 
 
 class Server:
-    """A vision endpoint on loopback. behave(n, question) -> a fault's name or status, or the answer; n counts from 0 how often this question was asked."""
+    """A vision endpoint on loopback. behave(n, question) -> a fault's name or status, or the
+    answer; n counts from 0 how often this question was asked."""
 
     def __init__(self, behave=lambda n, question: f"see: {question}"):
         self.requests, self.headers, self.counts, self.lock = [], [], Counter(), threading.Lock()
@@ -121,7 +122,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tokenizer):
-    """Two folders that answer differently: our own export, and one that transformers saved, as LLaVA-1.5 is published."""
+    """Two folders that answer differently: our own export, and one that transformers saved, as
+    LLaVA-1.5 is published."""
     folder = tmp_path_factory.mktemp("models")
     for name, seed in (("ours", 3), ("first", 4)):
         model = make_qilin(
@@ -145,7 +147,8 @@ def models(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def world(tmp_path):
-    """questions.json: 6 questions with one picture, two, none; pictures with EXIF, a profile, a text chunk, 16 bits and a DICOM header."""
+    """questions.json: 6 questions with one picture, two, none; pictures with EXIF, a profile, a
+    text chunk, 16 bits and a DICOM header."""
     images, rng = tmp_path / "images", np.random.default_rng(0)
     images.mkdir()
     exif = Image.Exif()
@@ -231,11 +234,12 @@ def lines_of(world):
     return [json.loads(line) for line in (world / "out/answers.jsonl").read_bytes().splitlines()]
 
 
-# --- 1. answers -------------------------------------------------------------------------------------------------------
+# --- 1. answers -----------------------------------------------------------------------------------
 
 
 def test_both_pages_show_what_each_system_answers(world, models, tokenizer):
-    """Answers of folders are those of answer_ids for the question alone, those of the endpoint what it said, in both pages; pictures lie in the one and beside the other."""
+    """Answers of folders are those of answer_ids for the question alone, those of the endpoint what
+    it said, in both pages; pictures lie in the one and beside the other."""
     with Server() as server:
         done = ask(
             world,
@@ -273,7 +277,7 @@ def test_both_pages_show_what_each_system_answers(world, models, tokenizer):
         answers["GPT-4V", wording(question)] == f"see: {wording(question)}"
         for question in questions
     )
-    for (_, question), answer in answers.items():
+    for answer in answers.values():
         assert (
             any(visible(answer) in shown for shown in page.texts)
             and markdown_text(answer, {}) in markdown
@@ -301,9 +305,11 @@ def test_both_pages_show_what_each_system_answers(world, models, tokenizer):
 
 
 def test_the_published_sets_and_dialogs_of_several_turns(world, models, tokenizer):
-    """PMC-VQA and SLAKE are asked without their options; of a dialog the last question, after the turns before it, each picture where it stands."""
+    """PMC-VQA and SLAKE are asked without their options; of a dialog the last question, after the
+    turns before it, each picture where it stands."""
     (world / "vqa.csv").write_text(
-        "Figure_path,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer_label\nnote.png,Which <image> organ?,A: Liver,B: Lung,C: Heart,D: Bone,Lung,B\n"
+        "Figure_path,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer_label\n"
+        "note.png,Which <image> organ?,A: Liver,B: Lung,C: Heart,D: Bone,Lung,B\n"
     )
     (world / "slake.json").write_text(
         json.dumps(
@@ -428,7 +434,7 @@ def test_of_a_picture_only_the_pixels_leave(world):
         assert isinstance(content, str) != bool(question.pictures) and len(sent) == len(
             question.pictures
         )
-        for raw, path in zip(sent, question.pictures):
+        for raw, path in zip(sent, question.pictures, strict=True):
             image = Image.open(io.BytesIO(raw))
             assert (
                 not image.getexif()
@@ -481,7 +487,8 @@ def test_every_fault_is_retried(world):
 
 
 def test_one_refused_question_costs_only_its_cell(world):
-    """The cell says what failed, exit code 1; the next run asks for it alone, and then the page is whole."""
+    """The cell says what failed, exit code 1; the next run asks for it alone, and then the page is
+    whole."""
     with Server(
         lambda n, question: 400 if "几" in question and n == 0 else f"see: {question}"
     ) as server:
@@ -540,7 +547,8 @@ def test_an_answer_at_the_limit_is_shown_as_cut(world):
 
 
 def test_killed_at_any_moment_it_goes_on(world):
-    """kill -9 twice, and a torn last line: no answer that reached the file is asked for again, and all are there in the end."""
+    """kill -9 twice, and a torn last line: no answer that reached the file is asked for again, and
+    all are there in the end."""
     write_questions(
         world / "questions.json", [(["note.png"], f"question {i}", "x") for i in range(20)]
     )
@@ -631,7 +639,11 @@ def test_a_prompt_beyond_the_context_fails_alone(world, models):
 
 
 def test_what_a_system_says_is_text_and_nothing_else(world):
-    evil = "<script>alert(1)</script><img src=x onerror=alert(1)> | ![x](http://evil.example/p.png) **b** `c`\n# h\x00 \ud800 \x1b[31m"
+    visibly_evil = (
+        "<script>alert(1)</script><img src=x onerror=alert(1)> | "
+        "![x](http://evil.example/p.png) **b** `c`\n# h"
+    )
+    evil = visibly_evil + "\x00 \ud800 \x1b[31m"
     write_questions(
         world / "questions.json",
         [(["note.png"], "<b>q</b> | <image>".replace("<image>", ""), "<i>t</i>")],
@@ -652,11 +664,7 @@ def test_what_a_system_says_is_text_and_nothing_else(world):
             for tag, attributes in page.tags
             if tag == "img" and not attributes["src"].startswith("data:image/jpeg")
         ] == []
-        assert any(
-            "<script>alert(1)</script><img src=x onerror=alert(1)> | ![x](http://evil.example/p.png) **b** `c`\n# h"
-            in shown
-            for shown in page.texts
-        )
+        assert any(visibly_evil in shown for shown in page.texts)
         assert "\0" not in text and "\x1b" not in text and "<b>q" not in text
     markdown = (world / "out/compare.md").read_text()
     assert (
@@ -713,9 +721,7 @@ def test_a_question_that_is_no_text_is_refused(world, question):
     )
     questions = [Question("7", [{"from": "human", "value": question}], "x", [])]
     with pytest.raises(ValueError, match="question 7"):
-        compare.choose(
-            argparse.Namespace(ids=None, n=1, seed=0, file="f", skip_bad=False), questions
-        )
+        compare.choose_questions(questions, file="f", ids=None, n=1, seed=0, skip_bad=False)
 
 
 @pytest.mark.parametrize(
@@ -742,7 +748,8 @@ def test_a_bad_system_is_one_line(world, systems, words):
 
 
 def test_gloss(world):
-    """English beneath each Chinese text, asked for once each, kept; a gloss that is not English is asked for again."""
+    """English beneath each Chinese text, asked for once each, kept; a gloss that is not English is
+    asked for again."""
 
     def behave(n, question):
         return "中文" if n == 0 and question == "肿块" else f"english-{question.encode().hex()[:8]}"
@@ -792,11 +799,12 @@ def test_gloss(world):
         )
 
 
-# --- 2. blind ranking -------------------------------------------------------------------------------------------------
+# --- 2. blind ranking -----------------------------------------------------------------------------
 
 
 def test_the_blind_page_names_nobody(world, models):
-    """No name, path, address or model in the page, though an answer gave one away; the key says which answer is whose, and orders differ between questions."""
+    """No name, path, address or model in the page, though an answer gave one away; the key says
+    which answer is whose, and orders differ between questions."""
     with Server(lambda n, question: f"As SecretBot-7, I see {question}") as server:
         systems = (
             f"Secretours={models / 'ours'}",
@@ -823,7 +831,7 @@ def test_the_blind_page_names_nobody(world, models):
     ]
     assert len(boxes) == 18
     shown = re.findall(r'data-label="(\w)"><b>\w</b><div class="text">(.*?)</div>', text, re.DOTALL)
-    for (number, label), (again, box) in zip(boxes, shown):
+    for (number, label), (again, box) in zip(boxes, shown, strict=True):
         entry = key["questions"][number]
         want = answers[entry["labels"][label], entry["id"]].replace("SecretBot-7", "▇▇▇")
         assert label == again and html_text(want, {})[18:-6] in box
@@ -883,7 +891,7 @@ def write_ranking(path, rows, rater, encoding="utf-8-sig", stamp="s12e4", **form
     with open(path, "w", newline="", encoding=encoding) as file:
         csv.writer(file, **form).writerows(
             [
-                COLUMNS,
+                RANKING_COLUMNS,
                 *(
                     [stamp, question, label, rank, note, rater]
                     for question, label, rank, *more in rows
@@ -905,7 +913,8 @@ def ranked(tmp_path):
 
 
 def test_ranks_are_counted_by_hand(ranked):
-    """Three systems, two raters, three questions, with ties, a gap, and a system missing; each number below was worked out on paper."""
+    """Three systems, two raters, three questions, with ties, a gap, and a system missing; each
+    number below was worked out on paper."""
     folder, *files = ranked
     done = run("rank", folder, *files, code=0)
     result = json.loads((folder / "rank.json").read_text())
@@ -949,15 +958,15 @@ def test_ranks_are_counted_by_hand(ranked):
 
 
 def test_the_interval_is_over_questions_not_over_ratings():
-    """Ten raters who agree about two questions are no more than two questions: copies of a rating do not narrow the interval."""
+    """Ten raters who agree about two questions are no more than two questions: copies of a rating
+    do not narrow the interval."""
     few, many = (
         {question: [value] * n for question, value in (("a", 1.0), ("b", 0.0), ("c", 1.0))}
         for n in (1, 10)
     )
     few, many = interval(few), interval(many)
-    assert (few["low"], few["high"]) == (many["low"], many["high"]) == (0.0, 1.0) and many[
-        "ratings"
-    ] == 30
+    assert (few.low, few.high) == (many.low, many.high) == (0.0, 1.0)
+    assert many.ratings == 30
 
 
 @pytest.mark.parametrize(
@@ -1040,7 +1049,8 @@ def test_bad_usage_of_rank_is_one_line(ranked):
 
 
 def test_a_doctor_ranks_in_a_browser(world):
-    """Filled in and saved in a real browser, the table is what rank reads; a reload keeps what was filled in."""
+    """Filled in and saved in a real browser, the table is what rank reads; a reload keeps what was
+    filled in."""
     playwright = pytest.importorskip("playwright.sync_api")
     with Server() as server, Server(lambda n, question: "other") as other:
         ask(world, f"Aaa={server.url}#m", f"Bbb={other.url}#m", more=("--blind",))

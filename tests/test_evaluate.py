@@ -1,9 +1,11 @@
-"""Promise: evaluate.py reads each published test set, scores as the references do, goes on where it was stopped, and its report follows from its predictions."""
+"""Promise: evaluate.py reads each published test set, scores as the references do, goes on where it
+was stopped, and its report follows from its predictions."""
 
 import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,8 @@ import evaluate as e
 import qilin_min as q
 from common.intervals import bootstrap
 from evaluation import scores
-from evaluation.asking import ask, with_options
+from evaluation.answers import Answered, Likelihood, Said
+from evaluation.asking import ask_batch, with_options
 from evaluation.report import constant_answers, table_of
 from evaluation.scores import read_choice, text_metrics, token_f1
 from evaluation.testsets import Question, read_testset
@@ -201,7 +204,7 @@ def test_each_set_is_read(sets):
     kind, (one,), _ = read(sets, "test.csv")
     assert (
         kind == "PMC-VQA"
-        and one.choices == dict(zip("ABCD", ("Kidney", "Liver", "Spleen", "Heart")))
+        and one.choices == dict(zip("ABCD", ("Kidney", "Liver", "Spleen", "Heart"), strict=True))
         and one.letter == "B"
         and one.truth == "Liver"
         and one.language == "English"
@@ -249,19 +252,20 @@ def test_a_bad_row_stops_by_name_or_is_counted(sets, tmp_path):
 
 
 def test_open_scores_are_those_of_the_libraries():
-    """BLEU put together from single rows equals sacrebleu's corpus score, ROUGE-L is LCS by hand, F1 is SQuAD's by hand; Chinese by characters."""
+    """BLEU put together from single rows equals sacrebleu's corpus score, ROUGE-L is LCS by hand,
+    F1 is SQuAD's by hand; Chinese by characters."""
     answers, truths = (
         ["左肺下叶可见结节。", "CT 3 mm", "", "the Liver is large and red"],
         ["左肺下叶有一个结节", "ct 5 mm", "无", "Liver is red and large"],
     )
-    rouge_l, ngrams, corpus_bleu = text_metrics()
+    metrics = text_metrics()
     assert scores.words("左肺CT, 3mm结节。") == ["左", "肺", "ct", "3mm", "结", "节"]
     split = [[" ".join(scores.words(t)) for t in texts] for texts in (answers, truths)]
-    total = np.sum([ngrams(a, t) for a, t in zip(answers, truths)], 0)
+    total = np.sum([metrics.ngrams(a, t) for a, t in zip(answers, truths, strict=True)], 0)
     for order in (1, 4):
         want = BLEU(tokenize="none", max_ngram_order=order).corpus_score(split[0], [split[1]]).score
-        assert 5 < want < 95 and abs(100 * corpus_bleu(total, order) - want) < 1e-9
-    assert rouge_l(answers[0], truths[0]) == pytest.approx(
+        assert 5 < want < 95 and abs(100 * metrics.corpus_bleu(total, order) - want) < 1e-9
+    assert metrics.rouge_l(answers[0], truths[0]) == pytest.approx(
         2 * 6 / (8 + 9)
     )  # 左肺下叶结节 is common, of 8 and 9 characters
     assert (
@@ -326,14 +330,18 @@ def test_a_generated_choice_is_read(text, letter):
     ],
 )
 def test_an_option_inside_an_answer_is_a_word_of_it(options, text, letter):
-    assert read_choice(text, dict(zip("ABCD", options))) == letter
+    assert read_choice(text, dict(zip("ABCD", options, strict=False))) == letter
 
 
 def test_intervals_are_those_of_arithmetic():
-    """For independent questions the interval is the binomial's; questions that always agree in groups of 4 make it twice as wide."""
+    """For independent questions the interval is the binomial's; questions that always agree in
+    groups of 4 make it twice as wide."""
     rng = np.random.default_rng(1)
     values = (rng.random(400) < 0.3).astype(float)
-    mean = lambda totals, n: totals[0] / n
+
+    def mean(totals, n):
+        return totals[0] / n
+
     low, high = bootstrap(values[:, None], np.ones(400), mean)
     p = values.mean()
     half = 1.96 * math.sqrt(p * (1 - p) / 400)
@@ -351,12 +359,16 @@ def tiny(tmp_path, tokenizer):
 
 @torch.no_grad()
 def test_likelihoods_equal_transformers(tmp_path, tokenizer, report):
-    """Of the truth and of each option, in a padded batch on one cache: the sum of log-softmax of transformers' LLaVA over each whole sequence alone."""
+    """Of the truth and of each option, in a padded batch on one cache: the sum of log-softmax of
+    transformers' LLaVA over each whole sequence alone."""
     model = tiny(tmp_path, tokenizer)
     hf = LlavaForConditionalGeneration.from_pretrained(
         tmp_path / "model", attn_implementation="eager"
     ).eval()
-    human = lambda text: [{"from": "human", "value": text}]
+
+    def human(text):
+        return [{"from": "human", "value": text}]
+
     batch = [
         Question(0, human("图中是什么器官？"), "肝脏", [Path("a")], 1, choices=CHOICES, letter="B"),
         Question(1, human("请回答问题"), "没有异常", [], 0),
@@ -371,37 +383,38 @@ def test_likelihoods_equal_transformers(tmp_path, tokenizer, report):
         ),
     ]
     x = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    said = ask(model, tokenizer, batch, x, 6)
+    said = ask_batch(model, tokenizer, batch, x, 6)
     worst = 0
-    for question, row, part in zip(batch, said, (slice(0, 1), slice(0, 0), slice(1, 3))):
+    parts = (slice(0, 1), slice(0, 0), slice(1, 3))
+    for question, row, part in zip(batch, said, parts, strict=True):
         prompt = encode_prompt(question.conversation, tokenizer, 16, n_images=question.n_images)
-        assert len(row["likelihood"]) == 1 + len(question.choices)
-        for (total, n), text in zip(
-            row["likelihood"], [question.truth, *question.choices.values()]
-        ):
+        likelihoods = [row.truth, *row.options]
+        assert len(likelihoods) == 1 + len(question.choices)
+        texts = [question.truth, *question.choices.values()]
+        for likelihood, text in zip(likelihoods, texts, strict=True):
             answer = tokenizer.encode(text) + [2]
             ids = torch.tensor([prompt + answer])
             logits = hf(
                 input_ids=ids.masked_fill(ids == q.IMAGE_TOKEN_INDEX, hf.config.image_token_id),
                 pixel_values=x[part] if question.n_images else None,
             ).logits[0, len(prompt) - 1 : -1, :32064]
-            assert n == len(answer)
+            assert likelihood.n_tokens == len(answer)
             worst = max(
                 worst,
                 abs(
-                    total
+                    likelihood.total
                     - float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
                 ),
             )
         alone = q.answer_ids(
             model, [prompt], x[part] if question.n_images else None, max_new_tokens=6
         )[0]
-        assert row["answer"] == tokenizer.decode(alone)
+        assert row.answer == tokenizer.decode(alone)
         if question.choices:
             prompt = encode_prompt(
                 human(with_options(question)), tokenizer, 16, n_images=question.n_images
             )
-            assert row["choice_answer"] == tokenizer.decode(
+            assert row.choice_answer == tokenizer.decode(
                 q.answer_ids(model, [prompt], x[part], max_new_tokens=6)[0]
             )
     report("log-likelihood of an answer", worst, 1e-3)
@@ -435,15 +448,15 @@ def test_the_report_follows_from_the_predictions(sets, toy_model, tmp_path):
         pick = [
             max(
                 "ABCD",
-                key=lambda l: (
-                    r[side]["likelihood"][1 + "ABCD".index(l)][0]
-                    / r[side]["likelihood"][1 + "ABCD".index(l)][1]
+                key=lambda letter, side=side, r=r: (
+                    r[side]["likelihood"][1 + "ABCD".index(letter)][0]
+                    / r[side]["likelihood"][1 + "ABCD".index(letter)][1]
                 ),
             )
             for r in rows
         ]
         cell = report["scores"]["choice by likelihood"]
-        assert cell[column] == sum(p == r["letter"] for p, r in zip(pick, rows)) / 7
+        assert cell[column] == sum(p == r["letter"] for p, r in zip(pick, rows, strict=True)) / 7
         nll = [r[side]["likelihood"][0] for r in rows]
         assert report["scores"]["perplexity of the truth"][column] == pytest.approx(
             math.exp(-sum(a for a, _ in nll) / sum(n for _, n in nll))
@@ -488,8 +501,21 @@ def test_kinds_are_reported(sets, toy_model, tmp_path):
     assert "Left out: 1 not marked as test" in (tmp_path / "rad.json/report.md").read_text()
 
 
+def test_sub_commands_are_in_the_help_and_a_file_of_such_a_name_is_a_file(tmp_path, monkeypatch):
+    help_text = call("--help").stdout
+    for name in ("compare", "rank"):
+        assert re.search(rf"^ +{name} +\w", help_text, re.MULTILINE)
+        assert f"evaluate.py {name}" in call(name, "--help").stdout
+    monkeypatch.chdir(tmp_path)
+    words = ["--images", ".", "--out", "out"]
+    assert "no such data file" in call("./compare", *words, code=2).stderr
+    (tmp_path / "compare").write_text("[]")
+    assert "a data file ends in" in call("./compare", *words, code=2).stderr
+
+
 def test_killed_and_started_again(toy, toy_model, tmp_path):
-    """SIGKILL in the middle, half a line behind: the second run asks only what is missing and ends with the same predictions and report."""
+    """SIGKILL in the middle, half a line behind: the second run asks only what is missing and ends
+    with the same predictions and report."""
     options = [
         toy / "heldout.json",
         "--images",
@@ -517,7 +543,7 @@ def test_killed_and_started_again(toy, toy_model, tmp_path):
     assert 3 <= kept < 20
     with open(path, "a") as file:
         file.write('{"row": 19, "id"')
-    stamp = [line for line in path.read_bytes().split(b"\n")[:3]]
+    stamp = path.read_bytes().split(b"\n")[:3]
     call(*options, "--out", tmp_path / "cut")
     assert path.read_bytes().split(b"\n")[:3] == stamp  # not asked again
     for name in ("predictions.jsonl", "report.md"):
@@ -556,7 +582,8 @@ def test_a_picture_that_breaks_on_the_way_loses_nothing(sets, toy_model, tmp_pat
 
 
 def test_what_quantising_changes(sets, toy_model, tmp_path):
-    """int8 is measured against the same weights unrounded, on the decoding path; perplexity before is the one that likelihoods give."""
+    """int8 is measured against the same weights unrounded, on the decoding path; perplexity before
+    is the one that likelihoods give."""
     call(
         sets / "own.jsonl",
         "--images",
@@ -599,20 +626,26 @@ def test_what_quantising_changes(sets, toy_model, tmp_path):
 
 
 def test_withheld_and_intervals_of_a_table():
-    """A column follows from its own side of the rows; four questions about a picture that stand and fall together make the interval twice as wide; the constant is the commonest truth of a kind."""
+    """A column follows from its own side of the rows; four questions about a picture that stand and
+    fall together make the interval twice as wide; the constant is the commonest truth of a kind."""
     rng = np.random.default_rng(0)
     right = rng.random(100) < 0.5
-    make = lambda i, k, picture: Question(
-        f"{i}-{k}",
-        [{"from": "human", "value": "问"}],
-        "对" if i % 4 else "错",
-        [Path(str(picture))],
-        1,
-        {"kind": "a" if i % 4 else "b"},
-    )
-    said = lambda text: {"answer": text, "likelihood": [[-1.0, 2]]}
+
+    def make(i, k, picture):
+        return Question(
+            f"{i}-{k}",
+            [{"from": "human", "value": "问"}],
+            "对" if i % 4 else "错",
+            [Path(str(picture))],
+            1,
+            {"kind": "a" if i % 4 else "b"},
+        )
+
+    def said(text):
+        return Said(text, Likelihood(-1.0, 2))
+
     rows = [
-        {"seen": said("对" if i % 4 else "错") if ok else said("无"), "blind": said("无")}
+        Answered(said("对" if i % 4 else "错") if ok else said("无"), said("无"))
         for i, ok in enumerate(right)
     ]
     once = table_of([make(i, 0, i) for i in range(100)], rows, None, ["对"] * 100)["exact match"]
@@ -629,14 +662,14 @@ def test_withheld_and_intervals_of_a_table():
         ["对"] * 400,
     )["exact match"]
     assert (
-        once["value"] == often["value"] == right.mean()
-        and once["withheld"] == 0
-        and once["constant"] == 0.75
-        and often["n"] == 400
+        once.seen.value == often.seen.value == right.mean()
+        and once.withheld.value == 0
+        and once.constant == 0.75
+        and often.n == 400
     )
-    assert (often["low"], often["high"]) == (once["low"], once["high"]) and abs(
-        (often["high"] - often["low"]) / (apart["high"] - apart["low"]) - 2
-    ) < 0.3
+    once, often, apart = once.seen, often.seen, apart.seen
+    assert (often.low, often.high) == (once.low, once.high)
+    assert abs((often.high - often.low) / (apart.high - apart.low) - 2) < 0.3
     questions = [make(i, 0, i) for i in range(100)]
     assert constant_answers(questions, None) == ["对"] * 100  # 75 of 100
     assert constant_answers(questions, "kind") == [
@@ -645,7 +678,8 @@ def test_withheld_and_intervals_of_a_table():
 
 
 def test_a_withheld_picture_changes_what_is_likely(sets, toy_model, tmp_path):
-    """Where a question has pictures the grey ones give other likelihoods; where it has none both sides are the same."""
+    """Where a question has pictures the grey ones give other likelihoods; where it has none both
+    sides are the same."""
     call(
         sets / "own.jsonl",
         "--images",
@@ -666,7 +700,9 @@ def test_a_withheld_picture_changes_what_is_likely(sets, toy_model, tmp_path):
 
 
 def test_answers_are_kept_for_their_own_questions_only(sets, toy_model, tmp_path):
-    """A picture that turns up later, another image folder: the kept answers are of other questions, and refused. --out inside the model's folder goes on. Too long a question is left out, and counted."""
+    """A picture that turns up later, another image folder: the kept answers are of other questions,
+    and refused. --out inside the model's folder goes on. Too long a question is left out, and
+    counted."""
     images, model = tmp_path / "images", tmp_path / "model"
     shutil.copytree(sets / "images", images)
     shutil.copytree(toy_model, model)
