@@ -1,4 +1,6 @@
-"""Promise: whatever happens to a run, nothing done is lost: killed at any moment it ends with the weights of a run that was not, and what cannot go on says why."""
+"""Promise: whatever happens to a run, nothing done is lost: killed at any moment it ends with the
+weights of a run that was not, and what cannot go on says why.
+"""
 
 import json
 import os
@@ -119,7 +121,9 @@ def losses_of(out):
 
 
 def test_kills_at_random_moments_change_nothing(toy, tmp_path, untouched):
-    """`until torchrun …; do …; done`, while a rank, the launcher, or a rank inside a save is killed with SIGKILL: the same losses, weights to the last bit."""
+    """`until torchrun …; do …; done`, while a rank, the launcher, or a rank inside a save is killed
+    with SIGKILL: the same losses, weights to the last bit.
+    """
     out, rng, moments = tmp_path / "out", random.Random(int(os.environ.get("KILL_SEED", 0))), []
     n_kills = 20 if LONG else 3
     for attempt in range(4 * n_kills):
@@ -242,7 +246,9 @@ def test_ranks_whose_launcher_is_gone_save_and_stop(toy, tmp_path):
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoints(toy, tmp_path):
-    """A limit on the size of files stands for the disk: small enough for the log, too small for a checkpoint of 9 MB."""
+    """A limit on the size of files stands for the disk: small enough for the log, too small for a
+    checkpoint of 9 MB.
+    """
     out = tmp_path / "out"
     options = "--batch-size", 5, "--epochs", 2, "--save-every", 3, "--workers", 0
     run(toy, out, *options, "--max-steps", 6, "--keep", 5)
@@ -268,7 +274,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(toy, tmp_path):
     assert len(losses) == 10
 
 
-# --- bad numbers, bad pictures --------------------------------------------------------------------------------------
+# --- bad numbers, bad pictures --------------------------------------------------------------------
 
 
 def test_bad_losses_are_told_from_good_ones():
@@ -283,7 +289,9 @@ def test_bad_losses_are_told_from_good_ones():
 
 
 def test_a_bad_step_is_skipped_and_named(toy, tmp_path, monkeypatch):
-    """A sample whose loss is nan on one of two ranks: both skip the step, weights stay, its ids are in the log; ten in a row stop the run."""
+    """A sample whose loss is nan on one of two ranks: both skip the step, weights stay, its ids are
+    in the log; ten in a row stop the run.
+    """
     poison = tmp_path / "poison.py"
     poison.write_text(f"""
 import sys
@@ -332,7 +340,9 @@ def lost(toy, tmp_path):
 
 
 def test_a_picture_that_does_not_decode_teaches_nothing(toy, tmp_path, lost):
-    """Grey in its place, its labels ignored: the same losses and weights as if the row's answers had never been there. Counted, and named in the log."""
+    """Grey in its place, its labels ignored: the same losses and weights as if the row's answers
+    had never been there. Counted, and named in the log.
+    """
     run(toy, tmp_path / "out", "--batch-size", 7, data=lost, ranks=2)
     rows = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
     grey = [name for r in rows if "grey" in r for name in r["grey"]]
@@ -378,7 +388,9 @@ def test_strict_stops_and_keeps_what_was_trained(toy, tmp_path, lost):
 
 
 def test_a_folder_of_pictures_that_is_gone_stops_the_run(toy, tmp_path):
-    """Grey pictures are for a few that do not decode: when most of a step's are gone, training on would unlearn seeing."""
+    """Grey pictures are for a few that do not decode: when most of a step's are gone, training on
+    would unlearn seeing.
+    """
     for name in ("images", "gone"):
         (tmp_path / name).mkdir()
     rows = json.loads((toy / "instruction.json").read_text())[:14]
@@ -402,7 +414,9 @@ def test_a_folder_of_pictures_that_is_gone_stops_the_run(toy, tmp_path):
 
 
 def test_small_steps_whose_pictures_are_gone_stop_the_run_too(toy, tmp_path, lost):
-    """Batches of one picture: a single lost one is skipped, without a step of Adam; three steps in a row stop the run, with what was trained saved."""
+    """Batches of one picture: a single lost one is skipped, without a step of Adam; three steps in
+    a row stop the run, with what was trained saved.
+    """
     rows = json.loads(lost.read_text())
     lost.write_text(json.dumps(rows[:2] + [dict(rows[13], id=str(i)) for i in range(9)]))
     done = run(toy, tmp_path / "out", "--batch-size", 1, "--epochs", 3, data=lost, check=False)

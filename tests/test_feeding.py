@@ -1,4 +1,6 @@
-"""Promise: rows are found by byte offset in whatever a JSON writer writes, lengths are those of the tokens, every sample comes once an epoch, and little is padding."""
+"""Promise: rows are found by byte offset in whatever a JSON writer writes, lengths are those of the
+tokens, every sample comes once an epoch, and little is padding.
+"""
 
 import json
 import random
@@ -19,7 +21,9 @@ from training.ranks import setup_distributed
 
 
 def some_rows(n, seed=0):
-    """Rows with whatever text may hold: quotes, backslashes, brackets in strings, escapes, Chinese, nested lists."""
+    """Rows with whatever text may hold: quotes, backslashes, brackets in strings, escapes, Chinese,
+    nested lists.
+    """
     rng = random.Random(seed)
     pieces = [
         '"',
@@ -96,7 +100,9 @@ def test_rows_are_those_of_the_json_module(tmp_path, writing):
     ],
 )
 def test_damage_is_named(tmp_path, text, words):
-    """Where brackets alone do not tell (a bracket closed by the wrong one), reading the row does. An empty list is a list."""
+    """Where brackets alone do not tell (a bracket closed by the wrong one), reading the row does.
+    An empty list is a list.
+    """
     (tmp_path / "a.json").write_text(text)
     if words is None and "a" not in text:
         path = tmp_path / "a.json"
@@ -153,7 +159,9 @@ def dialogs(toy, tmp_path, files, max_length=2048):
 
 
 def test_lengths_are_tokens_and_are_kept(toy, tmp_path, group, monkeypatch):
-    """Chinese is as long as its tokens. The second start tokenises nothing; another --max-length or another byte in the file does; damage to the cache is made good."""
+    """Chinese is as long as its tokens. The second start tokenises nothing; another --max-length or
+    another byte in the file does; damage to the cache is made good.
+    """
     rows = json.loads((toy / "mixed.json").read_text())
     (tmp_path / "a.json").write_text(json.dumps(rows[:9]))
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r) for r in rows[9:]))
@@ -211,7 +219,9 @@ def test_lengths_are_tokens_and_are_kept(toy, tmp_path, group, monkeypatch):
 
 
 def test_too_long_samples_lose_the_end_of_their_answer(toy, tmp_path, group):
-    """Cut at --max-length, pictures whole; without a label left, or without room for its picture, a sample is dropped and counted."""
+    """Cut at --max-length, pictures whole; without a label left, or without room for its picture, a
+    sample is dropped and counted.
+    """
     rows = json.loads((toy / "mixed.json").read_text())
     (tmp_path / "a.json").write_text(json.dumps(rows))
     tokenizer = Tokenizer(toy / "llama")
@@ -243,7 +253,9 @@ def test_too_long_samples_lose_the_end_of_their_answer(toy, tmp_path, group):
 
 
 def test_a_run_sees_every_sample_once(toy, tmp_path):
-    """2 ranks with worker processes, two files, two epochs: every label of every sample is counted twice."""
+    """2 ranks with worker processes, two files, two epochs: every label of every sample is counted
+    twice.
+    """
     run(
         toy,
         tmp_path / "out",
@@ -276,7 +288,9 @@ def test_a_run_sees_every_sample_once(toy, tmp_path):
 
 @pytest.mark.parametrize("stage, batch_size, most", [(1, 256, 0.05), (2, 128, 0.05)])
 def test_padding_is_at_most_5_percent(stage, batch_size, most):
-    """On lengths like the paper's, 8 ranks, whole samples of a rank at one time (32, 16): waiting for the slowest rank not counted, as in the trial."""
+    """On lengths like the paper's, 8 ranks, whole samples of a rank at one time (32, 16): waiting
+    for the slowest rank not counted, as in the trial.
+    """
     lengths, _ = plan.paper_lengths(stage, 576)
     lengths = np.minimum(lengths, 2048)[::20]
     order = batches.batch_order(lengths, batch_size, 0, 0)
@@ -290,7 +304,9 @@ def test_padding_is_at_most_5_percent(stage, batch_size, most):
 
 
 def test_the_order_does_not_depend_on_the_ranks():
-    """What the ranks of any number take of a batch is the batch; the first batch holds the longest sample."""
+    """What the ranks of any number take of a batch is the batch; the first batch holds the longest
+    sample.
+    """
     lengths = np.random.default_rng(1).integers(10, 500, 333)
     for epoch in (0, 1):
         order = batches.batch_order(lengths, 32, 7, epoch)
@@ -308,7 +324,9 @@ def test_the_order_does_not_depend_on_the_ranks():
 
 
 def test_looked_up_pixels_are_computed_pixels(tmp_path):
-    """All 256 values of each channel, against the arithmetic of transformers' processor (rescale in float64, then float32)."""
+    """All 256 values of each channel, against the arithmetic of transformers' processor (rescale in
+    float64, then float32).
+    """
     image = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
     got = preprocess_image(image, 16)
     want = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)

@@ -1,4 +1,6 @@
-"""Promise: a run that goes on from a checkpoint is the run that never stopped; with other ranks the same samples in the same order; never by accident another run."""
+"""Promise: a run that goes on from a checkpoint is the run that never stopped; with other ranks the
+same samples in the same order; never by accident another run.
+"""
 
 import io
 import json
@@ -18,7 +20,9 @@ STEPS = 15
 
 
 def cut_back(out, to, step):
-    """A copy of a finished run's folder as it was right after `step`: its newest checkpoint is step-`step`, nothing is exported, the log goes further."""
+    """A copy of a finished run's folder as it was right after `step`: its newest checkpoint is
+    step-`step`, nothing is exported, the log goes further.
+    """
     shutil.copytree(
         out,
         to,
@@ -90,7 +94,9 @@ def test_same_ranks_bit_for_bit(toy, tmp_path, whole, step):
 
 
 def test_2_ranks_to_1_to_4(toy, tmp_path, whole, report):
-    """Same samples in the same global order (labels a step are equal), losses within 1e-3, weights of the end close."""
+    """Same samples in the same global order (labels a step are equal), losses within 1e-3, weights
+    of the end close.
+    """
     out = cut_back(whole, tmp_path / "out", 4)
     run(toy, out, *OPTIONS, "--keep", 99, ranks=1)
     for path in [out / "final", *(out / "checkpoints").glob("step-1[245]")]:
@@ -125,7 +131,9 @@ def test_hybrid_sharding_is_the_same_computation(toy, tmp_path, whole, report):
 
 
 def test_the_newest_are_kept_and_the_halves_removed(toy, tmp_path, whole):
-    """--keep 3; a folder still .partial is removed; one without its state, one with a file cut short lose their names: none is taken."""
+    """--keep 3; a folder still .partial is removed; one without its state, one with a file cut
+    short lose their names: none is taken.
+    """
     out = cut_back(whole, tmp_path / "out", 8)
     folder = out / "checkpoints"
     shutil.copytree(folder / "step-8", folder / "step-12.partial")
@@ -197,7 +205,9 @@ def test_a_state_that_no_run_wrote_is_no_checkpoint(toy, tmp_path, whole, state)
     ],
 )
 def test_another_setup_is_refused_by_name(toy, tmp_path, whole, change, words):
-    """One line, exit code 2, the checkpoints untouched; --allow-changes goes on where the tensors fit."""
+    """One line, exit code 2, the checkpoints untouched; --allow-changes goes on where the tensors
+    fit.
+    """
     change = [toy / c if c == "instruction.json" else c for c in change]
     if "other" in change:
         shutil.copytree(toy / "llama", tmp_path / "llama")
@@ -223,7 +233,9 @@ def test_another_setup_is_refused_by_name(toy, tmp_path, whole, change, words):
 
 
 def test_never_and_path(toy, tmp_path, whole):
-    """never: from the first step, earlier checkpoints put aside; PATH: from that one, in another --out as well; a wrong PATH is one line."""
+    """never: from the first step, earlier checkpoints put aside; PATH: from that one, in another
+    --out as well; a wrong PATH is one line.
+    """
     want = [e["loss"] for e in entries(whole) if "loss" in e]
     out = cut_back(whole, tmp_path / "out", 4)
     losses, _ = run(toy, out, *OPTIONS, "--resume", "never", ranks=2)
@@ -256,7 +268,9 @@ def test_never_and_path(toy, tmp_path, whole):
 
 
 def test_what_a_checkpoint_holds(whole):
-    """Weights trained, both moments, RNG of each rank, progress, digests; the copy of step 2 is not step 4 (a copy that shares memory would be)."""
+    """Weights trained, both moments, RNG of each rank, progress, digests; the copy of step 2 is not
+    step 4 (a copy that shares memory would be).
+    """
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     states = []
@@ -286,7 +300,9 @@ class Bomb:
 
 @pytest.mark.parametrize("damage", ["code", "dotted name", "garbage"])
 def test_no_code_of_a_checkpoint_runs(toy, tmp_path, whole, damage):
-    """Torch unpickles .metadata without asking: a crafted one is refused in one line, and leaves no trace."""
+    """Torch unpickles .metadata without asking: a crafted one is refused in one line, and leaves no
+    trace.
+    """
     Bomb.marker = tmp_path / "ran"
     path = tmp_path / "step-8"
     shutil.copytree(whole / "checkpoints/step-8", path)

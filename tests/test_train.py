@@ -1,4 +1,6 @@
-"""Promise: training is the same computation however it is cut, learns what it should, and leaves alone what it should."""
+"""Promise: training is the same computation however it is cut, learns what it should, and leaves
+alone what it should.
+"""
 
 import json
 import os
@@ -19,8 +21,10 @@ from training import batches
 
 
 def test_ranks_and_micro_batches_do_not_matter(toy, tmp_path, report):
-    """1 process, 2 processes, and accumulation give the same losses and gradient norms (AdamW hides a constant factor, the norm does not),
-    on a batch that mixes text-only, one-picture and two-picture samples, with a last batch that leaves a rank nothing to do."""
+    """1 process, 2 processes, and accumulation give the same losses and gradient norms (AdamW hides
+    a constant factor, the norm does not), on a batch that mixes text-only, one-picture and
+    two-picture samples, with a last batch that leaves a rank nothing to do.
+    """
     options = "--batch-size", 7, "--max-grad-norm", 0
     losses, norms = run(toy, tmp_path / "a", *options)
     assert len(losses) == 4 and losses[-1] != losses[0]
@@ -70,7 +74,9 @@ def test_accumulation_1_x_8_is_2_x_4_is_8_x_1(toy, tmp_path, report):
 
 
 def test_stage_1_trains_the_projector_only(toy, tmp_path):
-    """final/ holds the projector alone, changed; ranks without a picture take part; a finished run says so and exits 0."""
+    """final/ holds the projector alone, changed; ranks without a picture take part; a finished run
+    says so and exits 0.
+    """
     run(toy, tmp_path / "out", "--batch-size", 8, "--epochs", 2, stage=1, ranks=2)
     tensors = load_file(tmp_path / "out/final/projector.safetensors")
     assert set(tensors) == {"model.mm_projector.weight", "model.mm_projector.bias"}
@@ -114,8 +120,10 @@ def test_one_sample_is_learnt_by_heart(toy, tmp_path):
     "script, limit", [("sharded_gradients.py", 1e-4), ("sharded_bf16.py", 5e-2)]
 )
 def test_gradients_under_two_ranks(toy, report, script, limit):
-    """float32: equal to the unsharded model on the whole batch at once, so no factor world_size and no mean of means.
-    bf16 compute, as on CUDA: equal to float32 within bf16's 8 bits, with a rank that has no picture."""
+    """float32: equal to the unsharded model on the whole batch at once, so no factor world_size and
+    no mean of means. bf16 compute, as on CUDA: equal to float32 within bf16's 8 bits, with a rank
+    that has no picture.
+    """
     done = subprocess.run(
         [
             sys.executable,
@@ -143,7 +151,9 @@ def test_gradients_under_two_ranks(toy, report, script, limit):
     "step, want", [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (52, 0.5), (100, 0.0)]
 )
 def test_lr_at(step, want):
-    """Linear over ceil(0.04 * 100) = 4 steps, then half a cosine over 96: half way at 4 + 48, zero at the end."""
+    """Linear over ceil(0.04 * 100) = 4 steps, then half a cosine over 96: half way at 4 + 48, zero
+    at the end.
+    """
     assert train.lr_at(step, 100, 1.0, 0.04) == pytest.approx(want, abs=1e-12)
 
 

@@ -266,8 +266,9 @@ class Dialogs(torch.utils.data.Dataset):
         """(input_ids, labels) of a row. ValueError when it is no dialog."""
         if not isinstance(row, dict):
             raise ValueError("not an object with id, image and conversations")
+        conversation: Any = row.get("conversations")
         return encode_conversation(
-            row.get("conversations"),
+            conversation,
             self.tokenizer,
             self.n_image_tokens,
             self.template,

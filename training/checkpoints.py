@@ -10,24 +10,23 @@ import pickle
 import re
 import shutil
 import sys
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    FileSystemReader,
-    FileSystemWriter,
-    async_save,
+from torch.distributed.checkpoint._nested_dict import (
+    set_element,  # pyright: ignore[reportPrivateImportUsage]
 )
-from torch.distributed.checkpoint import (
-    load as load_sharded,
-)
-from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from common.files import (
     USER_ERRORS,
@@ -38,68 +37,92 @@ from common.files import (
     replace_folder,
     write_json,
 )
-from qilin_min import part_of
+from model_io.tokens import Tokenizer
+from qilin_min import QilinConfig, WeightFiles, part_of
 from training.ranks import leave, on_rank0, print0, together
+
+# --- 1. where a run stands ------------------------------------------------------------------------
 
 
 @dataclass
 class Progress:
-    """Where a run stands: with the seed it is all that order, schedule and checks depend on. Goes into every checkpoint."""
+    """Where a run stands: with the seed it is all that order, schedule and checks depend on. Goes
+    into every checkpoint."""
 
-    step: int = 0  # optimiser steps done or skipped
-    n_bad: int = 0  # of them skipped
+    # optimiser steps done or skipped
+    step: int = 0
+    # of them skipped
+    n_bad: int = 0
     n_bad_in_a_row: int = 0
-    n_grey: int = 0  # samples whose picture did not decode
-    n_blind_in_a_row: int = 0  # steps most of whose pictures did not
-    recent: list = field(default_factory=list)  # losses of the last 50 good steps
+    # samples whose picture did not decode
+    n_grey: int = 0
+    # steps most of whose pictures did not
+    n_blind_in_a_row: int = 0
+    # losses of the last 50 good steps
+    recent: list[float] = field(default_factory=list)
 
-    def is_bad(self, loss, grad_norm):
-        """Whether a step must not touch the weights: not finite, or a loss far above the last ones (3 times their mean and 2 more; nothing gentler is
-        wrong for certain). loss and norm are sums over ranks, so all agree."""
-        exploded = len(self.recent) >= 10 and loss > 3 * sum(self.recent) / len(self.recent) + 2
-        is_bad = not math.isfinite(loss) or not math.isfinite(grad_norm) or exploded
-        self.n_bad, self.n_bad_in_a_row = self.n_bad + is_bad, (self.n_bad_in_a_row + 1) * is_bad
-        if not is_bad:
+    def is_bad(self, loss: float, grad_norm: float) -> bool:
+        """Whether a step must not touch the weights: not finite, or a loss far above the last ones
+        (3 times their mean and 2 more; nothing gentler is wrong for certain). loss and norm are
+        sums over ranks, so all agree."""
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        has_exploded = False
+        if len(self.recent) >= 10:
+            mean = sum(self.recent) / len(self.recent)
+            has_exploded = loss > 3 * mean + 2
+        if is_finite and not has_exploded:
+            self.n_bad_in_a_row = 0
             self.recent = [*self.recent[-49:], loss]
-        return is_bad
+            return False
+        self.n_bad += 1
+        self.n_bad_in_a_row += 1
+        return True
 
 
-TRAINED_ONLY = StateDictOptions(
-    ignore_frozen_params=True, strict=False
-)  # options of the state dict: frozen weights are in no checkpoint
-STEP_FOLDER = re.compile(r"step-([1-9]\d*)$")
+def hold_out(out: Path) -> BinaryIO:
+    """Hold --out/.lock until this process ends. While the ranks of an earlier start still save what
+    they have, wait for them."""
+    out.mkdir(parents=True, exist_ok=True)
+    return lock(
+        out / ".lock",
+        f"another run is writing to {out}: stop it, or give another --out",
+        patience=660,
+        waiting=f"another run is still writing to {out}: waiting for it, up to 11 minutes",
+    )
 
 
-def check_metadata(path):
-    """ValueError unless unpickling a checkpoint's .metadata, which torch does without asking, makes nothing but the descriptions of tensors."""
+def describe_setup(
+    options: dict[str, Any],
+    config: QilinConfig,
+    tokenizer: Tokenizer,
+    sources: list[tuple[WeightFiles, set[str]]],
+    data: list[str],
+) -> dict[str, Any]:
+    """What decides a run's numbers, to be compared when it goes on. Weights by the names, shapes
+    and first rows of their tensors: reading 26 GB would take minutes.
 
-    class Checker(pickle.Unpickler):
-        def find_class(self, module, name):
-            found = getattr(
-                sys.modules.get(module), name, None
-            )  # no dotted names: they would lead from a module to what it imports
-            if (
-                (module, name) in METADATA_CLASSES
-                or isinstance(found, torch.dtype)
-                or (
-                    isinstance(found, type)
-                    and found.__module__ == module == "torch.distributed.checkpoint.metadata"
-                )
-            ):
-                return found
-            raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
-
-    try:
-        with open(path, "rb") as file:
-            Checker(file).load()
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle raises many kinds
-        raise ValueError(
-            f"{path}: cannot be read as a checkpoint's description ({one_line(error)[:200]})"
-        ) from None
+    options: those of the run that decide; data: digests of its files.
+    """
+    weights = hashlib.sha256()
+    for files, parts in sources:
+        for name in sorted(files.tensors):
+            if part_of(name) not in parts:
+                continue
+            first_row = files.rows(name, 0, 1).contiguous().flatten()
+            weights.update(f"{name} {files.shape(name)} ".encode())
+            weights.update(first_row.view(torch.uint8).numpy().tobytes())
+    return {
+        **options,
+        "projector_type": config.projector_type,
+        "data": data,
+        "tokenizer": digest(tokenizer.path),
+        "weights": weights.hexdigest(),
+    }
 
 
+# --- 2. reading what someone else may have written ------------------------------------------------
+
+# what a checkpoint's .metadata may name beside dtypes and the descriptions of tensors
 METADATA_CLASSES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
@@ -110,206 +133,356 @@ METADATA_CLASSES = {
 }
 
 
+class MetadataUnpickler(pickle.Unpickler):
+    """Makes nothing but the descriptions of tensors; ValueError for anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class of a name, where a description may hold it."""
+        # no dotted names: they would lead from a module to what it imports
+        found = getattr(sys.modules.get(module), name, None)
+        if (module, name) in METADATA_CLASSES or isinstance(found, torch.dtype):
+            return found
+        descriptions = "torch.distributed.checkpoint.metadata"
+        if module == descriptions and isinstance(found, type) and found.__module__ == descriptions:
+            return found
+        raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def check_metadata(path: Path) -> None:
+    """ValueError unless unpickling a checkpoint's .metadata, which torch does without asking, makes
+    nothing but the descriptions of tensors."""
+    try:
+        with open(path, "rb") as file:
+            MetadataUnpickler(file).load()
+    except OSError:
+        raise
+    except Exception as error:
+        # a damaged pickle raises many kinds
+        line = one_line(error)[:200]
+        raise ValueError(f"{path}: cannot be read as a checkpoint's description ({line})") from None
+
+
 class PlainLoadPlanner(DefaultLoadPlanner):
     """Torch's own, but what is no tensor (Adam's options) is unpickled without code."""
 
-    def load_bytes(self, read_item, value):
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        """Put one value that is no tensor into its place."""
         value = torch.load(value, weights_only=True)
+        # private to torch, as is the method of torch's that this one replaces
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], value)
 
 
-def read_state(path):
-    """(Progress, state.json) of a checkpoint; ValueError or OSError when it is not whole: a file missing or cut short, a state that no run wrote."""
+def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
+    """(Progress, state.json) of a checkpoint; ValueError or OSError when it is not whole: a file
+    missing or cut short, a state that no run wrote."""
     try:
         state = read_json(path / "state.json")
         progress = Progress(**state["progress"])
-        is_whole = (
-            all((path / name).stat().st_size == size for name, size in state["files"].items())
-            and isinstance(state["setup"], dict)
-            and isinstance(state["world_size"], int)
-        )
-        numbers = [
-            progress.step,
-            progress.n_bad,
-            progress.n_bad_in_a_row,
-            progress.n_grey,
-            progress.n_blind_in_a_row,
-            *progress.recent,
-        ]
-        if (
-            is_whole
-            and all(type(n) in (int, float) and n >= 0 for n in numbers)
-            and type(progress.step) is int
-            and progress.step > 0
-        ):
-            return progress, state
+        is_whole = has_its_files(path, state) and is_possible(progress)
     except (KeyError, TypeError, AttributeError):
-        pass
-    raise ValueError(f"{path}: not a whole checkpoint")
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path}: not a whole checkpoint")
+    return progress, state
+
+
+def has_its_files(path: Path, state: dict[str, Any]) -> bool:
+    """Whether each file that a state.json lists is there, as long as it says."""
+    for name, size in state["files"].items():
+        if (path / name).stat().st_size != size:
+            return False
+    return isinstance(state["setup"], dict) and isinstance(state["world_size"], int)
+
+
+def is_possible(progress: Progress) -> bool:
+    """Whether a run can have come so far: all of it numbers, and at least one step."""
+    numbers = [
+        progress.step,
+        progress.n_bad,
+        progress.n_bad_in_a_row,
+        progress.n_grey,
+        progress.n_blind_in_a_row,
+        *progress.recent,
+    ]
+    for number in numbers:
+        if type(number) not in (int, float) or not number >= 0:
+            return False
+    return type(progress.step) is int and progress.step > 0
+
+
+# --- 3. checkpoints -------------------------------------------------------------------------------
+
+# of the state dict: frozen weights are in no checkpoint
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+STEP_FOLDER = re.compile(r"step-([1-9]\d*)$")
+HALF_FOLDER = re.compile(r"step-\d+\.(partial|old)$")
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a folder named as checkpoints are, None for another name."""
+    match = STEP_FOLDER.match(path.name)
+    return int(match[1]) if match else None
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@dataclass
+class Writing:
+    """A checkpoint that is being written: by whom, of what, where."""
+
+    future: Future
+    progress: Progress
+    partial: Path
 
 
 class Checkpoints:
-    """--out/checkpoints/step-N: weights trained, Adam's moments, RNG, progress and setup, one file a rank, resumable with any number of ranks.
+    """--out/checkpoints/step-N: weights trained, Adam's moments, RNG, progress and setup, one file
+    a rank, resumable with any number of ranks.
 
-    Written by a background thread into step-N.partial from a copy in host memory, and renamed when every rank is done, so that a step-N is whole or not there;
-    a kill at any moment leaves the earlier ones as they are. The newest --keep stay.
+    Written by a background thread into step-N.partial from a copy in host memory, and renamed when
+    every rank is done, so that a step-N is whole or not there; a kill at any moment leaves the
+    earlier ones as they are. The newest `n_kept` stay.
     """
 
-    def __init__(self, args, model, optimizer, setup):
-        self.args, self.model, self.optimizer, self.setup, self.folder = (
-            args,
-            model,
-            optimizer,
-            setup,
-            args.out / "checkpoints",
-        )
-        self.group = dist.new_group(
-            backend="gloo", timeout=timedelta(minutes=30)
-        )  # its own: on the default group it would meet training's collectives
-        self.writing = None  # (future, progress)
+    def __init__(
+        self,
+        out: Path,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        setup: dict[str, Any],
+        *,
+        n_kept: int,
+    ):
+        self.out = out
+        self.folder = out / "checkpoints"
+        self.model = model
+        self.optimizer = optimizer
+        self.setup = setup
+        self.n_kept = n_kept
+        # its own: on the default group it would meet training's collectives
+        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        self.writing: Writing | None = None
 
-    def tensors(self, with_rng=True):
+    def tensors(self, with_rng: bool = True) -> dict[str, Any]:
+        """All that a checkpoint holds beside state.json, of this rank."""
         is_new = not self.optimizer.state
         weights, moments = get_state_dict(self.model, self.optimizer, options=TRAINED_ONLY)
-        for state in (
-            self.optimizer.state.values() if is_new else ()
-        ):  # an optimiser that has done nothing is given its state by a step with zero gradients, which it must not count
-            state["step"].zero_()
-        rng = {f"cpu-{dist.get_rank()}": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            rng[f"cuda-{dist.get_rank()}"] = torch.cuda.get_rng_state()
-        return {"model": weights, "optimizer": moments, **({"rng": rng} if with_rng else {})}
+        if is_new:
+            # an optimiser that has done nothing is given its state by a step with zero gradients,
+            # which it must not count
+            for state in self.optimizer.state.values():
+                state["step"].zero_()
+        held = {"model": weights, "optimizer": moments}
+        if with_rng:
+            rank = dist.get_rank()
+            rng = {f"cpu-{rank}": torch.get_rng_state()}
+            if torch.cuda.is_available():
+                rng[f"cuda-{rank}"] = torch.cuda.get_rng_state()
+            held["rng"] = rng
+        return held
 
-    def whole(self):
+    def paths(self) -> list[Path]:
+        """What lies in the folder, none where it is not there yet."""
+        return list(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    def whole(self) -> dict[int, Path]:
         """{step: folder} of the checkpoints of which nothing is missing, oldest first."""
         found = {}
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+        for path in self.paths():
+            step = step_of(path)
+            if step is None:
+                continue
             try:
-                if (match := STEP_FOLDER.match(path.name)) and read_state(path)[0].step == int(
-                    match[1]
-                ):
-                    found[int(match[1])] = path
+                progress, _ = read_state(path)
             except USER_ERRORS:
                 continue
+            if progress.step == step:
+                found[step] = path
         return dict(sorted(found.items()))
 
-    def clean(self):
-        """Remove what an interrupted save or removal left; a step-N that is not whole was damaged by something else and only loses its name."""
+    def clean(self) -> None:
+        """Remove what an interrupted save or removal left; a step-N that is not whole was damaged
+        by something else and only loses its name."""
         whole = self.whole().values()
-        for path in list(self.folder.iterdir()) if self.folder.is_dir() else ():
-            if re.match(r"step-\d+\.(partial|old)$", path.name):
+        for path in self.paths():
+            if HALF_FOLDER.match(path.name):
                 print0(f"{path} is not whole: removed")
                 shutil.rmtree(path, ignore_errors=True)
-            elif STEP_FOLDER.match(path.name) and path not in whole:
+            elif step_of(path) is not None and path not in whole:
                 print0(f"{path} is not whole: renamed to {path.name}.damaged")
                 replace_folder(path, path.with_name(path.name + ".damaged"))
 
-    def put_aside(self, paths, why):
-        """Move checkpoints of another course of this run out of the way, to checkpoints.N beside: by their numbers they would pass for newer ones."""
-        if paths:
-            aside = next(
-                p
-                for i in range(1, 10**6)
-                if not (p := self.folder.with_name(f"checkpoints.{i}")).exists()
-            )
-            aside.mkdir()
-            for path in paths:
-                path.rename(aside / path.name)
-            print0(f"{why}: {', '.join(path.name for path in paths)} moved to {aside}")
+    def put_aside(self, paths: list[Path], why: str) -> None:
+        """Move checkpoints of another course of this run out of the way, to checkpoints.N beside:
+        by their numbers they would pass for newer ones."""
+        if not paths:
+            return
+        number = 1
+        while self.folder.with_name(f"checkpoints.{number}").exists():
+            number += 1
+        aside = self.folder.with_name(f"checkpoints.{number}")
+        aside.mkdir()
+        for path in paths:
+            path.rename(aside / path.name)
+        print0(f"{why}: {', '.join(path.name for path in paths)} moved to {aside}")
 
-    def save(self, progress, wait=False):
-        """Start writing a checkpoint; what a step waits for is the copy to host memory. An earlier one under way is finished first."""
+    # --- writing ---
+
+    def save(self, progress: Progress, wait: bool = False) -> None:
+        """Start writing a checkpoint; what a step waits for is the copy to host memory. An earlier
+        one under way is finished first."""
         self.finish()
         partial = self.folder / f"step-{progress.step}.partial"
-
-        def prepare():
-            if (
-                progress.step in self.whole()
-            ):  # resumed from it, and stopped before another step; later ones of another course are put aside
-                return False
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            return True
-
-        if progress.step and on_rank0(prepare):
-            writer = FileSystemWriter(
-                partial, per_thread_copy_ahead=0
-            )  # what it writes is in host memory already: nothing to copy ahead, and no CUDA context in its thread
-            self.writing = (
-                async_save(self.tensors(), storage_writer=writer, process_group=self.group),
-                Progress(**asdict(progress)),
-                partial,
+        if progress.step and on_rank0(self.make_partial, partial, progress.step):
+            # what it writes is in host memory already: nothing to copy ahead, and no CUDA context
+            # in its thread
+            writer = FileSystemWriter(partial, per_thread_copy_ahead=0)
+            future: Any = async_save(
+                self.tensors(), storage_writer=writer, process_group=self.group
             )
+            self.writing = Writing(future, Progress(**asdict(progress)), partial)
         if wait:
             self.finish()
 
-    def progress(self):
-        """For sum_over_ranks: has this rank written its part? When all have, finish() only gives the name and removes what is too many."""
-        return {"written": float(self.writing is not None and self.writing[0].done())}
+    def make_partial(self, partial: Path, step: int) -> bool:
+        """An empty folder to write into; False where the checkpoint is there already."""
+        # resumed from it, and stopped before another step; later ones of another course are put
+        # aside
+        if step in self.whole():
+            return False
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return True
 
-    def finish(self):
-        """Wait until every rank has written, then give the folder its name. A disk that is full stops all ranks with one line and exit code 1."""
+    def progress(self) -> dict[str, float]:
+        """For sum_over_ranks: has this rank written its part? When all have, finish() only gives
+        the name and removes what is too many."""
+        is_written = self.writing is not None and self.writing.future.done()
+        return {"written": float(is_written)}
+
+    def finish(self) -> None:
+        """Wait until every rank has written, then give the folder its name. A disk that is full
+        stops all ranks with one line and exit code 1."""
         if self.writing is None:
             return
-        (future, progress, partial), self.writing = self.writing, None
+        writing = self.writing
+        self.writing = None
+        together(self.wait_for, writing)
+        on_rank0(self.seal, writing)
 
-        def written():
-            try:
-                future.result()
-            except (CheckpointException, Exception) as error:  # the former is no Exception
-                cause = (
-                    next(iter(error.failures.values()))[0]
-                    if isinstance(error, CheckpointException) and error.failures
-                    else error
-                )
-                shutil.rmtree(partial, ignore_errors=True)
-                raise OSError(
-                    getattr(cause, "errno", None) or errno.EIO,
-                    f"checkpoint could not be written ({one_line(cause)[:120]}; {shutil.disk_usage(self.folder).free / 1e9:.1f} GB free); the earlier ones are whole",
-                    str(partial),
-                ) from None
+    def wait_for(self, writing: Writing) -> None:
+        """OSError when this rank's part could not be written."""
+        try:
+            writing.future.result()
+        except (CheckpointException, Exception) as error:
+            # the former is no Exception
+            cause = error
+            if isinstance(error, CheckpointException) and error.failures:
+                cause = first_failure(error)
+            shutil.rmtree(writing.partial, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free / 1e9
+            raise OSError(
+                getattr(cause, "errno", None) or errno.EIO,
+                f"checkpoint could not be written ({one_line(cause)[:120]}; {free:.1f} GB free); "
+                "the earlier ones are whole",
+                str(writing.partial),
+            ) from None
 
-        def seal():
-            files = {path.name: path.stat().st_size for path in partial.iterdir()}
-            write_json(
-                partial / "state.json",
-                {
-                    "progress": asdict(progress),
-                    "world_size": dist.get_world_size(),
-                    "setup": self.setup,
-                    "files": files,
-                },
-            )
-            for path in (
-                partial / "state.json",
-                partial,
-                self.folder,
-            ):  # the tensors' files were synced by their writer
-                if path == self.folder:
-                    replace_folder(partial, partial.with_suffix(""))
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-            for step in list(self.whole())[: -self.args.keep]:
-                gone = self.folder / f"step-{step}.old"
-                (self.folder / f"step-{step}").rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+    def seal(self, writing: Writing) -> None:
+        """Say in state.json what is there, and give the folder its name: on the disk, in this
+        order. What is older than the newest n_kept goes."""
+        partial = writing.partial
+        state = {
+            "progress": asdict(writing.progress),
+            "world_size": dist.get_world_size(),
+            "setup": self.setup,
+            "files": {path.name: path.stat().st_size for path in partial.iterdir()},
+        }
+        write_json(partial / "state.json", state)
+        # the tensors' files were synced by their writer
+        fsync(partial / "state.json")
+        fsync(partial)
+        replace_folder(partial, partial.with_suffix(""))
+        fsync(self.folder)
+        for step in list(self.whole())[: -self.n_kept]:
+            # renamed first, so that a kill leaves no half of one
+            gone = self.folder / f"step-{step}.old"
+            (self.folder / f"step-{step}").rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
-        together(written)
-        on_rank0(seal)
+    # --- going on ---
 
-    def resume(self):
-        """Progress from the checkpoint that --resume names, its tensors being loaded; a new one where there is none."""
-        path = on_rank0(self.find)
+    def resume(self, choice: str, allow_changes: bool) -> Progress:
+        """Progress from the checkpoint that --resume names, its tensors being loaded; a new one
+        where there is none."""
+        path = on_rank0(self.find, choice)
         if path is None:
             return Progress()
         progress, saved = together(read_state, path)
-        on_rank0(self.compare, saved["setup"], path)
-        is_same = saved["world_size"] == dist.get_world_size()
-        state = self.tensors(with_rng=is_same)
-        logging.getLogger("torch.distributed.checkpoint").setLevel(
-            logging.CRITICAL
-        )  # what is wrong is said once, by us
+        on_rank0(self.compare, saved["setup"], path, allow_changes)
+        is_same_world = saved["world_size"] == dist.get_world_size()
+        self.load(path, with_rng=is_same_world)
+        print0(
+            f"going on after step {progress.step} ({path}, written by {saved['world_size']} ranks)"
+        )
+        return progress
+
+    def find(self, choice: str) -> Path | None:
+        """The folder to resume from, or None. choice: "auto", "never" or a path."""
+        self.clean()
+        if choice == "auto":
+            paths = list(self.whole().values())
+            return paths[-1] if paths else None
+        if choice == "never":
+            self.start_over()
+            return None
+        return self.go_back(Path(choice))
+
+    def start_over(self) -> None:
+        """Put aside what an earlier course left, its log too."""
+        paths = list(self.whole().values())
+        if paths:
+            logs = [self.out / name for name in ("log.jsonl", "samples.jsonl")]
+            paths += [path for path in logs if path.is_file()]
+        self.put_aside(paths, "--resume never")
+
+    def go_back(self, path: Path) -> Path:
+        """The given checkpoint; where it is one of --out, later ones are put aside, else all."""
+        if not (path / "state.json").is_file():
+            raise FileNotFoundError(
+                f"--resume {path}: no checkpoint there (a folder step-N with state.json)"
+            )
+        steps = self.whole()
+        inside = [step for step, folder in steps.items() if folder.samefile(path)]
+        last = inside[0] if inside else -1
+        later = [folder for step, folder in steps.items() if step > last]
+        self.put_aside(later, f"--resume {path}")
+        return path
+
+    def compare(self, old: dict[str, Any], path: Path, allow_changes: bool) -> None:
+        """ValueError that says what differs between this run and the one that wrote a
+        checkpoint."""
+        now = json.loads(json.dumps(self.setup))
+        differ = []
+        for name, value in now.items():
+            if old.get(name) != value:
+                differ.append(f"{name}: {old.get(name)} there, {value} now")
+        if differ and not allow_changes:
+            raise ValueError(
+                f"{path} is of a run with another setup ({'; '.join(differ)[:600]}): start with "
+                "the old one, or another --out, or --allow-changes to go on all the same"
+            )
+
+    def load(self, path: Path, with_rng: bool) -> None:
+        """Model, optimiser and, with as many ranks as wrote it, random numbers of a checkpoint."""
+        state = self.tensors(with_rng=with_rng)
+        # what is wrong is said once, by us
+        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
         together(check_metadata, path / ".metadata")
         try:
             load_sharded(
@@ -319,10 +492,7 @@ class Checkpoints:
                 process_group=self.group,
             )
         except CheckpointException as error:
-            leave(
-                2,
-                f"{path} cannot be loaded: {one_line(next(iter(error.failures.values()))[0])[:300]}",
-            )
+            leave(2, f"{path} cannot be loaded: {one_line(first_failure(error))[:300]}")
         set_state_dict(
             self.model,
             self.optimizer,
@@ -330,101 +500,14 @@ class Checkpoints:
             optim_state_dict=state["optimizer"],
             options=TRAINED_ONLY,
         )
-        if is_same:
-            torch.set_rng_state(state["rng"][f"cpu-{dist.get_rank()}"])
-            if f"cuda-{dist.get_rank()}" in state["rng"]:
-                torch.cuda.set_rng_state(state["rng"][f"cuda-{dist.get_rank()}"])
-        print0(
-            f"going on after step {progress.step} ({path}, written by {saved['world_size']} ranks)"
-        )
-        return progress
-
-    def find(self):
-        """The folder to resume from, or None."""
-        self.clean()
-        steps = self.whole()
-        if self.args.resume not in ("auto", "never"):
-            path = Path(self.args.resume)
-            if not (path / "state.json").is_file():
-                raise FileNotFoundError(
-                    f"--resume {path}: no checkpoint there (a folder step-N with state.json)"
-                )
-            inside = next((step for step, folder in steps.items() if folder.samefile(path)), -1)
-            self.put_aside(
-                [folder for step, folder in steps.items() if step > inside], f"--resume {path}"
-            )
-            return path
-        if self.args.resume == "never":
-            self.put_aside(
-                [
-                    *steps.values(),
-                    *(
-                        path
-                        for name in ("log.jsonl", "samples.jsonl")
-                        if (path := self.args.out / name).is_file()
-                    ),
-                ]
-                if steps
-                else [],
-                "--resume never",
-            )
-            return None
-        return list(steps.values())[-1] if steps else None
-
-    def compare(self, old, path):
-        """ValueError that says what differs between this run and the one that wrote a checkpoint."""
-        differ = [
-            f"{name}: {old.get(name)} there, {value} now"
-            for name, value in json.loads(json.dumps(self.setup)).items()
-            if old.get(name) != value
-        ]
-        if differ and not self.args.allow_changes:
-            raise ValueError(
-                f"{path} is of a run with another setup ({'; '.join(differ)[:600]}): start with the old one, or another --out, or --allow-changes to go on all the same"
-            )
+        if with_rng:
+            rank = dist.get_rank()
+            torch.set_rng_state(state["rng"][f"cpu-{rank}"])
+            if f"cuda-{rank}" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"][f"cuda-{rank}"])
 
 
-def describe_setup(args, config, tokenizer, sources, data):
-    """What decides a run's numbers, to be compared when it goes on. Weights by the names, shapes and first rows of their tensors: reading 26 GB would take minutes."""
-    sha256 = hashlib.sha256()
-    for files, parts in sources:
-        for name in sorted(name for name in files.tensors if part_of(name) in parts):
-            sha256.update(
-                f"{name} {files.shape(name)} ".encode()
-                + files.rows(name, 0, 1).contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-    names = (
-        "stage",
-        "batch_size",
-        "lr",
-        "warmup_ratio",
-        "weight_decay",
-        "max_grad_norm",
-        "epochs",
-        "max_steps",
-        "max_length",
-        "template",
-        "image_mode",
-        "seed",
-        "lora",
-        "lora_alpha",
-        "quantize",
-    )
-    return {
-        **{name: getattr(args, name) for name in names},
-        "projector_type": config.projector_type,
-        "data": data,
-        "tokenizer": digest(tokenizer.path),
-        "weights": sha256.hexdigest(),
-    }
-
-
-def hold_out(out):
-    """Hold --out/.lock until this process ends. While the ranks of an earlier start still save what they have, wait for them."""
-    out.mkdir(parents=True, exist_ok=True)
-    return lock(
-        out / ".lock",
-        f"another run is writing to {out}: stop it, or give another --out",
-        patience=660,
-        waiting=f"another run is still writing to {out}: waiting for it, up to 11 minutes",
-    )
+def first_failure(error: CheckpointException) -> BaseException:
+    """What one of the ranks met."""
+    wrapped = next(iter(error.failures.values()))
+    return wrapped[0]

@@ -1,10 +1,14 @@
-"""Run by test_plan.py: one training step of the real model and sharding under a memory tracker; prints peak GiB of a rank, the unsharded tower left out.
+"""Run by test_plan.py: one training step of the real model and sharding under a memory tracker;
+prints peak GiB of a rank, the unsharded tower left out.
 
-    python tests/tools/measure_step.py fake STAGE SIZE ROWS TOKENS CHECKPOINTED KEPT        a rank of 8 of a model of 7B or 13B, fake tensors, bf16 compute
-    torchrun --nproc_per_node 2 tests/tools/measure_step.py real STAGE ROWS TOKENS CHECKPOINTED KEPT   a small model on real tensors, float32
+    python tests/tools/measure_step.py fake STAGE SIZE ROWS TOKENS CHECKPOINTED KEPT
+        a rank of 8 of a model of 7B or 13B, fake tensors, bf16 compute
+    torchrun --nproc_per_node 2 tests/tools/measure_step.py real STAGE ROWS TOKENS CHECKPOINTED KEPT
+        a small model on real tensors, float32
 
-torch.distributed._tools is private to torch, so it stays in tests. It cannot see through fused AdamW, nor through values that decide shapes: under fake tensors
-the loss takes the first positions instead of the labelled ones, as many, and splicing does not count pictures.
+torch.distributed._tools is private to torch, so it stays in tests. It cannot see through fused
+AdamW, nor through values that decide shapes: under fake tensors the loss takes the first positions
+instead of the labelled ones, as many, and splicing does not count pictures.
 """
 
 import os
@@ -43,18 +47,18 @@ SMALL = dict(
         patch_size=14,
     ),
 )
-N_LABELS = 64  # a row
+# of a row
+N_LABELS = 64
 
 
 def loss_of_first_positions(self, hidden, labels, reduction):
     """Qilin.loss but for the choice of positions."""
-    n = hidden.shape[0] * N_LABELS
-    hidden, targets = (
-        hidden.reshape(-1, hidden.shape[-1])[torch.arange(n)],
-        labels.reshape(-1)[torch.arange(n)],
-    )
+    first = torch.arange(hidden.shape[0] * N_LABELS)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[first]
+    targets = labels.reshape(-1)[first]
     total = hidden.float().sum() * 0.0
-    for h, t in zip(hidden.split(q.LOSS_CHUNK), targets.split(q.LOSS_CHUNK)):
+    chunks = zip(hidden.split(q.LOSS_CHUNK), targets.split(q.LOSS_CHUNK), strict=True)
+    for h, t in chunks:
         total = total + q.checkpoint(
             lambda h, t: q.F.cross_entropy(self.logits(h), t, reduction="sum"),
             h,
@@ -65,19 +69,66 @@ def loss_of_first_positions(self, hidden, labels, reduction):
     return total
 
 
-def main():
-    is_fake, stage = sys.argv[1] == "fake", int(sys.argv[2])
-    rows, tokens, n_checkpointed, is_kept = map(int, sys.argv[-4:])
+def splice_uncounted(x, embeds, mask):
+    return x.masked_scatter(mask[..., None], embeds.to(x.dtype))
+
+
+def start(is_fake, size):
+    """Joins the ranks, or plays one of 8. -> the model's config."""
     if is_fake:
         dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-        config = q.QilinConfig(LLAMA_SIZES[sys.argv[3]], PAPER_TOWER)
         q.Qilin.loss = loss_of_first_positions
-        q.splice_image_embeds = lambda x, embeds, mask: x.masked_scatter(
-            mask[..., None], embeds.to(x.dtype)
-        )
-    else:
-        dist.init_process_group("gloo")
-        config = q.QilinConfig(q.TextConfig(**SMALL["text"]), q.VisionConfig(**SMALL["vision"]))
+        q.splice_image_embeds = splice_uncounted
+        return q.QilinConfig(LLAMA_SIZES[size], PAPER_TOWER)
+    dist.init_process_group("gloo")
+    return q.QilinConfig(q.TextConfig(**SMALL["text"]), q.VisionConfig(**SMALL["vision"]))
+
+
+def give_memory(model, is_fake):
+    model._apply(lambda t: torch.empty_like(t, device="cpu"))
+    if is_fake:
+        return
+    with torch.no_grad():
+        for param in model.parameters():
+            local = param.to_local() if hasattr(param, "to_local") else param
+            local.normal_(0, 0.02)
+
+
+def two_steps(model, config, rows, tokens):
+    """The memory tracker that has seen the second of two steps: Adam's moments are there then."""
+    model.train()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, foreach=False)
+    tracker = FSDPMemTracker(model, optimizer)
+    ids = torch.ones(rows, tokens, dtype=torch.int64)
+    ids[:, : config.n_image_tokens] = q.IMAGE_TOKEN_INDEX
+    labels = ids.clone()
+    labels[:, :-N_LABELS] = q.IGNORE_INDEX
+    pixels = torch.zeros(rows, 3, config.vision.image_size, config.vision.image_size)
+    tracker.track_inputs((ids, labels, pixels))
+    with tracker:
+        for step in range(2):
+            model(ids, pixels, labels, reduction="sum").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 0:
+                tracker.reset_mod_stats()
+    return tracker
+
+
+def peak_bytes(tracker):
+    total = 0
+    for parts in tracker.get_tracker_snapshot("peak").values():
+        key = next(key for key in parts if str(key).endswith("Total"))
+        total += parts[key]
+    return total
+
+
+def main():
+    is_fake = sys.argv[1] == "fake"
+    stage = int(sys.argv[2])
+    rows, tokens, n_checkpointed, is_kept = map(int, sys.argv[-4:])
+    config = start(is_fake, sys.argv[3])
     with torch.device("meta"):
         model = q.Qilin(config)
     model = train.shard_model(
@@ -89,37 +140,10 @@ def main():
     )
     model.model.n_checkpointed = n_checkpointed
     with FakeTensorMode(allow_non_fake_inputs=True) if is_fake else nullcontext():
-        model._apply(lambda t: torch.empty_like(t, device="cpu"))
-        if not is_fake:
-            with torch.no_grad():
-                for param in model.parameters():
-                    (param.to_local() if hasattr(param, "to_local") else param).normal_(0, 0.02)
-        model.train()
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], foreach=False
-        )
-        tracker = FSDPMemTracker(model, optimizer)
-        ids = torch.ones(rows, tokens, dtype=torch.int64)
-        ids[:, : config.n_image_tokens] = q.IMAGE_TOKEN_INDEX
-        labels = ids.clone()
-        labels[:, :-N_LABELS] = q.IGNORE_INDEX
-        pixels = torch.zeros(rows, 3, config.vision.image_size, config.vision.image_size)
-        tracker.track_inputs((ids, labels, pixels))
-        with tracker:
-            for step in range(2):  # Adam's moments are there from the second on
-                model(ids, pixels, labels, reduction="sum").backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if step == 0:
-                    tracker.reset_mod_stats()
-    peak = tracker.get_tracker_snapshot("peak")
+        give_memory(model, is_fake)
+        tracker = two_steps(model, config, rows, tokens)
     if dist.get_rank() == 0:
-        print(
-            sum(
-                parts[next(k for k in parts if str(k).endswith("Total"))] for parts in peak.values()
-            )
-            / GIB
-        )
+        print(peak_bytes(tracker) / GIB)
     sys.stdout.flush()
     os._exit(0)
 

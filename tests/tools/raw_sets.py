@@ -1,4 +1,6 @@
-"""Small raw files in the exact upstream schemas, written by us, with the Chinese a good translator would give for each text. Used by the data tests."""
+"""Small raw files in the exact upstream schemas, written by us, with the Chinese a good translator
+would give for each text. Used by the data tests.
+"""
 
 import csv
 import json

@@ -1,6 +1,8 @@
-"""Run by test_train.py under torchrun: what CUDA does (bf16 compute, float32 trained and bf16 frozen parameters, recomputed layers), on CPU.
+"""Run by test_train.py under torchrun: what CUDA does (bf16 compute, float32 trained and bf16
+frozen parameters, recomputed layers), on CPU.
 
-Prints for both stages the largest relative difference of gradients from float32, and checks dtypes; a rank without pictures takes part.
+Prints for both stages the largest relative difference of gradients from float32, and checks dtypes;
+a rank without pictures takes part.
 """
 
 import sys
@@ -20,7 +22,7 @@ toy = Path(sys.argv[1])
 rank, world_size, device = setup_distributed()
 worst = 0.0
 for stage in (1, 2):
-    args = train.parse_args(
+    settings = train.read_settings(
         [
             "--stage",
             str(stage),
@@ -30,22 +32,13 @@ for stage in (1, 2):
             str(toy / "clip"),
             "--projector",
             "fresh",
+            "--images",
+            str(toy / "images"),
         ]
     )
-    checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
+    checkpoint = read_checkpoint(llm=settings.llm, vision=settings.vision, projector="fresh")
     config = checkpoint.config
-    data = train.Dialogs(
-        [toy / "mixed.json"],
-        Tokenizer(args.llm),
-        config.n_image_tokens,
-        config.vision.image_size,
-        template=args.template,
-        max_length=args.max_length,
-        images=toy / "images",
-        image_mode=args.image_mode,
-        strict=args.strict,
-        out=args.out,
-    )
+    data = train.open_dialogs(settings, [toy / "mixed.json"], Tokenizer(settings.llm), config)
     batch = data[[0, 1, 2] if rank == 0 else [len(data) - 3, len(data) - 4]]  # rank 1: text only
     n_targets = train.sum_over_ranks(train.count([batch]), device)["targets"]
     gradients = []

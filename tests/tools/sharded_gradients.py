@@ -1,4 +1,6 @@
-"""Run by test_train.py under torchrun: prints the largest relative difference between gradients of the sharded and of the plain model."""
+"""Run by test_train.py under torchrun: prints the largest relative difference between gradients of
+the sharded and of the plain model.
+"""
 
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from model_io.tokens import Tokenizer
 from training.ranks import setup_distributed
 
 toy = Path(sys.argv[1])
-args = train.parse_args(
+settings = train.read_settings(
     [
         "--stage",
         "2",
@@ -21,31 +23,22 @@ args = train.parse_args(
         str(toy / "clip"),
         "--projector",
         "fresh",
+        "--images",
+        str(toy / "images"),
     ]
 )
 rank, world_size, device = setup_distributed()
-checkpoint = read_checkpoint(llm=args.llm, vision=args.vision, projector="fresh")
+checkpoint = read_checkpoint(llm=settings.llm, vision=settings.vision, projector="fresh")
 config = checkpoint.config
-data = train.Dialogs(
-    [toy / "mixed.json"],
-    Tokenizer(args.llm),
-    config.n_image_tokens,
-    config.vision.image_size,
-    template=args.template,
-    max_length=args.max_length,
-    images=toy / "images",
-    image_mode=args.image_mode,
-    strict=args.strict,
-    out=args.out,
-)
+data = train.open_dialogs(settings, [toy / "mixed.json"], Tokenizer(settings.llm), config)
 
-plain = load_qilin(llm=args.llm, vision=args.vision).train()
+plain = load_qilin(llm=settings.llm, vision=settings.vision).train()
 whole = data[list(range(len(data)))]
 plain(
     **train.to_device(whole, device), reduction="mean"
 ).backward()  # one mean over all labelled tokens
 
-model, _ = train.build_model(args, checkpoint, device)
+model, _ = train.build_model(settings, checkpoint, device)
 model.train()
 micro_batches = train.cut_batch(list(range(len(data))), rank, world_size, 5)
 parts = [data[micro] for micro in micro_batches]

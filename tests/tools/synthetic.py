@@ -1,6 +1,8 @@
-"""Raw files with the length distributions of the paper's Tables 1 and 2, any number of rows: python tests/tools/synthetic.py OUT --rows 1000000
+"""Raw files with the length distributions of the paper's Tables 1 and 2, any number of rows: python
+tests/tools/synthetic.py OUT --rows 1000000
 
-Chinese text of ordinary medical phrases; lengths are log-normal through the tables' medians and quartiles. Pictures are named, not made.
+Chinese text of ordinary medical phrases; lengths are log-normal through the tables' medians and
+quartiles. Pictures are named, not made.
 """
 
 import argparse

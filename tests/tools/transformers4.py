@@ -1,4 +1,5 @@
-"""Run by test_convert.py under transformers 4.57: loads a folder as users would and saves what it saw; argv: folder, question file, image, output."""
+"""Run by test_convert.py under transformers 4.57: loads a folder as users would and saves what it
+saw; argv: folder, question file, image, output."""
 
 import json
 import sys
@@ -8,27 +9,42 @@ import transformers
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-folder, questions, image, out = sys.argv[1:]
-assert transformers.__version__.startswith("4.57"), transformers.__version__
-model, info = LlavaForConditionalGeneration.from_pretrained(
-    folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
-)
-processor = AutoProcessor.from_pretrained(folder, use_fast=False)
-seen = {"info": {k: list(v) for k, v in info.items()}, "rows": []}
-for question in json.load(open(questions, encoding="utf-8")):
+
+def answer(model, processor, question, image):
+    """Of one question with its <image>s: input ids, pixels and logits."""
     n = question.count("<image>")
-    content = [{"type": "image"}] * n + [
-        {"type": "text", "text": question.replace("<image>", "").strip()}
-    ]
+    text = question.replace("<image>", "").strip()
+    content = [{"type": "image"}] * n + [{"type": "text", "text": text}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
     inputs = processor(
-        text=prompt.removeprefix("<s>"), images=[Image.open(image)] * n or None, return_tensors="pt"
+        text=prompt.removeprefix("<s>"),
+        images=[Image.open(image)] * n or None,
+        return_tensors="pt",
     )
     with torch.no_grad():
-        logits = model.eval()(**inputs).logits[0]
-    seen["rows"].append(
-        {"ids": inputs["input_ids"][0], "pixels": inputs.get("pixel_values"), "logits": logits}
+        logits = model(**inputs).logits[0]
+    return {
+        "ids": inputs["input_ids"][0],
+        "pixels": inputs.get("pixel_values"),
+        "logits": logits,
+    }
+
+
+def main():
+    folder, questions, image, out = sys.argv[1:]
+    assert transformers.__version__.startswith("4.57"), transformers.__version__
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
-torch.save(seen, out)
+    model.eval()
+    processor = AutoProcessor.from_pretrained(folder, use_fast=False)
+    with open(questions, encoding="utf-8") as file:
+        rows = [answer(model, processor, question, image) for question in json.load(file)]
+    seen = {"info": {name: list(keys) for name, keys in info.items()}, "rows": rows}
+    torch.save(seen, out)
+
+
+if __name__ == "__main__":
+    main()
