@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Everything proven against the references. On a fresh machine: makes .venv (or uses the active one) and installs tests/requirements.txt.
-#   bash tests/run.sh [--long] [pytest options]        --long adds 20 kills in place of 3, the smoke run, slower measurements, demo.sh and demo.sh real
+#   bash tests/run.sh                          ruff, the type checker, all tests
+#   bash tests/run.sh --long                   also 20 kills in place of 3, the smoke run, slower measurements, both demos
+#   bash tests/run.sh tests/test_stages.py     one file; what else is given goes to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LONG=
@@ -15,7 +17,17 @@ python -m pip install --quiet --disable-pip-version-check --no-deps mistral-comm
 export TRANSFORMERS_4="$VIRTUAL_ENV/transformers-4.57.6"  # an older one beside the pinned one, for what users of 4.57 see
 [ -d "$TRANSFORMERS_4/transformers" ] || python -m pip install --quiet --disable-pip-version-check --target "$TRANSFORMERS_4" transformers==4.57.6 2>&1 | { grep -v -e incompatible -e "dependency resolver" || true; }
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-python -m pytest -q -n 2 --dist loadfile tests "$@"  # two at a time, a file whole
+targets=(tests)
+for word in "$@"; do
+    if [ -e "${word%%::*}" ]; then targets=(); fi
+done
+if [ ${#targets[@]} -gt 0 ]; then
+    ruff format --check --quiet . || { echo "tests/run.sh: not as ruff format writes it: run 'ruff format .'" >&2; exit 1; }
+    ruff check --quiet .
+    basedpyright --level error
+fi
+# two at a time, a file whole
+python -m pytest -q -n 2 --dist loadfile ${targets[@]+"${targets[@]}"} "$@"
 if [ -n "$LONG" ]; then
     bash demo.sh | tee >(cat >&2) | tail -n 1 | python tests/tools/check_demo.py
     bash demo.sh real
