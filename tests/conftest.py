@@ -1,4 +1,6 @@
-"""What the tests share: tiny random models of transformers in the published layouts, the real tokenizer, and the parity lines."""
+"""What the tests share: tiny random models of transformers in the published layouts, the real
+tokenizer, and the parity lines.
+"""
 
 import contextlib
 import importlib.metadata
@@ -65,7 +67,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @torch.no_grad()
 def randomise(model, seed=0):
-    """Weights large enough that every operation shows in the output: a fresh init hides a wrong norm or a missing bias."""
+    """Weights large enough that every operation shows in the output: a fresh init hides a wrong
+    norm or a missing bias.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
         noise = torch.randn(param.shape, generator=generator)
@@ -148,7 +152,9 @@ def tokenizer(spm_path):
 
 
 def make_qilin(projector_type="mlp2x_gelu", text=None, vision=None, n_token_ids=300, seed=3):
-    """A Qilin with random weights; n_token_ids below vocab_size so that ids past the tokenizer exist."""
+    """A Qilin with random weights; n_token_ids below vocab_size so that ids past the tokenizer
+    exist.
+    """
     text = q.TextConfig(
         **{
             **dict(
@@ -205,9 +211,11 @@ def hf_ids(ids, model):
 
 
 def in_process(main, *words, code=None, env=None):
-    """A script's main() as `python SCRIPT words`, in this process, since importing torch takes longer than most of these runs: its exit code, stdout and stderr.
+    """A script's main() as `python SCRIPT words`, in this process, since importing torch takes
+    longer than most of these runs: its exit code, stdout and stderr.
 
-    code: the exit code it must have. No endpoint of the environment is seen, unless env names one."""
+    code: the exit code it must have. No endpoint of the environment is seen, unless env names one.
+    """
     argv, environment, out, err, ended = sys.argv, dict(os.environ), io.StringIO(), io.StringIO(), 0
     try:
         sys.argv = [f"{main.__module__.split('.')[-1]}.py", *map(str, words)]
@@ -227,7 +235,7 @@ def in_process(main, *words, code=None, env=None):
     return SimpleNamespace(returncode=ended, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-# --- train.py, run as a user would ----------------------------------------------------------------------------------
+# --- train.py, run as a user would ----------------------------------------------------------------
 
 
 def free_port():
@@ -274,7 +282,9 @@ def toy(tmp_path_factory):
 
 
 def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
-    """One train.py run; -> (losses, gradient norms) of its steps, or the finished process with check=False."""
+    """One train.py run; -> (losses, gradient norms) of its steps, or the finished process with
+    check=False.
+    """
     command = (
         [
             sys.executable,

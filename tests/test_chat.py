@@ -1,4 +1,6 @@
-"""Promise: the chat answers as if each dialog had been read whole, without computing a picture twice; stop texts, kept caches and heatmaps are what they say."""
+"""Promise: the chat answers as if each dialog had been read whole, without computing a picture
+twice; stop texts, kept caches and heatmaps are what they say.
+"""
 
 import os
 import pty
@@ -122,7 +124,9 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(model, tokenizer):
 
 
 def test_a_kept_cache_changes_no_answer(model):
-    """generate() goes on from a cache that holds any beginning of its prompts, rows of different lengths included."""
+    """generate() goes on from a cache that holds any beginning of its prompts, rows of different
+    lengths included.
+    """
     x = pictures(3)
     want = q.answer_ids(model, ROWS, x, max_new_tokens=8)
     cache = q.KVCache(2, 100)
@@ -156,7 +160,9 @@ def test_stop_texts_are_never_shown(stop, shown, reason):
 
 
 def test_a_stop_text_is_no_part_of_the_dialog(model, tokenizer):
-    """What the model goes on from is what was shown: the tokens of the stop text and after it are forgotten."""
+    """What the model goes on from is what was shown: the tokens of the stop text and after it are
+    forgotten.
+    """
     chat = sample.Chat(model, tokenizer, pictures(1))
     whole_text = "".join(chat.ask("图中有什么？", max_new_tokens=9))
     stop = whole_text[len(whole_text) // 2 :][:2]
@@ -175,7 +181,9 @@ def test_a_stop_text_is_no_part_of_the_dialog(model, tokenizer):
 
 @torch.no_grad()
 def test_attention_equals_transformers(tmp_path, report):
-    """Rows of the heatmap's attention are those of transformers' eager softmax, averaged over heads and layers, and each sums to 1."""
+    """Rows of the heatmap's attention are those of transformers' eager softmax, averaged over heads
+    and layers, and each sums to 1.
+    """
     model = make_qilin()
     save_qilin(model, None, tmp_path / "out")
     hf = LlavaForConditionalGeneration.from_pretrained(
@@ -202,7 +210,9 @@ def test_attention_equals_transformers(tmp_path, report):
     "size, mode", [((80, 40), "pad"), ((40, 80), "pad"), ((80, 40), "crop"), ((600, 300), "pad")]
 )
 def test_heat_lies_where_the_patch_was(size, mode):
-    """One hot patch of 4 x 4 colours its own place of the picture, through the squaring, and leaves the far side as it was."""
+    """One hot patch of 4 x 4 colours its own place of the picture, through the squaring, and leaves
+    the far side as it was.
+    """
     image, heat = Image.new("RGB", size, (100, 100, 100)), np.zeros((4, 4), np.float32)
     heat[1, 0] = 1
     pair = np.asarray(sample.draw_heat(image, heat, mode)).astype(int)
@@ -250,7 +260,9 @@ def test_heatmap_of_a_command(toy, toy_model, tmp_path):
 
 
 def test_a_person_at_a_terminal(toy, toy_model):
-    """Through a pseudo-terminal: prompt, answer, Ctrl-C during an answer goes back to the prompt, Ctrl-C at the prompt ends with 130."""
+    """Through a pseudo-terminal: prompt, answer, Ctrl-C during an answer goes back to the prompt,
+    Ctrl-C at the prompt ends with 130.
+    """
     picture = next((toy / "images").glob("heldout*"))
     master, slave = pty.openpty()
     process = subprocess.Popen(

@@ -1,4 +1,6 @@
-"""Promise: `check` finds every row that training could not use or should not see, names why, and with --fix writes the others byte for byte."""
+"""Promise: `check` finds every row that training could not use or should not see, names why, and
+with --fix writes the others byte for byte.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The vision tower gives the features of transformers' CLIP: the output of the last block but one, without the class token."""
+"""The vision tower gives the features of transformers' CLIP: the output of the last block but one,
+without the class token.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Promise: sample.py, evaluate.py and toy.py do what their help says, and bad input ends in one line and exit code 2."""
+"""Promise: sample.py, evaluate.py and toy.py do what their help says, and bad input ends in one
+line and exit code 2.
+"""
 
 import json
 import os
@@ -66,7 +68,9 @@ def test_toy_world_is_the_same_for_the_same_seed(world, tmp_path):
 
 
 def test_sample_streams_what_generate_says(world):
-    """stdout holds the answer alone: greedy, it equals decoding all ids of generate at once, whole characters included."""
+    """stdout holds the answer alone: greedy, it equals decoding all ids of generate at once, whole
+    characters included.
+    """
     from model_io.pixels import preprocess_image
     from model_io.tokens import encode_prompt
     from qilin_min import answer_ids
@@ -191,7 +195,9 @@ def test_sample_without_a_model_says_what_to_do(tmp_path):
 
 
 def test_evaluate_counts_by_hand(world, tmp_path):
-    """accuracy, blind and constant of report.json follow from predictions.jsonl; withheld pictures change answers only where a picture was."""
+    """accuracy, blind and constant of report.json follow from predictions.jsonl; withheld pictures
+    change answers only where a picture was.
+    """
     done = call(
         "evaluate.py",
         world / "heldout.json",

@@ -1,4 +1,6 @@
-"""convert.py makes of every layout one folder that transformers 4.57 and 5 read as we do, bit for bit the source's weights, or nothing at all."""
+"""convert.py makes of every layout one folder that transformers 4.57 and 5 read as we do, bit for
+bit the source's weights, or nothing at all.
+"""
 
 import json
 import os
@@ -46,7 +48,9 @@ def call(*words):
 
 @pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
 def world(request, tmp_path_factory, spm_path):
-    """(reference as test_layouts has it, folder): an original release with the real tokenizer, and parts."""
+    """(reference as test_layouts has it, folder): an original release with the real tokenizer, and
+    parts.
+    """
     folder = tmp_path_factory.mktemp("convert")
     save_qilin(
         make_qilin(request.param, TEXT, VISION, n_token_ids=32000),
@@ -92,7 +96,9 @@ def test_round_trip_is_bit_exact(world, tmp_path):
 
 
 def test_parts_and_dtypes(world, tmp_path):
-    """Parts given beside a source take its place; bf16 on disk stays bf16; what differs goes out as float32, exactly."""
+    """Parts given beside a source take its place; bf16 on disk stays bf16; what differs goes out as
+    float32, exactly.
+    """
     (_, tensors, _, projector_type), folder = world
     projector = {
         n.replace(

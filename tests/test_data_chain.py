@@ -1,4 +1,6 @@
-"""Promise: raw files become training data by one command a step, a million rows in little memory, with counts that are the paper's in form."""
+"""Promise: raw files become training data by one command a step, a million rows in little memory,
+with counts that are the paper's in form.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ LONG = os.environ.get("LONG")
 
 
 def test_the_whole_chain(tmp_path, toy):
-    """translate, review, build, check, stats, on all three sets and the test set's form: no English is left, nothing is unfit, and counts add up from step to step."""
+    """translate, review, build, check, stats, on all three sets and the test set's form: no English
+    is left, nothing is unfit, and counts add up from step to step.
+    """
     raw, zh, data = make_raw(tmp_path / "raw", n=9), tmp_path / "zh", tmp_path / "data"
     with Server() as server:
         prep(
@@ -164,9 +168,12 @@ def run_watched(*options):
 
 
 def test_a_million_rows(tmp_path, spm_path):
-    """build on rows of the paper's lengths (LONG=1: a million; else 20,000): under 1 GB for all processes, and hardly more than a tenth of the rows need; then the tables, in form.
+    """build on rows of the paper's lengths (LONG=1: a million; else 20,000): under 1 GB for all
+    processes, and hardly more than a tenth of the rows need; then the tables, in form.
 
-    Medians and quartiles in tokens are the paper's within 10 % (of 20,000 rows 15 %: repeatable, but a small sample)."""
+    Medians and quartiles in tokens are the paper's within 10 % (of 20,000 rows 15 %: repeatable,
+    but a small sample).
+    """
     rows, built = 1_000_000 if LONG else 20_000, tmp_path / "built"
     peaks = []
     for n, name in ((rows // 10, "tenth"), (rows, "whole")):

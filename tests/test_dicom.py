@@ -1,4 +1,6 @@
-"""Promise: every kind of picture in the field is read right, DICOM with its window, and nothing of a DICOM but its pixels comes out."""
+"""Promise: every kind of picture in the field is read right, DICOM with its window, and nothing of
+a DICOM but its pixels comes out.
+"""
 
 import json
 import subprocess
@@ -21,7 +23,9 @@ SECRETS = ["SECRET^PATIENT", "SECRET-ID-77", "SECRET HOSPITAL", "19700101"]
 
 
 def dicom(path, pixels, kind="MONOCHROME2", **tags):
-    """A DICOM file of an array, (H, W), (H, W, 3) or with frames first, with a patient's name in it."""
+    """A DICOM file of an array, (H, W), (H, W, 3) or with frames first, with a patient's name in
+    it.
+    """
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = (
         "1.2.840.10008.5.1.4.1.1.2",
@@ -107,7 +111,9 @@ def test_other_windows(tmp_path):
     ],
 )
 def test_a_window_that_is_none(tmp_path, tags):
-    """Empty, half or of width 0, as de-identified files have it: the range of the pixels, not a grey sheet."""
+    """Empty, half or of width 0, as de-identified files have it: the range of the pixels, not a
+    grey sheet.
+    """
     path = dicom(tmp_path / "x.dcm", GREY, **tags)
     assert (
         np.array_equal(np.asarray(dicom_image(path)), np.asarray(dicom_image(path, window="range")))
@@ -143,7 +149,9 @@ def test_colours_and_frames(tmp_path):
 
 
 def test_nothing_but_pixels_comes_out(tmp_path):
-    """Through build: good and damaged files. No tag's value in any PNG, JSON, log or message, damaged or not."""
+    """Through build: good and damaged files. No tag's value in any PNG, JSON, log or message,
+    damaged or not.
+    """
     images = tmp_path / "images"
     images.mkdir()
     dicom(images / "good.dcm", GREY)
@@ -217,7 +225,9 @@ def test_nothing_but_pixels_comes_out(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    """A grey ramp saved in each mode is that ramp again: palettes looked up, CMYK converted, 16 bits by their high byte, alpha dropped."""
+    """A grey ramp saved in each mode is that ramp again: palettes looked up, CMYK converted, 16
+    bits by their high byte, alpha dropped.
+    """
     ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (16, 1))
     if mode in ("I;16", "I"):
         image = (

@@ -1,4 +1,6 @@
-"""The loss and the gradients of both stages are transformers' for the same LLaVA, whatever is checkpointed or cut into chunks."""
+"""The loss and the gradients of both stages are transformers' for the same LLaVA, whatever is
+checkpointed or cut into chunks.
+"""
 
 import pytest
 import torch

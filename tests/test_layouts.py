@@ -1,4 +1,6 @@
-"""Every published layout loads from the names inside it and gives the logits of transformers' LLaVA with the same weights."""
+"""Every published layout loads from the names inside it and gives the logits of transformers' LLaVA
+with the same weights.
+"""
 
 import json
 import re
@@ -21,7 +23,9 @@ VISION = dict(
 
 @pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
 def reference(request, tmp_path_factory):
-    """(folder of a llava-hf export, its tensors, logits of transformers for each of ROWS, projector type)."""
+    """(folder of a llava-hf export, its tensors, logits of transformers for each of ROWS, projector
+    type).
+    """
     folder = tmp_path_factory.mktemp("reference") / "out"
     save_qilin(make_qilin(request.param, TEXT, VISION, n_token_ids=320), None, folder)
     hf, x = (
@@ -46,7 +50,9 @@ def difference(model, logits):
 
 
 def original(tensors, projector_type, tower):
-    """Names of the released code: LLaMA's own, model.mm_projector, the tower nested twice; stale inv_freq among them."""
+    """Names of the released code: LLaMA's own, model.mm_projector, the tower nested twice; stale
+    inv_freq among them.
+    """
     out = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("language_model.")
@@ -154,7 +160,9 @@ def test_original_with_its_tower_inside(shards, reference, tmp_path, report):
     ["ckpt/clip-336", "clip-336", "work/clip-336", "work/weights/clip-336", "work/some/clip-336"],
 )
 def test_original_that_names_its_tower(place, reference, tmp_path, report, monkeypatch):
-    """Tried beside the checkpoint, from the working directory, in weights/; --vision overrides it; nowhere is an error."""
+    """Tried beside the checkpoint, from the working directory, in weights/; --vision overrides it;
+    nowhere is an error.
+    """
     name = (
         "some/clip-336"
         if "some" in place
@@ -193,7 +201,9 @@ def test_a_given_tower_overrides_the_one_inside(reference, tmp_path):
 
 
 def test_llama_clip_and_projector_bin(reference, tmp_path, report):
-    """What stage 1 of the released code leaves: mm_projector.bin beside a language model and a tower."""
+    """What stage 1 of the released code leaves: mm_projector.bin beside a language model and a
+    tower.
+    """
     folder, clip = (
         write_original(tmp_path / "ckpt", reference, False, "x"),
         write_clip(tmp_path / "clip", reference),
@@ -289,7 +299,9 @@ def test_originals_that_are_refused(change, culprit, reference, tmp_path):
 
 
 def test_a_truncated_position_table(reference, tmp_path):
-    """Table and config disagree, with a config; without one the table's size is no square picture's."""
+    """Table and config disagree, with a config; without one the table's size is no square
+    picture's.
+    """
     folder = write_original(tmp_path / "ckpt", reference, True, "clip")
     file = folder / "pytorch_model.bin"
     tensors = torch.load(file, weights_only=True)

@@ -1,4 +1,6 @@
-"""The decoder gives the logits of transformers' LLaMA, in one pass, step by step with a KV cache, and in padded batches."""
+"""The decoder gives the logits of transformers' LLaMA, in one pass, step by step with a KV cache,
+and in padded batches.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""A folder that save_qilin writes is, to transformers, a LLaVA with the same logits, answers, prompt ids and pixels; to us, the same bits."""
+"""A folder that save_qilin writes is, to transformers, a LLaVA with the same logits, answers,
+prompt ids and pixels; to us, the same bits.
+"""
 
 import json
 
@@ -182,7 +184,7 @@ def test_prompt_as_long_as_the_positions():
         q.answer_ids(model, [words(10, 1)], max_new_tokens=9)
 
 
-# --- the processor files --------------------------------------------------------------------------------------------
+# --- the processor files --------------------------------------------------------------------------
 
 QUESTIONS = [
     "<image>",

@@ -1,4 +1,6 @@
-"""Promise: --lora trains the adapters that peft trains, on a float or an int8 base, leaves every other weight alone, and comes out merged."""
+"""Promise: --lora trains the adapters that peft trains, on a float or an int8 base, leaves every
+other weight alone, and comes out merged.
+"""
 
 import copy
 import json
@@ -81,7 +83,9 @@ def test_merged_weights_are_pefts(pair, report):
 
 
 def test_adapters_start_as_no_change():
-    """B is zero, and A is drawn as peft's kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(in), the same for the same seed."""
+    """B is zero, and A is drawn as peft's kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(in),
+    the same for the same seed.
+    """
     models = [make_qilin() for _ in range(2)]
     ids = torch.tensor([ROWS[0]])
     want = models[0](ids)
@@ -100,7 +104,9 @@ def test_adapters_start_as_no_change():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_through_a_quantised_base(report, bits):
-    """Equal to those of an nn.Linear whose weight is what the bits stand for; the widened weight is not kept between forward and backward."""
+    """Equal to those of an nn.Linear whose weight is what the bits stand for; the widened weight is
+    not kept between forward and backward.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 128, generator=generator, requires_grad=True)
     layer = QuantizedLinear(128, 48, bits)
@@ -128,7 +134,9 @@ def test_gradients_through_a_quantised_base(report, bits):
     ],
 )
 def test_train_py_trains_adapters_and_merges(toy, tmp_path, options, ranks):
-    """The loss falls; final/ is a whole model without adapters that loads anywhere; embeddings, norms, head and tower are as they were; it answers as the trained model did."""
+    """The loss falls; final/ is a whole model without adapters that loads anywhere; embeddings,
+    norms, head and tower are as they were; it answers as the trained model did.
+    """
     losses, _ = run(
         toy,
         tmp_path / "out",

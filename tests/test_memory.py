@@ -1,4 +1,6 @@
-"""Loading takes no more anonymous memory than the model and a little: 1.15 times its bytes alone, 1.25 times a rank's shard under FSDP."""
+"""Loading takes no more anonymous memory than the model and a little: 1.15 times its bytes alone,
+1.25 times a rank's shard under FSDP.
+"""
 
 import json
 import os
@@ -79,7 +81,9 @@ def measure(folder, dtype, ranks):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_process(folder, dtype, report):
-    """float32 as on disk: mapped, nearly nothing of its own. bfloat16: converted, itself and no float32 copy beside it."""
+    """float32 as on disk: mapped, nearly nothing of its own. bfloat16: converted, itself and no
+    float32 copy beside it.
+    """
     (seen,) = measure(folder, dtype, 1)
     report(
         f"memory: anonymous at the peak of loading, over the model's bytes ({dtype})",

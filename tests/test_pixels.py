@@ -1,4 +1,6 @@
-"""Pixels are, bit for bit, those of transformers' PIL processors for CLIP and LLaVA, for upright 8-bit copies of any picture."""
+"""Pixels are, bit for bit, those of transformers' PIL processors for CLIP and LLaVA, for upright
+8-bit copies of any picture.
+"""
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ SHAPES = {
 
 
 def scan(height, width, channels=3, seed=0):
-    """Smooth structure, noise and full range, so that rounding and clipping of the resize both show."""
+    """Smooth structure, noise and full range, so that rounding and clipping of the resize both
+    show.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     wave = (
@@ -41,7 +45,9 @@ def scan(height, width, channels=3, seed=0):
 
 
 def padded(array):
-    """The picture, (H, W) or (H, W, 3), in the middle of a square of the mean colour; the odd pixel at the bottom or right."""
+    """The picture, (H, W) or (H, W, 3), in the middle of a square of the mean colour; the odd pixel
+    at the bottom or right.
+    """
     array = array if array.ndim == 3 else np.repeat(array[..., None], 3, 2)
     height, width = array.shape[:2]
     side = max(height, width)

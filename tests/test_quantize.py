@@ -1,4 +1,6 @@
-"""A model loaded in 8 or 4 bits gives the logits of transformers' LLaMA with its weights rounded by hand, in a quarter or an eighth of the memory."""
+"""A model loaded in 8 or 4 bits gives the logits of transformers' LLaMA with its weights rounded by
+hand, in a quarter or an eighth of the memory.
+"""
 
 import pytest
 import torch
@@ -90,7 +92,9 @@ def test_answers_are_those_of_generate_in_a_padded_batch(tmp_path):
 @pytest.mark.parametrize("in_features", [64, 40, 344])
 @torch.no_grad()
 def test_one_token_a_row_is_multiplied_in_8_bits(in_features):
-    """On a CPU through torch's int8 kernel, activations in bfloat16: off by their rounding, 2^-9 each, and by no more; sizes that the kernel cannot read go the exact way."""
+    """On a CPU through torch's int8 kernel, activations in bfloat16: off by their rounding, 2^-9
+    each, and by no more; sizes that the kernel cannot read go the exact way.
+    """
     linear = QuantizedLinear(in_features, 24, 8)
     linear.quantize_(torch.randn(24, in_features, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(3, 1, in_features, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,6 @@
-"""Promise: `review` shows a doctor a fair sample with picture, English and Chinese on one page that needs nothing else; --import applies every decision and counts them."""
+"""Promise: `review` shows a doctor a fair sample with picture, English and Chinese on one page that
+needs nothing else; --import applies every decision and counts them.
+"""
 
 import csv
 import io
@@ -108,7 +110,9 @@ def test_the_page_and_the_table(translated, tmp_path):
     ],
 )
 def test_decisions_come_back(translated, tmp_path, encoding, words):
-    """Of 30 rows: 1 rejected, 2 fixed, 1 left open, the others accepted: the files hold just that, and the report says 26 of 29 with Wilson's interval."""
+    """Of 30 rows: 1 rejected, 2 fixed, 1 left open, the others accepted: the files hold just that,
+    and the report says 26 of 29 with Wilson's interval.
+    """
     prep("review", *translated, "--n", 30, "--out", tmp_path / "review")  # all of them
     rows = read_table(tmp_path / "review/review.csv")
     order = list(dict.fromkeys((row["file"], row["key"]) for row in rows))
@@ -169,7 +173,9 @@ def test_a_bad_table_changes_nothing(translated, tmp_path, change, words):
 
 
 def test_arithmetic():
-    """Wilson's interval of 45 of 50 and of 0 of 10 (Wilson 1927; the textbook's figures), and shares by largest remainder."""
+    """Wilson's interval of 45 of 50 and of 0 of 10 (Wilson 1927; the textbook's figures), and
+    shares by largest remainder.
+    """
     assert [round(x, 4) for x in wilson(45, 50)] == [0.7864, 0.9565] and [
         round(x, 4) for x in wilson(0, 10)
     ] == [0.0, 0.2775]
@@ -182,7 +188,9 @@ def test_arithmetic():
 
 
 def test_a_doctor_reviews_in_a_browser(translated, tmp_path):
-    """What is accepted, fixed and rejected on the page is kept over a reload, saved as the table that --import reads, and applied."""
+    """What is accepted, fixed and rejected on the page is kept over a reload, saved as the table
+    that --import reads, and applied.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     prep(
         "review",

@@ -1,4 +1,6 @@
-"""What sample_next_token draws from is what transformers' logits processors leave, in their order: penalty, temperature, top k, top p."""
+"""What sample_next_token draws from is what transformers' logits processors leave, in their order:
+penalty, temperature, top k, top p.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Ids are those of tokenising the whole released prompt string piece by piece; labels are the answers and their </s>, nothing else."""
+"""Ids are those of tokenising the whole released prompt string piece by piece; labels are the
+answers and their </s>, nothing else.
+"""
 
 import re
 
@@ -28,7 +30,9 @@ def released_string(conversation):
 
 
 def legacy_ids(sp, string):
-    """What the slow tokenizer gave: each text between control ids encoded on its own, BOS once in front."""
+    """What the slow tokenizer gave: each text between control ids encoded on its own, BOS once in
+    front.
+    """
     ids = [1]
     for piece in re.split("(<image>|</s>)", string):
         ids += (
@@ -149,7 +153,9 @@ def test_typed_control_words_are_plain_text(tokenizer):
 
 
 def test_a_list_says_before_which_turn_pictures_stand(tokenizer):
-    """A list with a number a human turn is the same prompt as placeholders in those turns; an int is all of them before the first."""
+    """A list with a number a human turn is the same prompt as placeholders in those turns; an int
+    is all of them before the first.
+    """
     chat = dialog("first", "one", "second", "two", "third")
     marked = [
         dict(turn, value="<image>" * n + turn["value"]) for turn, n in zip(chat, (1, 0, 2, 0, 0))

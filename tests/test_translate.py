@@ -1,4 +1,6 @@
-"""Promise: `translate` loses no finished row and repeats none, whatever the endpoint or a kill does, and keeps the form of the file it read."""
+"""Promise: `translate` loses no finished row and repeats none, whatever the endpoint or a kill
+does, and keeps the form of the file it read.
+"""
 
 import csv
 import json
@@ -22,7 +24,9 @@ OPTIONS = "--model", "test", "--yes", "--retry-delay", "0.01", "--timeout", "2"
 
 
 class Server:
-    """A chat endpoint on loopback. behave(n, english, messages) -> what to do with the n-th request: a fault's name, or {field: text}; None translates well."""
+    """A chat endpoint on loopback. behave(n, english, messages) -> what to do with the n-th
+    request: a fault's name, or {field: text}; None translates well.
+    """
 
     def __init__(self, behave=lambda n, english, messages: None):
         self.requests, self.served, self.headers, self.lock = [], Counter(), [], threading.Lock()
@@ -240,7 +244,9 @@ FAULTS = [
 
 
 def test_every_fault_is_retried(raw, tmp_path):
-    """Each text meets four faults in turn before it is answered well, all fourteen among them: all rows arrive, all of them right."""
+    """Each text meets four faults in turn before it is answered well, all fourteen among them: all
+    rows arrive, all of them right.
+    """
     seen, first, met, lock = Counter(), {}, set(), threading.Lock()
 
     def behave(n, english, messages):
@@ -291,7 +297,9 @@ def test_every_fault_is_retried(raw, tmp_path):
     ],
 )
 def test_what_stays_wrong_is_rejected_by_name(raw, tmp_path, answer, reason):
-    """Rows of the first caption are answered badly every time, are asked for --attempts times with the reason, and end in rejected.jsonl; the others arrive."""
+    """Rows of the first caption are answered badly every time, are asked for --attempts times with
+    the reason, and end in rejected.jsonl; the others arrive.
+    """
 
     def behave(n, english, messages):
         number = re.search(r"a (\d+) mm nodule", english["caption"])
@@ -347,7 +355,9 @@ def test_what_stays_wrong_is_rejected_by_name(raw, tmp_path, answer, reason):
 
 
 def test_killed_at_any_moment_it_goes_on(tmp_path):
-    """kill -9 five times at different moments: in the end every row is there, and no row that reached the journal was asked for twice."""
+    """kill -9 five times at different moments: in the end every row is there, and no row that
+    reached the journal was asked for twice.
+    """
     raw = make_raw(tmp_path / "raw", n=60)
     finished_before, path = set(), tmp_path / "zh/train_2.csv.journal.jsonl"
     with Server(lambda n, english, messages: "slow" if n % 5 == 0 else None) as server:
@@ -449,7 +459,9 @@ def test_a_wrong_key_or_address_stops_at_once(raw, tmp_path, status):
 
 
 def test_a_row_the_endpoint_will_not_take_costs_only_itself(raw, tmp_path):
-    """Two rows that are always refused (a content filter) are rejected by name, and all others arrive; --retry-rejected asks for them again, once more in vain, then with success."""
+    """Two rows that are always refused (a content filter) are rejected by name, and all others
+    arrive; --retry-rejected asks for them again, once more in vain, then with success.
+    """
     with Server(
         lambda n, english, messages: 400 if "nodule" in english["caption"] else None
     ) as server:
@@ -512,7 +524,9 @@ def test_a_wait_that_is_asked_for_is_kept(raw, tmp_path):
 
 
 def test_an_endpoint_that_fails_every_time_is_given_up(tmp_path):
-    """Of 80 rows no more are asked for than 20 that fail for good, with those under way; a key that the endpoint quotes is not shown; endless answers end."""
+    """Of 80 rows no more are asked for than 20 that fail for good, with those under way; a key that
+    the endpoint quotes is not shown; endless answers end.
+    """
     raw = make_raw(tmp_path / "raw", n=40)
     words = "--pmc-vqa", raw / "train_2.csv", "--out", tmp_path / "zh"
     with Server(lambda *_: 500) as server:
@@ -608,7 +622,9 @@ def test_nothing_leaves_without_a_yes(raw, tmp_path):
 
 
 def test_the_glossary_is_enforced(raw, tmp_path):
-    """The endpoint says 半月板； the glossary wants another word: it is told so, and rows without it are rejected. A glossary added later is applied to what is finished."""
+    """The endpoint says 半月板； the glossary wants another word: it is told so, and rows without it
+    are rejected. A glossary added later is applied to what is finished.
+    """
     glossary = tmp_path / "terms.csv"
     glossary.write_text(
         "English,Chinese\nmedial meniscus,内侧半月软骨\nknee,膝|膝关节\n", encoding="utf-8"

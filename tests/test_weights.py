@@ -1,4 +1,6 @@
-"""A checkpoint is loaded whole or refused with the name of the culprit; no weight is ever left at random in silence."""
+"""A checkpoint is loaded whole or refused with the name of the culprit; no weight is ever left at
+random in silence.
+"""
 
 import shutil
 
@@ -308,7 +310,9 @@ def test_a_bin_that_is_no_dict_of_tensors(content, llama, clip):
 
 
 def test_tied_head_on_disk(tmp_path, clip):
-    """A tied head may lie on disk as well; one that differs is no tied head, whatever the config says."""
+    """A tied head may lie on disk as well; one that differs is no tied head, whatever the config
+    says.
+    """
     hf_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     embed = load_file(tmp_path / "tied/model.safetensors")["model.embed_tokens.weight"]
     edit_weights(tmp_path / "tied", lambda t: t.update({"lm_head.weight": embed.clone()}))
