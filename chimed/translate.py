@@ -93,7 +93,7 @@ def open_glossary(path: str | None, encoding: str) -> Glossary:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Translation:
     """The translation of a row, and why it is not good enough: [] when every rule passes."""
 
     chinese: dict[str, str]
@@ -147,7 +147,7 @@ def complaint(reasons: list[str]) -> str:
 
 async def translate_row(
     endpoint: Endpoint, english: dict[str, str], glossary: Glossary, attempts: int
-) -> Finding:
+) -> Translation:
     """The best of up to `attempts` translations; each that fails the rules is sent back with what
     is wrong. RequestFailed when there is none."""
     first = [
@@ -166,7 +166,7 @@ async def translate_row(
             break
         reasons = quality(english, chinese, glossary.terms)
         if best is None or len(reasons) < len(best.reasons):
-            best = Finding(chinese, reasons)
+            best = Translation(chinese, reasons)
         if not reasons:
             break
         again = [
@@ -346,7 +346,7 @@ class Work:
     english: dict[str, str]
     key: int
 
-    def is_done_by(self, finding: Finding, by: str) -> None:
+    def is_done_by(self, translation: Translation, by: str) -> None:
         """Puts the translation into the journal. by: who made it."""
         self.task.journal.add(
             {
@@ -355,8 +355,8 @@ class Work:
                 "row": self.i,
                 "images": self.task.images(self.i),
                 "english": self.english,
-                "chinese": finding.chinese,
-                "reasons": finding.reasons,
+                "chinese": translation.chinese,
+                "reasons": translation.reasons,
                 "by": by,
                 "glossary": self.task.glossary_digest,
             }
@@ -432,7 +432,7 @@ def each_of(plan: Iterable[FileWork]) -> Iterator[Work]:
 # --- 3. finished translations ---------------------------------------------------------------------
 
 
-def readable(records: Records, i: int) -> dict[str, Any] | None:
+def readable_record(records: Records, i: int) -> dict[str, Any] | None:
     """Record i, or None for one that cannot be read."""
     try:
         return records.record(i)
@@ -453,7 +453,7 @@ class GivenPairs:
         keys = array("Q")
         rows = array("q")
         for i in range(len(records)):
-            for text in self._pairs(readable(records, i) or {}):
+            for text in self._pairs(readable_record(records, i) or {}):
                 keys.append(text_key(text))
                 rows.append(i)
         backwards = np.array(keys, dtype=np.uint64)[::-1]
@@ -518,7 +518,7 @@ def given_translations(path: str, tasks: list[Task], encoding: str) -> GivenPair
     """Finished translations from a file. ValueError for one of neither form."""
     records = Records(path, encoding)
     for i in range(min(len(records), 100)):
-        names = {name.lower(): name for name in readable(records, i) or {}}
+        names = {name.lower(): name for name in readable_record(records, i) or {}}
         if "english" in names and "chinese" in names:
             return GivenPairs(records, names["english"], names["chinese"])
     if len(tasks) != 1 or len(records) != len(tasks[0].records):
@@ -550,7 +550,7 @@ def take_given(
                 if chinese is None or (reasons and not is_last):
                     left.append(work.i)
                 else:
-                    work.is_done_by(Finding(chinese, reasons), by)
+                    work.is_done_by(Translation(chinese, reasons), by)
                 bar.update()
             rest.append(replace(file, rows=np.array(left, dtype=np.int64)))
     return rest
@@ -583,21 +583,23 @@ class Asking:
     async def ask_row(self, work: Work) -> None:
         """One row: into the journal, or among the failed or the refused."""
         try:
-            finding = await translate_row(self.endpoint, work.english, self.glossary, self.attempts)
+            translation = await translate_row(
+                self.endpoint, work.english, self.glossary, self.attempts
+            )
         except RequestFailed as error:
             if error.final:
                 self.refused.append(Refused(work, one_line(error)))
             else:
                 self.failed[one_line(error)] += 1
         else:
-            work.is_done_by(finding, self.endpoint.model)
+            work.is_done_by(translation, self.endpoint.model)
 
     def settle(self, any_done: bool) -> None:
         """A row that the endpoint refuses for good is finished, too: rejected."""
         for refused in self.refused:
             if self.endpoint.answered or any_done:
-                finding = Finding({}, [f"not translated: {refused.reason}"])
-                refused.work.is_done_by(finding, self.endpoint.model)
+                translation = Translation({}, [f"not translated: {refused.reason}"])
+                refused.work.is_done_by(translation, self.endpoint.model)
             else:
                 # where nothing was ever answered, the fault is not the row's
                 self.failed[refused.reason] += 1
