@@ -56,7 +56,7 @@ def test_smoke(tmp_path):
         ),
         (
             "train.py",
-            "run.checkpoints.save(run.progress, wait=True)\n        together(check_batches",
+            "run.checkpoints.save(progress, wait=True)\n        together(check_batches",
             "together(check_batches",
             ["SIGTERM"],
             "no whole checkpoint",
