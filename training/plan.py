@@ -355,10 +355,10 @@ class Plan:
 
 def plan_lines(plan: Plan) -> list[str]:
     """The plan in words."""
-    return [*model_lines(plan), *peak_lines(plan), *work_lines(plan), disk_line(plan)]
+    return [*machine_lines(plan), *peak_lines(plan), *work_lines(plan), disk_line(plan)]
 
 
-def model_lines(plan: Plan) -> list[str]:
+def machine_lines(plan: Plan) -> list[str]:
     """Machine, parameters, how a batch is cut."""
     sizes = plan.sizes
     machine = plan.machine
