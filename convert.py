@@ -148,7 +148,7 @@ def projector_line(files: WeightFiles, raw: dict) -> str:
     return column("projector", f"{kind}: {' -> '.join(map(str, widths))}")
 
 
-def model_lines(path: Path) -> Iterator[str]:
+def whole_model_lines(path: Path) -> Iterator[str]:
     """What loading a whole model would find, and what it takes to run it. ValueError as loading."""
     checkpoint = read_checkpoint(path)
     config = checkpoint.config
@@ -225,7 +225,7 @@ def info_lines(path: Path) -> Iterator[str]:
         yield tower_line(raw, where)
 
     if has_llm and (has_projector or has_tower):
-        yield from model_lines(path)
+        yield from whole_model_lines(path)
     elif files.unknown:
         unknown = ", ".join(sorted(files.unknown)[:10])
         raise ValueError(f"{path}: tensors that this model has no place for: {unknown}")

@@ -73,7 +73,7 @@ Drawn = TypeVar("Drawn")
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildSettings:
     """What decides the dialogs of a build, beside its files; manifest.json tells it."""
 
     seed: int
@@ -112,7 +112,7 @@ def text_problem(text: str, require_chinese: bool) -> str:
     return ""
 
 
-def alignment_texts(row: Row, row_id: str, settings: Settings) -> list[tuple[str, str]]:
+def alignment_texts(row: Row, row_id: str, settings: BuildSettings) -> list[tuple[str, str]]:
     """[(kind, text)] that stage 1 learns from a row: its caption; of a case report its context or
     its inline text, drawn by row id, or both. BadRow."""
     if row.source != "pmc-casereport":
@@ -137,7 +137,7 @@ def alignment_texts(row: Row, row_id: str, settings: Settings) -> list[tuple[str
     return [draw_prompt(settings.seed, row_id, "kind", usable)]
 
 
-def question_and_answer(row: Row, row_id: str, settings: Settings) -> tuple[str, str]:
+def question_and_answer(row: Row, row_id: str, settings: BuildSettings) -> tuple[str, str]:
     """(question, answer) that stage 2 learns from a row, choices kept or not. BadRow."""
     question = row.texts.get("question", "")
     answer = row.texts.get("answer", "")
@@ -302,7 +302,7 @@ class Groups:
     is_val: np.ndarray  # bool a row: held out
 
 
-def survey(inputs: Inputs, settings: Settings, workers: int) -> Groups:
+def survey(inputs: Inputs, settings: BuildSettings, workers: int) -> Groups:
     """Pass 1."""
     parts = []
     blocks = inputs.blocks()
@@ -405,7 +405,7 @@ class Build:
     """What pass 2 needs."""
 
     inputs: Inputs
-    settings: Settings
+    settings: BuildSettings
     pictures: PictureFolder
     groups: Groups
 
@@ -620,7 +620,7 @@ def questioned_picture(members: list[Member], pictures: PictureFolder, seed: int
 
 
 @dataclass
-class Outcome:
+class BlockOutcome:
     """What pass 2 came to."""
 
     counts: Counter[Counted] = field(default_factory=Counter)
@@ -683,9 +683,9 @@ def check_no_input(out: Path, files: list[RawFile]) -> None:
             raise ValueError(f"{out / name} is an input: name another --out")
 
 
-def write_dialogs(build: Build, out: Path, workers: int) -> Outcome:
+def write_dialogs(build: Build, out: Path, workers: int) -> BlockOutcome:
     """Pass 2. Its files are whole, and still under the names of partial_of()."""
-    outcome = Outcome()
+    outcome = BlockOutcome()
     files: dict[str, TextIO] = {}
     blocks = build.inputs.blocks()
     results = in_order(make_block, blocks, workers, build)
@@ -714,7 +714,7 @@ def write_dialogs(build: Build, out: Path, workers: int) -> Outcome:
     return outcome
 
 
-def finish_files(out: Path, outcome: Outcome, n_rows: int) -> list[str]:
+def finish_files(out: Path, outcome: BlockOutcome, n_rows: int) -> list[str]:
     """Gives the files of pass 2 their names; which of output_names() there are. ValueError where no
     dialog was made: then only dropped.jsonl is replaced."""
     dropped = out / "dropped.jsonl"
@@ -734,7 +734,7 @@ def finish_files(out: Path, outcome: Outcome, n_rows: int) -> list[str]:
 
 
 def make_manifest(
-    build: Build, settings: dict[str, Any], out: Path, outcome: Outcome, made: list[str]
+    build: Build, settings: dict[str, Any], out: Path, outcome: BlockOutcome, made: list[str]
 ) -> dict[str, Any]:
     """What manifest.json holds: what was read, how, what was written, what became of each row.
     settings: those beside build.settings; made: names of the files of dialogs."""
@@ -780,7 +780,9 @@ def print_table(table: dict[str, dict[str, dict[str, Any]]]) -> None:
         print(line)
 
 
-def print_outcome(out: Path, outcome: Outcome, made: list[str], settings: Settings) -> None:
+def print_outcome(
+    out: Path, outcome: BlockOutcome, made: list[str], settings: BuildSettings
+) -> None:
     """What there is now, and what whoever trains on it should know."""
     print_table(outcome.table())
     for name in made:
@@ -903,7 +905,7 @@ def run(args: argparse.Namespace) -> int:
         args.raw_files, SOURCES, own_columns=args.own_columns, encoding=args.encoding
     )
     inputs = find_inputs(files, args.own_columns)
-    settings = Settings(
+    settings = BuildSettings(
         seed=args.seed,
         choices=args.choices,
         alignment_text=args.alignment_text,

@@ -104,7 +104,7 @@ def file_problem(path: Path) -> str:
 # --- 2. all rows: by several processes, and what is in the file twice -----------------------------
 
 
-class Finding(NamedTuple):
+class CheckedRow(NamedTuple):
     """What was found in a row."""
 
     problems: list[str]
@@ -119,26 +119,26 @@ class Checked(NamedTuple):
     rules: Rules
 
 
-def check_block(checked: Checked, start: int, stop: int) -> list[Finding]:
+def check_block(checked: Checked, start: int, stop: int) -> list[CheckedRow]:
     """What was found in rows start to stop."""
     return [check_row(checked.rows, i, checked.rules) for i in range(start, stop)]
 
 
-def check_row(rows: Records, i: int, rules: Rules) -> Finding:
+def check_row(rows: Records, i: int, rules: Rules) -> CheckedRow:
     """What was found in row i. FileChanged."""
     try:
         row = rows[i]
     except FileChanged:
         raise
     except ValueError:
-        return Finding(["not JSON"])
+        return CheckedRow(["not JSON"])
     problems = row_problems(row, rules)
     if not isinstance(row, dict):
-        return Finding(problems)
+        return CheckedRow(problems)
     id_key = 0
     if row.get("id") not in (None, ""):
         id_key = text_key(str(row["id"]))
-    return Finding(problems, id_key, key_of_content(row))
+    return CheckedRow(problems, id_key, key_of_content(row))
 
 
 def key_of_content(row: dict) -> int:

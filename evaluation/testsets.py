@@ -220,7 +220,7 @@ def one_turn(
 # --- 3. files -------------------------------------------------------------------------------------
 
 
-def readable(records: Records) -> Iterator[dict[str, Any]]:
+def readable_records(records: Records) -> Iterator[dict[str, Any]]:
     """The records that can be read at all."""
     for i in range(len(records)):
         try:
@@ -244,7 +244,7 @@ def read_testset(
     questions = []
     left_out = Counter()
     # the published file of VQA-RAD holds both halves
-    only_test = kind == "VQA-RAD" and any(is_test(record) for record in readable(records))
+    only_test = kind == "VQA-RAD" and any(is_test(record) for record in readable_records(records))
     root = os.path.realpath(images)
     for i in range(len(records)):
         try:

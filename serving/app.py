@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 from common.files import one_line
 from model_io.tokens import StreamedAnswer, Tokenizer
 from qilin_min import Qilin
-from serving.requests import Question, Refusal, prepare_question, read_messages, read_options
+from serving.requests import ChatQuestion, Refusal, prepare_question, read_messages, read_options
 
 # a request's body must have come by then
 BODY_SECONDS = 120
@@ -182,7 +182,7 @@ class Jobs:
             return None
         return list(self.watchers).index(job.task)
 
-    def add(self, request: Request, question: Question, options: dict[str, Any]) -> Job:
+    def add(self, request: Request, question: ChatQuestion, options: dict[str, Any]) -> Job:
         """Start a request's work; it gives up its place when its client leaves."""
         out: asyncio.Queue = asyncio.Queue()
         job = Job(asyncio.create_task(self._write(out, question, options)), out)
@@ -195,7 +195,9 @@ class Jobs:
         self.watchers[job.task] = asyncio.create_task(self._watch(request, job.task))
         return job
 
-    async def _write(self, out: asyncio.Queue, question: Question, options: dict[str, Any]) -> None:
+    async def _write(
+        self, out: asyncio.Queue, question: ChatQuestion, options: dict[str, Any]
+    ) -> None:
         """One request from its pictures to the last word."""
         loop = asyncio.get_running_loop()
         prompt, pixels = await loop.run_in_executor(

@@ -1,6 +1,6 @@
 """A request: what a client sent -> a conversation, its pictures, options; or a refusal.
 
-in: the JSON that a client sent, of which nothing is believed out: a Question and the keywords of a
+in: the JSON that a client sent, of which nothing is believed out: a ChatQuestion and the keywords of a
 StreamedAnswer; or a Refusal, which becomes OpenAI's error object
 """
 
@@ -72,7 +72,7 @@ class Refusal(Exception):
 
 
 @dataclass
-class Question:
+class ChatQuestion:
     """What a request asks."""
 
     # turns as in a data file, the last one a person's
@@ -132,10 +132,10 @@ def check_role(role: Any, n_turns: int, where: str) -> None:
         )
 
 
-def read_messages(messages: Any) -> Question:
-    """The Question of OpenAI's messages."""
+def read_messages(messages: Any) -> ChatQuestion:
+    """The ChatQuestion of OpenAI's messages."""
     system = []
-    question = Question([], [], [])
+    question = ChatQuestion([], [], [])
     for i, message in enumerate(messages if isinstance(messages, list) else []):
         where = f"messages[{i}]"
         role = message.get("role") if isinstance(message, dict) else None
@@ -292,7 +292,7 @@ def too_long(limit: int, length: str) -> Refusal:
 
 
 def prepare_question(
-    model: Qilin, tokenizer: Tokenizer, template: str, question: Question
+    model: Qilin, tokenizer: Tokenizer, template: str, question: ChatQuestion
 ) -> tuple[list[int], torch.Tensor | None]:
     """(prompt, pixels (M, 3, size, size) or None). Pictures come last: only when they fit."""
     config = model.config
