@@ -259,7 +259,7 @@ def write_key(out: Path, key: BlindKey) -> Path:
     return path
 
 
-def names_of(systems: list[System]) -> re.Pattern:
+def names_pattern(systems: list[System]) -> re.Pattern:
     """Matches what gives a system away in a text: its name, its model's name."""
     given = set()
     for system in systems:
@@ -288,7 +288,8 @@ class BlindAnswer:
 
     def to_html(self, number: str, ranks: str) -> str:
         """number: of its question. ranks: the <option>s to choose from."""
-        text = html_text(self.text, {self.text: self.gloss} if self.gloss else {}, self.is_cut)
+        glosses = {self.text: self.gloss} if self.gloss else {}
+        text = html_text(self.text, glosses, self.is_cut)
         return (
             f'<div class="answer" data-question="{number}" data-label="{self.label}">'
             f"<b>{self.label}</b>{text}"
@@ -345,7 +346,7 @@ def write_blind(
 ) -> str:
     """blind.html, without a trace of which system said what, and blind_key.json, which says it.
     Questions with fewer than two answers are left out. -> what to say of them."""
-    names = names_of(systems)
+    names = names_pattern(systems)
     cards = []
     questions = {}
     said = []

@@ -303,7 +303,7 @@ def shared_place(rank: int, ranks: list[int]) -> float:
 
 
 def summarise(key: BlindKey, ranks: Ranks) -> RankResult:
-    """The RankResult of all ranks. Mean rank and first place count where a rater ranked all
+    """What all ranks add up to. Mean rank and first place count where a rater ranked all
     systems, win rates wherever two were."""
     # {system or pair of systems: {question: [a number for each rater]}}
     places = defaultdict(lambda: defaultdict(list))
