@@ -1,7 +1,7 @@
 """A request: what a client sent -> a conversation, its pictures, options; or a refusal.
 
-in: the JSON that a client sent, of which nothing is believed out: a ChatQuestion and the keywords of a
-StreamedAnswer; or a Refusal, which becomes OpenAI's error object
+in: the JSON that a client sent, of which nothing is believed
+out: a ChatQuestion and the keywords of a StreamedAnswer; or a Refusal, which becomes OpenAI's error
 """
 
 import base64

@@ -264,7 +264,8 @@ GOOD = {
             "row 0",
         ),
         (
-            '[{"image": "../x", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}]',
+            '[{"image": "../x", "conversations": [{"from": "human", "value": "<image>"}, '
+            '{"from": "gpt", "value": "a"}]}]',
             "outside",
         ),
     ],

@@ -2,6 +2,7 @@
 weights of a run that was not, and what cannot go on says why.
 """
 
+import functools
 import json
 import os
 import random
@@ -120,54 +121,55 @@ def losses_of(out):
     return np.array([r["loss"] for r in map(json.loads, open(out / "log.jsonl")) if "seconds" in r])
 
 
+def is_saving(out, started):
+    """Whether a checkpoint is being written that was begun after `started`."""
+    try:
+        return any(path.stat().st_mtime > started for path in out.glob("checkpoints/*.partial"))
+    except FileNotFoundError:  # renamed in between
+        return False
+
+
+def is_moment(kind, launcher, saving, limit, out, steps):
+    """Whether it is time to kill: what was waited for is there, or the run has ended."""
+    if launcher.poll() is not None:
+        return True
+    if kind == "rank inside a save":
+        return saving()
+    return time.monotonic() > limit or steps_done(out) >= steps
+
+
 def test_kills_at_random_moments_change_nothing(toy, tmp_path, untouched):
     """`until torchrun …; do …; done`, while a rank, the launcher, or a rank inside a save is killed
     with SIGKILL: the same losses, weights to the last bit.
     """
     out, rng, moments = tmp_path / "out", random.Random(int(os.environ.get("KILL_SEED", 0))), []
     n_kills = 20 if LONG else 3
-    for attempt in range(4 * n_kills):
+    n_starts = 0
+    while n_starts < 4 * n_kills:
+        n_starts += 1
         launcher, before = launch(toy, out, 2, *CAMPAIGN), steps_done(out)
         if len(moments) < n_kills:
             kind = ("rank inside a save", "rank", "launcher")[len(moments) % 3]
             started, steps = time.time(), before + rng.randrange(1, 9)
-            limit = time.monotonic() + (
-                rng.uniform(1, 6) if rng.random() < 0.3 else 60
-            )  # now and then in the imports, mostly among the steps
+            # now and then in the imports, mostly among the steps
+            seconds = rng.uniform(1, 6) if rng.random() < 0.3 else 60
+            limit = time.monotonic() + seconds
 
-            def saving():
-                try:
-                    return any(
-                        path.stat().st_mtime > started for path in out.glob("checkpoints/*.partial")
-                    )
-                except FileNotFoundError:  # renamed in between
-                    return False
-
-            wait_for(
-                lambda: (
-                    launcher.poll() is not None
-                    or (
-                        saving()
-                        if kind == "rank inside a save"
-                        else time.monotonic() > limit or steps_done(out) >= steps
-                    )
-                )
-            )
+            saving = functools.partial(is_saving, out, started)
+            wait_for(functools.partial(is_moment, kind, launcher, saving, limit, out, steps))
             time.sleep(rng.uniform(0, 0.05))
             victims = ranks_of(launcher)
             moments.append((kind, steps_done(out), saving()))
-            kill(
-                launcher.pid
-                if kind == "launcher"
-                else rng.choice(victims)
-                if victims
-                else launcher.pid
-            )
+            if kind == "launcher" or not victims:
+                kill(launcher.pid)
+            else:
+                kill(rng.choice(victims))
         if launcher.wait(timeout=120) == 0:
             break
     assert launcher.returncode == 0, out.with_suffix(".stdout").read_text()[-3000:]
     print(
-        f"killed {len(moments)} times, (who, steps logged, a save under way): {moments}; {attempt + 1} starts"
+        f"killed {len(moments)} times, (who, steps logged, a save under way): {moments}; "
+        f"{n_starts} starts"
     )
     assert len(moments) == n_kills
     assert (
@@ -181,7 +183,7 @@ def test_torchrun_restarts_by_itself(toy, tmp_path, untouched):
     out = tmp_path / "out"
     launcher = launch(toy, out, 2, *CAMPAIGN, torchrun=("--max-restarts", 3))
     for steps, rank in ((7, 0), (20, 1)):
-        wait_for(lambda: steps_done(out) >= steps and len(ranks_of(launcher)) == 2)
+        wait_for(lambda n=steps: steps_done(out) >= n and len(ranks_of(launcher)) == 2)
         kill(ranks_of(launcher)[rank])
         time.sleep(1)
     assert launcher.wait(timeout=120) == 0, out.with_suffix(".stdout").read_text()[-3000:]
@@ -302,7 +304,8 @@ forward, bad = qilin_min.Qilin.forward, (3, 4) if "--few" in sys.argv else range
 def poisoned(self, *args, **kw):
     loss = forward(self, *args, **kw)
     poisoned.calls += self.training
-    return loss * float("nan") if self.training and poisoned.calls in bad and torch.distributed.get_rank() == 1 else loss
+    is_bad = self.training and poisoned.calls in bad and torch.distributed.get_rank() == 1
+    return loss * float("nan") if is_bad else loss
 poisoned.calls = 0
 qilin_min.Qilin.forward = poisoned
 if "--few" in sys.argv: sys.argv.remove("--few")

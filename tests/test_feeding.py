@@ -57,7 +57,7 @@ def some_rows(n, seed=0):
 @pytest.mark.parametrize(
     "writing",
     [
-        dict(),
+        {},
         dict(indent=2),
         dict(ensure_ascii=False),
         dict(separators=(",", ":")),
@@ -121,7 +121,9 @@ def test_a_large_file_takes_no_memory(tmp_path):
         code = """
 import sys; sys.path.insert(0, sys.argv[1])
 from common.rows import Records
-def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+def peak():
+    lines = open("/proc/self/status")
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
 rows = Records(sys.argv[2])
@@ -248,7 +250,7 @@ def test_too_long_samples_lose_the_end_of_their_answer(toy, tmp_path, group):
             min(len(ids), limit) for ids in whole
         ] and data.n_cut == sum(len(ids) > limit for ids in whole)
         batch = data[list(range(len(data)))]
-        for ids, full in zip(batch["input_ids"].tolist(), whole):
+        for ids, full in zip(batch["input_ids"].tolist(), whole, strict=True):
             assert ids[: min(len(full), limit)] == full[:limit] and full[limit:].count(-200) == 0
 
 

@@ -20,6 +20,9 @@ VISION = dict(
     hidden_size=128, intermediate_size=80, num_attention_heads=2
 )  # heads of 64: what a tower without config is taken to have
 
+# the original LLaVA nests the tower twice
+NESTED_TOWER = "model.vision_tower.vision_tower.vision_model"
+
 
 @pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
 def reference(request, tmp_path_factory):
@@ -71,15 +74,7 @@ def original(tensors, projector_type, tower):
     return (
         out
         | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
-        | (
-            {
-                "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(
-                    17
-                )[None]
-            }
-            if tower
-            else {}
-        )
+        | ({f"{NESTED_TOWER}.embeddings.position_ids": torch.arange(17)[None]} if tower else {})
     )
 
 

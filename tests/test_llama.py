@@ -92,7 +92,9 @@ def test_padded_batch_equals_single_rows(kind, tmp_path, clip_folder, report):
     second = model(
         torch.tensor(next_ids)[:, None], cache=cache, lengths=torch.ones(3, dtype=torch.int64)
     )
-    want = [hf(torch.tensor([row + [i]])).logits[0, -2:] for row, i in zip(rows, next_ids)]
+    want = [
+        hf(torch.tensor([row + [i]])).logits[0, -2:] for row, i in zip(rows, next_ids, strict=True)
+    ]
     report(
         f"llama padded batch with cache ({kind})",
         max((torch.stack((first[i], second[i])) - want[i]).abs().max() for i in range(3)),

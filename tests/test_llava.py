@@ -160,7 +160,7 @@ def test_any_of_several_ids_ends_an_answer(tmp_path, tokenizer):
 
 @torch.no_grad()
 def test_a_row_at_the_last_position_ends_alone():
-    """A long neighbour does not shorten a short row's answer: each has all positions of the model."""
+    """A long neighbour does not shorten a short row's answer: each has all positions."""
     model = make_qilin(text=dict(max_position_embeddings=60))
     rows = [words(56, 1), words(5, 2)]
     together = q.answer_ids(model, rows, max_new_tokens=30)

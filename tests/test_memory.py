@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A LLaMA of 1.2 GB in float32, in shards with an index, and a small one and a CLIP beside it."""
+    """A LLaMA of 1.2 GB in float32, in shards with an index; a small one and a CLIP beside it."""
     out = tmp_path_factory.mktemp("large")
     hf_clip().save_pretrained(out / "clip")
     hf_llama().save_pretrained(out / "small")

@@ -77,7 +77,7 @@ def test_wrong_names_and_saving_are_refused(llama_folder, clip_folder, tmp_path)
 
 
 def test_answers_are_those_of_generate_in_a_padded_batch(tmp_path):
-    """The quantised layers sit under the same cache and padding: a batch answers as its rows alone."""
+    """Quantised layers sit under the same cache and padding: a batch answers as its rows do."""
     from conftest import ROW_PICTURES, ROWS, pictures
 
     save_qilin(make_qilin(), None, tmp_path / "out")
@@ -85,7 +85,7 @@ def test_answers_are_those_of_generate_in_a_padded_batch(tmp_path):
     together = q.answer_ids(model, ROWS, x, max_new_tokens=12)
     assert together == [
         q.answer_ids(model, [row], x[part] if i else None, max_new_tokens=12)[0]
-        for i, (row, part) in enumerate(zip(ROWS, ROW_PICTURES))
+        for i, (row, part) in enumerate(zip(ROWS, ROW_PICTURES, strict=True))
     ]
 
 

@@ -35,7 +35,7 @@ def cut_back(out, to, step):
 
 @pytest.fixture(scope="module")
 def whole(toy, tmp_path_factory):
-    """An uninterrupted run on 2 ranks that kept all its checkpoints, with held-out looks between."""
+    """An uninterrupted run on 2 ranks that kept all its checkpoints, held-out looks between."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run(
         toy,
@@ -111,13 +111,15 @@ def test_2_ranks_to_1_to_4(toy, tmp_path, whole, report):
     assert [e["n_targets"] for e in a] == [e["n_targets"] for e in b] and len(a) == STEPS
     report(
         "resume: losses of 2 -> 1 -> 4 ranks and of 2",
-        max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b)),
+        max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True)),
         1e-3,
     )
     p, q = (load_qilin(path) for path in (out, whole))
     report(
         "resume: weights of 2 -> 1 -> 4 ranks and of 2",
-        max((x - y).abs().max().item() for x, y in zip(p.parameters(), q.parameters())),
+        max(
+            (x - y).abs().max().item() for x, y in zip(p.parameters(), q.parameters(), strict=True)
+        ),
         1e-3,
     )
 

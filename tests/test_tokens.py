@@ -83,7 +83,7 @@ def test_ids_equal_the_released_string(kind, tokenizer):
 @pytest.mark.parametrize("kind", DIALOGS)
 def test_labels_are_the_answers(kind, tokenizer):
     ids, labels = encode_conversation(DIALOGS[kind], tokenizer, N, max_length=4096)
-    assert all(b in (a, -100) for a, b in zip(ids, labels))
+    assert all(b in (a, -100) for a, b in zip(ids, labels, strict=True))
     spans = [[]]
     for label in labels:
         if label == -100 and spans[-1]:
@@ -158,7 +158,8 @@ def test_a_list_says_before_which_turn_pictures_stand(tokenizer):
     """
     chat = dialog("first", "one", "second", "two", "third")
     marked = [
-        dict(turn, value="<image>" * n + turn["value"]) for turn, n in zip(chat, (1, 0, 2, 0, 0))
+        dict(turn, value="<image>" * n + turn["value"])
+        for turn, n in zip(chat, (1, 0, 2, 0, 0), strict=True)
     ]
     assert (
         encode_prompt(chat, tokenizer, N, n_images=[1, 2])

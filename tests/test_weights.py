@@ -2,6 +2,7 @@
 random in silence.
 """
 
+import json
 import shutil
 
 import pytest
@@ -291,9 +292,7 @@ def test_a_config_that_is_no_object(content, llama, clip):
 )
 def test_an_index_that_names_no_files_beside_it(weight_map, llama, clip):
     edit_json(llama / "config.json")
-    (llama / "model.safetensors.index.json").write_text(
-        '{"weight_map": %s}' % __import__("json").dumps(weight_map)
-    )
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match="index.json"):
         load_qilin(llm=llama, vision=clip)
 
@@ -446,7 +445,7 @@ def test_end_ids_that_are_none(ends, llama, clip):
 
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
 def test_parts_may_come_out_of_whole_models(projector_type, llama, clip, tmp_path):
-    """A projector, a tower or a language model out of an export: a linear projector stays linear."""
+    """A projector, a tower or a language model out of an export: a linear one stays linear."""
     whole = make_qilin(
         projector_type,
         vision=dict(hidden_size=64, intermediate_size=96),
