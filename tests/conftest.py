@@ -1,6 +1,5 @@
 """What the tests share: tiny random models of transformers in the published layouts, the real
-tokenizer, and the parity lines.
-"""
+tokenizer, and the parity lines."""
 
 import contextlib
 import importlib.metadata
@@ -14,14 +13,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a run in the background of a shell ignores Ctrl-C, and so would every program that the tests start
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
-sys.path[:0] = [
-    str(Path(__file__).resolve().parent.parent),
-    str(Path(__file__).resolve().parent / "tools"),
-]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+# a run in the background of a shell ignores Ctrl-C, and so would every program that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# before transformers is imported: no test may ask the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(ROOT), str(TESTS / "tools")]
 
 import numpy as np
 import pytest
@@ -35,24 +34,24 @@ from model_io.export import save_qilin
 from model_io.load import load_qilin
 from model_io.tokens import Tokenizer
 
-transformers_module.MistralCommonBackend = type(
-    "MistralCommonBackend", (), {}
-)  # mistral-common is installed for one file, without what its import needs
-ROOT = Path(__file__).resolve().parent.parent
-N_IMAGE = 16  # 56 / 14 squared
+# mistral-common is installed for one file, without what its import needs
+transformers_module.MistralCommonBackend = type("MistralCommonBackend", (), {})
+# 56 / 14 squared
+N_IMAGE = 16
 
 
 @pytest.fixture
 def report(record_property):
-    """report(name, value, limit): keeps a line for the end of the run and asserts value <= limit."""
+    """report(name, value, limit): keeps a line for the end of the run and asserts that value is not
+    above limit."""
 
     def add(name, value, limit):
         line = f"parity: {name}: max difference {float(value):.1e} (limit {limit:.0e})"
-        record_property(
-            "parity", line
-        )  # travels from a worker of pytest-xdist to where the summary is printed
+        # travels from a worker of pytest-xdist to where the summary is printed
+        record_property("parity", line)
         print(line)
-        assert float(value) <= limit, line  # also false for nan
+        # also false for nan
+        assert float(value) <= limit, line
 
     return add
 
@@ -68,15 +67,16 @@ def pytest_terminal_summary(terminalreporter):
 @torch.no_grad()
 def randomise(model, seed=0):
     """Weights large enough that every operation shows in the output: a fresh init hides a wrong
-    norm or a missing bias.
-    """
+    norm or a missing bias."""
     generator = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
         noise = torch.randn(param.shape, generator=generator)
         if "norm" in name or "layrnorm" in name:
-            param.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+            centre = 1.0 if name.endswith("weight") else 0.0
+            param.copy_(0.2 * noise + centre)
         else:
-            param.copy_(noise * (0.12 if param.ndim > 1 else 0.2))
+            spread = 0.12 if param.ndim > 1 else 0.2
+            param.copy_(noise * spread)
     return model.eval()
 
 
@@ -153,43 +153,37 @@ def tokenizer(spm_path):
 
 def make_qilin(projector_type="mlp2x_gelu", text=None, vision=None, n_token_ids=300, seed=3):
     """A Qilin with random weights; n_token_ids below vocab_size so that ids past the tokenizer
-    exist.
-    """
-    text = q.TextConfig(
-        **{
-            **dict(
-                vocab_size=320,
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=256,
-            ),
-            **(text or {}),
-        }
+    exist."""
+    text_sizes = dict(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
     )
-    vision = q.VisionConfig(
-        **{
-            **dict(
-                hidden_size=48,
-                intermediate_size=80,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=56,
-                patch_size=14,
-            ),
-            **(vision or {}),
-        }
+    vision_sizes = dict(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
     )
-    return randomise(q.Qilin(q.QilinConfig(text, vision, projector_type, n_token_ids)), seed)
+    config = q.QilinConfig(
+        q.TextConfig(**{**text_sizes, **(text or {})}),
+        q.VisionConfig(**{**vision_sizes, **(vision or {})}),
+        projector_type,
+        n_token_ids,
+    )
+    return randomise(q.Qilin(config), seed)
 
 
 def words(n, seed, n_token_ids=300):
     """n ids of words, no control id among them."""
-    return torch.randint(
-        3, n_token_ids, (n,), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, n_token_ids, (n,), generator=generator).tolist()
 
 
 def pictures(n, seed=5, size=56):
@@ -197,12 +191,14 @@ def pictures(n, seed=5, size=56):
 
 
 IMG = [q.IMAGE_TOKEN_INDEX] * N_IMAGE
+# 0, 1, 2 pictures
 ROWS = [
     [1] + words(9, 1),
     [1] + words(3, 2) + IMG + words(7, 3),
     [1] + words(2, 4) + IMG + words(4, 5) + IMG + words(6, 6),
-]  # 0, 1, 2 pictures
-ROW_PICTURES = [slice(0, 0), slice(0, 1), slice(1, 3)]  # of pictures(3)
+]
+# of pictures(3)
+ROW_PICTURES = [slice(0, 0), slice(0, 1), slice(1, 3)]
 
 
 def hf_ids(ids, model):
@@ -216,11 +212,16 @@ def in_process(main, *words, code=None, env=None):
 
     code: the exit code it must have. No endpoint of the environment is seen, unless env names one.
     """
-    argv, environment, out, err, ended = sys.argv, dict(os.environ), io.StringIO(), io.StringIO(), 0
+    argv = sys.argv
+    environment = dict(os.environ)
+    out = io.StringIO()
+    err = io.StringIO()
+    ended = 0
     try:
         sys.argv = [f"{main.__module__.split('.')[-1]}.py", *map(str, words)]
-        for name in [name for name in os.environ if name.startswith("OPENAI_")]:
-            del os.environ[name]
+        for name in environment:
+            if name.startswith("OPENAI_"):
+                del os.environ[name]
         os.environ.update(env or {})
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -248,28 +249,11 @@ def free_port():
 def toy(tmp_path_factory):
     """A toy world of a few dozen pictures."""
     out = tmp_path_factory.mktemp("world") / "toy"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "demo.toy",
-            out,
-            "--language",
-            "24",
-            "--alignment",
-            "24",
-            "--instruction",
-            "24",
-            "--heldout",
-            "4",
-        ],
-        check=True,
-        cwd=ROOT,
-    )
-    mixed = (
-        json.loads((out / "instruction.json").read_text())[:14]
-        + json.loads((out / "language.json").read_text())[:9]
-    )
+    sizes = ("--language", "24", "--alignment", "24", "--instruction", "24", "--heldout", "4")
+    subprocess.run([sys.executable, "-m", "demo.toy", out, *sizes], check=True, cwd=ROOT)
+    instruction = json.loads((out / "instruction.json").read_text())
+    language = json.loads((out / "language.json").read_text())
+    mixed = instruction[:14] + language[:9]
     two = dict(mixed[0], id="two", image=[mixed[0]["image"], mixed[1]["image"]])
     two["conversations"] = [
         dict(two["conversations"][0], value="<image>\n<image>\n" + "两张图相同吗？"),
@@ -281,43 +265,29 @@ def toy(tmp_path_factory):
     return out
 
 
+def python_on(ranks):
+    """How a script is started on some ranks: under torchrun, where there are several."""
+    if ranks == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torchrun, "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+
+
 def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
     """One train.py run; -> (losses, gradient norms) of its steps, or the finished process with
-    check=False.
-    """
-    command = (
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(ranks),
-            "--master_port",
-            str(free_port()),
-        ]
-        if ranks > 1
-        else [sys.executable]
-    )
-    command += [
+    check=False."""
+    command = [
+        *python_on(ranks),
         ROOT / "train.py",
-        "--stage",
-        stage,
-        "--llm",
-        toy / "llama",
-        "--vision",
-        toy / "clip",
-        "--projector",
-        "fresh",
-        "--images",
-        toy / "images",
-        "--data",
-        toy / data,
-        "--out",
-        out,
-        "--lr",
-        "2e-3",
-        "--workers",
-        "0",
+        *("--stage", stage),
+        *("--llm", toy / "llama"),
+        *("--vision", toy / "clip"),
+        *("--projector", "fresh"),
+        *("--images", toy / "images"),
+        *("--data", toy / data),
+        *("--out", out),
+        *("--lr", "2e-3"),
+        *("--workers", "0"),
         *options,
     ]
     done = subprocess.run(
@@ -330,8 +300,12 @@ def run(toy, out, *options, ranks=1, stage=2, data="mixed.json", check=True):
     if not check:
         return done
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [r for r in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in r]
-    return np.array([r["loss"] for r in rows]), np.array([r["grad_norm"] for r in rows])
+    with open(Path(out) / "log.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    steps = [line for line in lines if "loss" in line]
+    losses = np.array([step["loss"] for step in steps])
+    norms = np.array([step["grad_norm"] for step in steps])
+    return losses, norms
 
 
 @pytest.fixture(scope="session")

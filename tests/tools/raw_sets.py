@@ -1,8 +1,8 @@
 """Small raw files in the exact upstream schemas, written by us, with the Chinese a good translator
-would give for each text. Used by the data tests.
-"""
+would give for each text. Used by the data tests."""
 
 import csv
+import functools
 import json
 import random
 from pathlib import Path
@@ -12,7 +12,8 @@ from PIL import Image
 
 import data_prep
 
-OA = [  # English, Chinese; {0} a number
+# English, Chinese; {0} a number
+OA = [
     (
         "Axial CT image shows a {0} mm nodule in the left lower lobe.",
         "轴位CT图像显示左肺下叶一{0}毫米结节。",
@@ -40,21 +41,32 @@ CHOICES = [("Kidney", "肾脏"), ("Liver", "肝脏"), ("Spleen", "脾脏"), ("He
 VQA_CAPTION = ("Ultrasound of the liver with a {0} cm cyst.", "肝脏超声显示一{0}厘米囊肿。")
 
 
-def chinese_of(text, table={}):
+@functools.cache
+def translations():
+    """{English: Chinese} of all our texts."""
+    table = {}
+    for english, chinese in [*OA, CONTEXT, INLINE, *CASE_QA, VQA_Q, *CHOICES, VQA_CAPTION]:
+        numbers = range(400) if "{0}" in english else (0,)
+        for n in numbers:
+            table[english.format(n)] = chinese.format(n)
+    return table
+
+
+def chinese_of(text):
     """What the good translator says of one of our texts."""
-    if not table:
-        pairs = [*OA, CONTEXT, INLINE, *CASE_QA, VQA_Q, *CHOICES, VQA_CAPTION]
-        for english, chinese in pairs:
-            for n in range(0, 400) if "{0}" in english else (0,):
-                table[english.format(n)] = chinese.format(n)
-    return table[text]
+    return translations()[text]
 
 
 def picture(path, size=(60, 40), seed=0):
+    """A picture of one colour but for a pixel; both depend on its name, unless seeded."""
     rng = random.Random(seed or str(path.name))
-    image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
-    image.putpixel((0, 0), tuple(rng.randrange(256) for _ in range(3)))
+    image = Image.new("RGB", size, colour(rng))
+    image.putpixel((0, 0), colour(rng))
     image.save(path)
+
+
+def colour(rng):
+    return tuple(rng.randrange(256) for _ in range(3))
 
 
 def write_table(path, columns, rows, bom=False, end="\n"):
@@ -64,26 +76,34 @@ def write_table(path, columns, rows, bom=False, end="\n"):
         writer.writerows(rows)
 
 
+CHOICE_COLUMNS = ("Choice A", "Choice B", "Choice C", "Choice D")
+
+
 def make_raw(folder, n=6):
     """pmc_oa.jsonl, case.csv, train_2.csv, train.csv and images/ in `folder`: n articles each."""
     folder = Path(folder)
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    with open(folder / "pmc_oa.jsonl", "w") as file:
+    make_captions(folder / "pmc_oa.jsonl", images, n)
+    make_cases(folder / "case.csv", images, n)
+    make_questions(folder, images, n)
+    return folder
+
+
+def make_captions(path, images, n):
+    """1 to 3 pictures share a caption."""
+    with open(path, "w") as file:
         for a in range(n):
-            for part in range(1 + a % 3):  # 1 to 3 pictures share a caption
+            caption = OA[a % 3][0].format(a + 3)
+            for part in range(1 + a % 3):
                 name = f"PMC{1000 + a}_Fig1_{part}.jpg"
                 picture(images / name, (60 + 10 * part, 40))
-                file.write(
-                    json.dumps(
-                        {
-                            "image": name,
-                            "caption": OA[a % 3][0].format(a + 3),
-                            "alignment_type": "pair",
-                        }
-                    )
-                    + "\n"
-                )
+                row = {"image": name, "caption": caption, "alignment_type": "pair"}
+                file.write(json.dumps(row) + "\n")
+
+
+def make_cases(path, images, n):
+    """Two questions an article, with 1 to 4 pictures."""
     rows = []
     for a in range(n):
         references = [f"FIG{k}" for k in range(1 + a % 4)]
@@ -100,59 +120,36 @@ def make_raw(folder, n=6):
                     str(references),
                 ]
             )
-    write_table(
-        folder / "case.csv", ["PMC_id", "context", "question", "answer", "inline", "img_ref"], rows
-    )
-    rows, first = [], []
+    columns = ["PMC_id", "context", "question", "answer", "inline", "img_ref"]
+    write_table(path, columns, rows)
+
+
+def make_questions(folder, images, n):
+    """train_2.csv, and the older train.csv with the answer written out: two questions a picture."""
+    rows = []
+    first = []
+    choices = [f" {letter}: {text} " for letter, (text, _) in zip("ABCD", CHOICES, strict=True)]
     for a in range(2 * n):
-        name = f"PMC{3000 + a // 2}_Fig1_{a // 2}.jpg"  # two questions a picture
+        name = f"PMC{3000 + a // 2}_Fig1_{a // 2}.jpg"
         picture(images / name)
-        choices = [f" {letter}: {text} " for letter, (text, _) in zip("ABCD", CHOICES)]
-        rows.append(
-            [
-                a,
-                name,
-                VQA_CAPTION[0].format(a + 1),
-                VQA_Q[0].format(a),
-                *choices,
-                "ABCD"[a % 4],
-                "train",
-            ]
-        )
-        first.append([name, VQA_Q[0].format(a), CHOICES[a % 4][0], *choices, "ABCD"[a % 4]])
+        caption = VQA_CAPTION[0].format(a + 1)
+        question = VQA_Q[0].format(a)
+        letter = "ABCD"[a % 4]
+        answer = CHOICES[a % 4][0]
+        rows.append([a, name, caption, question, *choices, letter, "train"])
+        first.append([name, question, answer, *choices, letter])
     write_table(
         folder / "train_2.csv",
-        [
-            "index",
-            "Figure_path",
-            "Caption",
-            "Question",
-            "Choice A",
-            "Choice B",
-            "Choice C",
-            "Choice D",
-            "Answer",
-            "split",
-        ],
+        ["index", "Figure_path", "Caption", "Question", *CHOICE_COLUMNS, "Answer", "split"],
         rows,
         bom=True,
         end="\r\n",
     )
     write_table(
         folder / "train.csv",
-        [
-            "Figure_path",
-            "Question",
-            "Answer",
-            "Choice A",
-            "Choice B",
-            "Choice C",
-            "Choice D",
-            "Answer_label",
-        ],
+        ["Figure_path", "Question", "Answer", *CHOICE_COLUMNS, "Answer_label"],
         first,
     )
-    return folder
 
 
 def prep(*options, code=None, env=None):

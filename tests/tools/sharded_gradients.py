@@ -1,9 +1,10 @@
 """Run by test_train.py under torchrun: prints the largest relative difference between gradients of
-the sharded and of the plain model.
-"""
+the sharded and of the plain model."""
 
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch.distributed as dist
 
@@ -12,44 +13,41 @@ from model_io.load import load_qilin, read_checkpoint
 from model_io.tokens import Tokenizer
 from training.ranks import setup_distributed
 
-toy = Path(sys.argv[1])
-settings = train.read_settings(
-    [
-        "--stage",
-        "2",
-        "--llm",
-        str(toy / "llama"),
-        "--vision",
-        str(toy / "clip"),
-        "--projector",
-        "fresh",
-        "--images",
-        str(toy / "images"),
-    ]
-)
-rank, world_size, device = setup_distributed()
-checkpoint = read_checkpoint(llm=settings.llm, vision=settings.vision, projector="fresh")
-config = checkpoint.config
-data = train.open_dialogs(settings, [toy / "mixed.json"], Tokenizer(settings.llm), config)
 
-plain = load_qilin(llm=settings.llm, vision=settings.vision).train()
-whole = data[list(range(len(data)))]
-plain(
-    **train.to_device(whole, device), reduction="mean"
-).backward()  # one mean over all labelled tokens
+def main():
+    toy = Path(sys.argv[1])
+    parts = ["--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"]
+    parts += ["--images", str(toy / "images")]
+    settings = train.read_settings(["--stage", "2", *parts])
+    rank, world_size, device = setup_distributed()
+    checkpoint = read_checkpoint(llm=settings.llm, vision=settings.vision, projector="fresh")
+    data = train.open_dialogs(
+        settings, [toy / "mixed.json"], Tokenizer(settings.llm), checkpoint.config
+    )
+    rows = list(range(len(data)))
 
-model, _ = train.build_model(settings, checkpoint, device)
-model.train()
-micro_batches = train.cut_batch(list(range(len(data))), rank, world_size, 5)
-parts = [data[micro] for micro in micro_batches]
-n_targets = train.sum_over_ranks(train.count(parts), device)["targets"]
-for batch in parts:
-    (model(**train.to_device(batch, device), reduction="sum") / n_targets * world_size).backward()
-worst = 0.0
-for name, param in model.named_parameters():
-    if param.requires_grad:
-        got, want = param.grad.full_tensor(), plain.get_parameter(name).grad
-        worst = max(worst, float((got - want).norm() / want.norm()))
-if rank == 0:
-    print(worst)
-dist.destroy_process_group()
+    # one mean over all labelled tokens
+    plain = load_qilin(llm=settings.llm, vision=settings.vision).train()
+    plain(**train.to_device(data[rows], device), reduction="mean").backward()
+
+    model, _ = train.build_model(settings, checkpoint, device)
+    model.train()
+    batches = [data[micro] for micro in train.cut_batch(rows, rank, world_size, 5)]
+    n_targets = train.sum_over_ranks(train.count(batches), device)["targets"]
+    for batch in batches:
+        loss = model(**train.to_device(batch, device), reduction="sum") / n_targets
+        (loss * world_size).backward()
+
+    worst = 0.0
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            got = param.grad.full_tensor()
+            want = plain.get_parameter(name).grad
+            worst = max(worst, float((got - want).norm() / want.norm()))
+    if rank == 0:
+        print(worst)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
