@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -23,103 +24,65 @@ from common.rows import Records
 OPTIONS = "--model", "test", "--yes", "--retry-delay", "0.01", "--timeout", "2"
 
 
+@dataclass
+class Reply:
+    """What the server sends back. text: the whole body; without it a translation, `content`."""
+
+    status: int = 200
+    headers: dict = field(default_factory=dict)
+    text: str | None = None
+    content: str | None = None
+    finish_reason: str = "stop"
+
+
+def good_translation(english):
+    return {name: chinese_of(text) for name, text in english.items()}
+
+
+def reply_to(what, english, authorization):
+    """The reply that a fault's name, a status or {field: text} stands for; None: a good one."""
+    if isinstance(what, int):
+        headers = {429: {"Retry-After": "0"}, 302: {"Location": "/v1/elsewhere"}}
+        return Reply(what, headers.get(what, {}))
+    if isinstance(what, dict):
+        return Reply(content=json.dumps(what, ensure_ascii=False))
+    good = json.dumps(good_translation(english), ensure_ascii=False)
+    fenced = json.dumps(good_translation(english))
+    replies = {
+        None: Reply(content=good),
+        "slow": Reply(content=good),
+        "wait": Reply(429, {"Retry-After": "1"}),
+        "quote": Reply(401, text="x" * 150 + f" wrong key {authorization}"),
+        "endless": Reply(text=" " * 2**23 + "{}"),
+        "malformed": Reply(text='{"choices": [{"mess'),
+        "empty": Reply(content=""),
+        "refusal": Reply(
+            content="\u62b1\u6b49,\u6211\u65e0\u6cd5\u7ffb\u8bd1\u8be5\u5185\u5bb9\u3002"
+        ),
+        "words": Reply(content="Here is the translation you asked for."),
+        "fence": Reply(content=f"```json\n{fenced}\n```"),
+        "cut": Reply(content=good, finish_reason="length"),
+        "english": Reply(content=json.dumps(english, ensure_ascii=False)),
+    }
+    return replies[what]
+
+
 class Server:
     """A chat endpoint on loopback. behave(n, english, messages) -> what to do with the n-th
-    request: a fault's name, or {field: text}; None translates well.
-    """
+    request: a fault's name, or {field: text}; None translates well."""
 
     def __init__(self, behave=lambda n, english, messages: None):
+        self.behave = behave
         self.requests, self.served, self.headers, self.lock = [], Counter(), [], threading.Lock()
-
-        def respond(handler, raw):
-            body = json.loads(raw)
-            english = json.loads(body["messages"][1]["content"])
-            with self.lock:
-                n = len(self.requests)
-                self.requests.append(body)
-                self.headers.append(dict(handler.headers))
-            what = behave(n, english, body["messages"])
-            status, headers, text, more = 200, {}, None, {}
-            if what == "drop":
-                handler.connection.close()
-                return
-            if what == "slow":
-                time.sleep(0.3)
-                what = None
-            elif what == "hang":
-                time.sleep(5)
-                return
-            elif isinstance(what, int):
-                status, headers = (
-                    what,
-                    {"Retry-After": "0"}
-                    if what == 429
-                    else {"Location": "/v1/elsewhere"}
-                    if what == 302
-                    else {},
-                )
-            elif what == "wait":
-                status, headers = 429, {"Retry-After": "1"}
-            elif what == "quote":
-                status, text = 401, "x" * 150 + f" wrong key {handler.headers['Authorization']}"
-            elif what == "endless":
-                text = " " * 2**23 + "{}"
-            elif what == "malformed":
-                text = '{"choices": [{"mess'
-            elif what == "empty":
-                more = {"content": ""}
-            elif what == "refusal":
-                more = {"content": "\u62b1\u6b49,我无法翻译该内容。"}
-            elif what == "words":
-                more = {"content": "Here is the translation you asked for."}
-            elif what == "fence":
-                more = {
-                    "content": "```json\n"
-                    + json.dumps({k: chinese_of(v) for k, v in english.items()})
-                    + "\n```"
-                }
-            elif what == "cut":
-                more = {"finish_reason": "length"}
-            elif what == "english":
-                what = dict(english)
-            if status == 200 and text is None:
-                content = more.get(
-                    "content",
-                    json.dumps(
-                        what
-                        if isinstance(what, dict)
-                        else {k: chinese_of(v) for k, v in english.items()},
-                        ensure_ascii=False,
-                    ),
-                )
-                text = json.dumps(
-                    {
-                        "choices": [
-                            {
-                                "message": {"role": "assistant", "content": content},
-                                "finish_reason": more.get("finish_reason", "stop"),
-                            }
-                        ],
-                        "usage": {"prompt_tokens": 100, "completion_tokens": 50},
-                    }
-                )
-                self.served[json.dumps(english, sort_keys=True)] += 1
-            handler.send_response(status)
-            for name, value in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len((text or "oops").encode())),
-                **headers,
-            }.items():
-                handler.send_header(name, value)
-            handler.end_headers()
-            handler.wfile.write((text or "oops").encode())
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self):
                 try:
-                    respond(self, self.rfile.read(int(self.headers["Content-Length"])))
+                    raw = self.rfile.read(int(self.headers["Content-Length"]))
+                    server.respond(self, raw)
                 except (BrokenPipeError, ConnectionError):
                     pass  # the client was killed
 
@@ -130,6 +93,44 @@ class Server:
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def respond(self, handler, raw):
+        body = json.loads(raw)
+        english = json.loads(body["messages"][1]["content"])
+        with self.lock:
+            n = len(self.requests)
+            self.requests.append(body)
+            self.headers.append(dict(handler.headers))
+        what = self.behave(n, english, body["messages"])
+        if what == "drop":
+            handler.connection.close()
+            return
+        if what == "hang":
+            time.sleep(5)
+            return
+        if what == "slow":
+            time.sleep(0.3)
+        reply = reply_to(what, english, handler.headers["Authorization"])
+        text = reply.text
+        if reply.status == 200 and text is None:
+            message = {"role": "assistant", "content": reply.content}
+            choice = {"message": message, "finish_reason": reply.finish_reason}
+            usage = {"prompt_tokens": 100, "completion_tokens": 50}
+            text = json.dumps({"choices": [choice], "usage": usage})
+            self.served[json.dumps(english, sort_keys=True)] += 1
+        self.send(handler, reply, (text or "oops").encode())
+
+    def send(self, handler, reply, raw):
+        handler.send_response(reply.status)
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(raw)),
+            **reply.headers,
+        }
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(raw)
 
     def __enter__(self):
         return self
@@ -189,7 +190,7 @@ def test_every_set_comes_back_in_its_own_form(raw, tmp_path):
     ):
         before, after = Records(raw / name), Records(tmp_path / "zh" / name)
         assert before.columns == after.columns and len(before) == len(after)
-        for a, b in zip(before, after):
+        for a, b in zip(before, after, strict=True):
             assert list(a) == list(b)
             for column in a:
                 if column in texts:
@@ -253,9 +254,9 @@ def test_every_fault_is_retried(raw, tmp_path):
         with lock:
             key = json.dumps(english)
             seen[key] += 1
-            k = (
-                (first.setdefault(key, len(first)) + seen[key] * 3) % len(FAULTS)
-            )  # three apart: never four answers in a row that make no sense, which a row does not survive
+            # three apart: never four answers in a row that make no sense, which a row does not
+            # survive
+            k = (first.setdefault(key, len(first)) + seen[key] * 3) % len(FAULTS)
             if seen[key] > 4:
                 return None
             met.add(k)
@@ -622,8 +623,8 @@ def test_nothing_leaves_without_a_yes(raw, tmp_path):
 
 
 def test_the_glossary_is_enforced(raw, tmp_path):
-    """The endpoint says 半月板； the glossary wants another word: it is told so, and rows without it
-    are rejected. A glossary added later is applied to what is finished.
+    """The endpoint says 半月板； the glossary wants another word: it is told so, and rows without
+    it are rejected. A glossary added later is applied to what is finished.
     """
     glossary = tmp_path / "terms.csv"
     glossary.write_text(
@@ -716,7 +717,7 @@ def test_finished_translations_need_no_endpoint(raw, tmp_path, form):
                             ),
                             row["img_ref"],
                         ]
-                        for row, t in zip(before, texts)
+                        for row, t in zip(before, texts, strict=True)
                     ),
                 ]
             )
