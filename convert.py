@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from common.files import check_replaceable, model_folder, run_cli
-from model_io.export import save_qilin
+from model_io.export import check_exportable, save_qilin
 from model_io.load import load_qilin, read_checkpoint
 from model_io.tokens import Tokenizer
 from model_io.weights import weight_files
@@ -281,6 +281,7 @@ def convert(
 ) -> None:
     """Load without copying, write DST."""
     checkpoint = read_checkpoint(src, llm=llm, vision=vision, projector=projector)
+    check_exportable(checkpoint.config.projector_type)
     check_replaceable(dst, "config.json")
     check_is_no_source(dst, [path for path in (src, llm, vision) if path is not None])
     stored = stored_dtype(checkpoint.sources)

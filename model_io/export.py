@@ -226,8 +226,16 @@ def save_qilin(
 def model_card(made_from: str, n_params: int, dtype_name: str, projector_type: str) -> str:
     """The README.md of an exported folder."""
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    if PROJECTORS[projector_type].hf_activation is None:
+        use = (
+            f"Only qilin-min opens this folder: llava-hf has no {projector_type} projector, and "
+            "transformers and vLLM refuse it.\n"
+            '`python sample.py image.png "图中有什么异常？" --model .`'
+        )
+    else:
+        use = Path(__file__).with_name("model_card_use.md").read_text(encoding="utf-8").rstrip()
     return template.format(
-        made_from=made_from, n=n_params / 1e9, dtype=dtype_name, projector=projector_type
+        made_from=made_from, n=n_params / 1e9, dtype=dtype_name, projector=projector_type, use=use
     )
 
 
