@@ -60,17 +60,6 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def check_ranges(options: object, **ranges: tuple[float, float]) -> None:
-    """ValueError unless each named option lies in its (low, high); what was not given (None)
-    passes."""
-    for name, (low, high) in ranges.items():
-        value = getattr(options, name)
-        # written so that it catches nan, too
-        if value is not None and not low <= value <= high:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} {value}: must be from {low} to {high}")
-
-
 def _say(line: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
