@@ -66,9 +66,9 @@ from training.batches import (
 )
 from training.checkpoints import Checkpoints, Progress, describe_setup, hold_out
 from training.costs import Machine, Sizes, blocks_to_checkpoint, count_sizes, flops
-from training.freeze import freeze, is_llm_tuned
+from training.freeze import freeze, is_llm_tuned, tuned_blocks
 from training.log import Log, answer_held_out, held_out_loss, write_run_json
-from training.options import DEFAULT_WEIGHTS, Settings, build_parser, settle
+from training.options import DEFAULT_WEIGHTS, RunSettings, settle, training_parser
 from training.plan import (
     IS_KEPT,
     Fit,
@@ -91,7 +91,7 @@ from training.ranks import (
     sum_over_ranks,
     together,
 )
-from training.stages import Stage
+from training.stages import Stage, check_stages
 
 # --- 1. the two stages ----------------------------------------------------------------------------
 # paper, section 5.2, and the released scripts; every row can be overridden by the option of the
@@ -148,9 +148,10 @@ DECISIVE_OPTIONS = (
 )
 
 
-def read_settings(argv: list[str] | None = None) -> Settings | None:
+def read_settings(argv: list[str] | None = None) -> RunSettings | None:
     """What was typed, and what follows from it; None: --smoke, for which nothing else counts."""
-    parser = build_parser(__doc__, STAGES, LORA)
+    check_stages(STAGES)
+    parser = training_parser(__doc__, STAGES, LORA)
     typed = parser.parse_args(argv)
     if typed.smoke:
         return None
@@ -216,7 +217,7 @@ def shard_model(
 
 
 def build_model(
-    settings: Settings, checkpoint: Checkpoint, device: torch.device, is_kept: bool = False
+    settings: RunSettings, checkpoint: Checkpoint, device: torch.device, is_kept: bool = False
 ) -> tuple[Qilin, str]:
     """The sharded model with its weights, each rank having read only its own rows. -> (model, line
     that accounts for all tensors)"""
@@ -270,7 +271,7 @@ def lr_at(step: int, n_steps: int, peak: float, warmup_ratio: float) -> float:
 # --- 4. export ------------------------------------------------------------------------------------
 
 
-def export(settings: Settings, model: Qilin, tokenizer: Tokenizer) -> None:
+def export(settings: RunSettings, model: Qilin, tokenizer: Tokenizer) -> None:
     """final/: what the next stage and sample.py read. Tensors are gathered one at a time; bf16 when
     trained on CUDA."""
     stage = STAGES[settings.stage]
@@ -298,10 +299,10 @@ def save_projector(model: Qilin, final: Path, name: str, dtype: torch.dtype) -> 
 
 
 # --- 5. before the first step ---------------------------------------------------------------------
-# in: Settings; out: Run, all that the loop works with
+# in: RunSettings; out: Run, all that the loop works with
 
 
-def open_checkpoint(settings: Settings) -> tuple[Checkpoint, Tokenizer]:
+def open_checkpoint(settings: RunSettings) -> tuple[Checkpoint, Tokenizer]:
     """What can go wrong before data is read: --out, the weights' headers, the tokenizer."""
     stage = STAGES[settings.stage]
     check_out(settings.out, stage.final_file)
@@ -319,6 +320,8 @@ def open_checkpoint(settings: Settings) -> tuple[Checkpoint, Tokenizer]:
     check_projector_type(checkpoint.config.projector_type, settings.projector_type)
     if stage.export == "model":
         check_exportable(checkpoint.config.projector_type)
+    # here, where all ranks say so in one line
+    tuned_blocks(settings.trained, checkpoint.config.text.num_hidden_layers)
     n_positions = checkpoint.config.text.max_position_embeddings
     if settings.max_length > n_positions:
         raise ValueError(
@@ -354,7 +357,7 @@ def hold_on_rank0(out: Path) -> BinaryIO | None:
 
 
 def open_dialogs(
-    settings: Settings, files: list[str], tokenizer: Tokenizer, config: QilinConfig
+    settings: RunSettings, files: list[str], tokenizer: Tokenizer, config: QilinConfig
 ) -> Dialogs:
     """Samples of data files as this run reads them."""
     return Dialogs(
@@ -395,7 +398,7 @@ class RunData:
         return found
 
 
-def load_data(settings: Settings, tokenizer: Tokenizer, config: QilinConfig) -> RunData:
+def load_data(settings: RunSettings, tokenizer: Tokenizer, config: QilinConfig) -> RunData:
     """What is learnt, what is held out, and the batches."""
     dataset = open_dialogs(settings, settings.data, tokenizer, config)
     held_out = None
@@ -446,7 +449,9 @@ class Cut:
         return self.known[slots]
 
 
-def cut_steps(settings: Settings, config: QilinConfig, data: RunData, device: torch.device) -> Cut:
+def cut_steps(
+    settings: RunSettings, config: QilinConfig, data: RunData, device: torch.device
+) -> Cut:
     """The cut that the plan chooses for this machine, but for what the options say."""
     sizes = count_sizes(
         config,
@@ -485,7 +490,7 @@ def cut_steps(settings: Settings, config: QilinConfig, data: RunData, device: to
     )
 
 
-def go_on(settings: Settings, checkpoints: Checkpoints, data: RunData) -> Progress:
+def go_on(settings: RunSettings, checkpoints: Checkpoints, data: RunData) -> Progress:
     """Progress of an earlier start, or of a new run, whose pictures are looked for first."""
     progress = checkpoints.resume(settings.resume, settings.allow_changes)
     n_steps = len(data.batches)
@@ -505,7 +510,7 @@ def spare_workers() -> int:
 
 
 def open_log(
-    settings: Settings, data: RunData, cut: Cut, n_params: dict[str, int], start: int
+    settings: RunSettings, data: RunData, cut: Cut, n_params: dict[str, int], start: int
 ) -> Log:
     """run.json and the log, going on after step number `start`."""
     on_rank0(
@@ -529,7 +534,7 @@ def open_log(
     )
 
 
-def describe_run(settings: Settings, data: RunData, cut: Cut, device: torch.device) -> str:
+def describe_run(settings: RunSettings, data: RunData, cut: Cut, device: torch.device) -> str:
     """One line: samples, steps, ranks, and how a step is cut."""
     dataset = data.dataset
     line = (
@@ -547,7 +552,7 @@ def describe_run(settings: Settings, data: RunData, cut: Cut, device: torch.devi
 class Run:
     """What the loop works with."""
 
-    settings: Settings
+    settings: RunSettings
     device: torch.device
     data: RunData
     # of each step, this rank's
@@ -568,7 +573,7 @@ class Run:
         return len(self.data.batches)
 
 
-def start(settings: Settings) -> Run | None:
+def start(settings: RunSettings) -> Run | None:
     """Everything before the first step; None when the run is finished already."""
     rank, world_size, device = setup_distributed()
     checkpoint, tokenizer = together(open_checkpoint, settings)
@@ -771,7 +776,7 @@ def train(run: Run) -> None:
 # --- 7. main --------------------------------------------------------------------------------------
 
 
-def run_training(settings: Settings) -> None:
+def run_training(settings: RunSettings) -> None:
     """A whole run, from where it stands to final/."""
     run = start(settings)
     if run:
@@ -790,7 +795,7 @@ def run_training(settings: Settings) -> None:
     dist.destroy_process_group()
 
 
-def run_guarded(settings: Settings) -> None:
+def run_guarded(settings: RunSettings) -> None:
     """run_training, with one line for what ends it from outside: memory, or a rank that is gone."""
     try:
         run_training(settings)
@@ -823,7 +828,7 @@ def hint_for(error: Exception) -> str | None:
     return None
 
 
-def print_plan(settings: Settings) -> None:
+def print_plan(settings: RunSettings) -> None:
     """--plan."""
     setup_distributed()
     stage = STAGES[settings.stage]
@@ -863,7 +868,7 @@ def print_plan(settings: Settings) -> None:
     )
 
 
-def read_settings_quietly() -> Settings | None:
+def read_settings_quietly() -> RunSettings | None:
     """On ranks but the first: what is wrong with the options rank 0 says, once."""
     try:
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):

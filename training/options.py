@@ -1,4 +1,4 @@
-"""Options of train.py: what can be typed, what goes together, and Settings, what comes of it."""
+"""Options of train.py: what can be typed, what goes together, and RunSettings, what comes of it."""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -8,7 +8,6 @@ from typing import Any
 from common.options import InRange
 from model_io.tokens import TEMPLATES
 from qilin_min import PROJECTORS
-from training.freeze import check_trained
 from training.plan import LLAMA_SIZES
 from training.stages import Stage
 
@@ -20,7 +19,7 @@ MOST = 10**9
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """What a run works with: what was typed, else what its stage says. run.json lists it all."""
 
     stage: int
@@ -91,7 +90,7 @@ class Settings:
 # None stands for what the stage says, or the plan
 
 
-def build_parser(
+def training_parser(
     description: str | None, stages: dict[int, Stage], lora: dict[str, Any]
 ) -> argparse.ArgumentParser:
     """The options, by group."""
@@ -498,8 +497,8 @@ def short(number: float) -> str:
 # --- 2. what goes together ------------------------------------------------------------------------
 
 
-def settle(typed: dict[str, Any], stages: dict[int, Stage], lora: dict[str, Any]) -> Settings:
-    """Settings from what was typed and, where nothing was, from the stage's row. ValueError or
+def settle(typed: dict[str, Any], stages: dict[int, Stage], lora: dict[str, Any]) -> RunSettings:
+    """RunSettings from what was typed and, where nothing was, from the stage's row. ValueError or
     FileNotFoundError for what does not go together."""
     number = typed["stage"]
     if number not in stages:
@@ -509,7 +508,6 @@ def settle(typed: dict[str, Any], stages: dict[int, Stage], lora: dict[str, Any]
     stage = stages[number]
     if typed["lora"]:
         stage = replace(stage, **lora)
-    check_trained(stage.trained)
 
     values = dict(typed)
     for name in ("lr", "batch_size"):
@@ -526,7 +524,7 @@ def settle(typed: dict[str, Any], stages: dict[int, Stage], lora: dict[str, Any]
             values["projector"] = first_projector(stage, stages)
             if not typed["plan"]:
                 check_projector(values["projector"], number, stage)
-    return Settings(
+    return RunSettings(
         **values,
         trained=stage.trained,
         is_default_data=typed["data"] is None,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from training.freeze import is_llm_tuned
+from training.freeze import check_trained, is_llm_tuned
 
 # what a finished run leaves in --out/final, and the file there that says it is finished
 FINAL_FILES = {"projector": "projector.safetensors", "model": "config.json"}
@@ -44,3 +44,20 @@ class Stage:
     def is_llm_tuned(self) -> bool:
         """Whether weights of the language model itself are trained, all or some."""
         return is_llm_tuned(self.trained)
+
+
+def check_stages(stages: dict[int, Stage]) -> None:
+    """ValueError for a row that no run can follow, or whose result would be lost."""
+    for number, stage in stages.items():
+        check_trained(stage.trained)
+        if stage.export not in FINAL_FILES:
+            kinds = ", ".join(FINAL_FILES)
+            raise ValueError(f"stage {number}: export={stage.export!r} is none of {kinds}")
+        if stage.export == "projector" and stage.trained != ("mm_projector",):
+            trained = ", ".join(stage.trained)
+            raise ValueError(f"stage {number} trains {trained}, but exports the projector alone")
+        if stage.projector_of not in (None, *stages):
+            raise ValueError(
+                f"stage {number} starts from stage {stage.projector_of}'s projector, "
+                "which has no row"
+            )
