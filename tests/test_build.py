@@ -1,6 +1,5 @@
 """Promise: `build` turns raw or translated files into what train.py reads, with every row counted
-once, and the same bytes for any number of workers.
-"""
+once, and the same bytes for any number of workers."""
 
 import csv
 import json
@@ -60,8 +59,7 @@ def raw(tmp_path):
 
 def test_the_papers_subsets(raw, tmp_path):
     """Each case report row is one dialog of each subset, PMC-OA's rows with one caption one
-    composite, PMC-VQA's letters the choice's words; all of it fit to train on.
-    """
+    composite, PMC-VQA's letters the choice's words; all of it fit to train on."""
     out = tmp_path / "out"
     build(*every_set(raw), "--out", out)
     alignment, instruction = dialogs(out / "alignment.json"), dialogs(out / "instruction.json")
@@ -91,7 +89,7 @@ def test_the_papers_subsets(raw, tmp_path):
     assert (
         sum(name.startswith("composites/") for name in names) == 4
     )  # of 6 articles, 2 have one picture, 2 two, 2 three
-    for subset, sets in manifest(out)["counts"].items():
+    for sets in manifest(out)["counts"].values():
         for n in sets.values():
             assert n["rows"] == n["kept"] + n["joined"] + n["merged"] + sum(n["dropped"].values())
     counts = manifest(out)["counts"]
@@ -129,9 +127,8 @@ def test_same_bytes_for_any_number_of_workers(raw, tmp_path):
 
 
 def test_prompts_are_drawn_evenly(tmp_path):
-    """About twenty of each task, all different; 2,000 rows draw each of them between half and twice
-    its share.
-    """
+    """About twenty of each task, all different; 2,000 rows draw each of them between half and
+    twice its share."""
     for templates in (CAPTION, CONTEXT, VQA):
         assert len(set(templates)) == len(templates) == 20
     assert all(template.count("{question}") == 1 for template in VQA)
@@ -169,10 +166,11 @@ def test_prompts_are_drawn_evenly(tmp_path):
 )
 def test_composites_are_never_distorted(sizes, direction):
     """Every part keeps its proportions to a pixel, all have one height (or width), and of the two
-    layouts it is the less extreme.
-    """
+    layouts it is the less extreme."""
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-    composite = join_pictures([Image.new("RGB", size, color) for size, color in zip(sizes, colors)])
+    composite = join_pictures(
+        [Image.new("RGB", size, color) for size, color in zip(sizes, colors, strict=False)]
+    )
     beside, stacked = sum(w / h for w, h in sizes), sum(h / w for w, h in sizes)
     best = min(max(beside, 1 / beside), max(stacked, 1 / stacked))
     extreme = max(composite.width / composite.height, composite.height / composite.width)
@@ -185,7 +183,7 @@ def test_composites_are_never_distorted(sizes, direction):
         or composite.width == composite.height
     )
     pixels = np.asarray(composite)
-    for (width, height), color in zip(sizes, colors):
+    for (width, height), color in zip(sizes, colors, strict=False):
         ys, xs = np.nonzero((pixels == color).all(axis=2))
         w, h = np.ptp(xs) + 1, np.ptp(ys) + 1
         assert h == composite.height or w == composite.width
@@ -315,8 +313,7 @@ def test_nothing_left_says_why_and_keeps_what_was_there(raw, tmp_path):
 
 def test_pmc_vqa_as_found_in_the_wild(tmp_path):
     """Letters, labels and texts; `Anwser`; a byte-order mark; columns in another order; letters
-    before the choices or none.
-    """
+    before the choices or none."""
     columns = ["Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D"]
     cases = [
         (
@@ -408,9 +405,8 @@ def test_both_texts_of_a_case(raw, tmp_path):
 
 
 def test_merged_turns(raw, tmp_path):
-    """Two questions a picture: half as many dialogs, every question and answer still there, and how
-    many pictures that saves is said.
-    """
+    """Two questions a picture: half as many dialogs, every question and answer still there, and
+    how many pictures that saves is said."""
     plain, merged = tmp_path / "plain", tmp_path / "merged"
     build("--pmc-vqa", raw / "train_2.csv", "--images", raw / "images", "--out", plain)
     done = build(
@@ -441,8 +437,7 @@ def test_merged_turns(raw, tmp_path):
 
 def test_a_split_never_leaks(tmp_path):
     """Rows tied by an article or a picture, directly or through others, across sets: on one side.
-    10 % of 400 rows are held out.
-    """
+    10 % of 400 rows are held out."""
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for k in range(300):
@@ -540,9 +535,8 @@ def test_teams():
 
 
 def test_ones_own_data(tmp_path):
-    """Columns by flags, an encoding, lists of pictures, patients kept together; rows with a caption
-    go to stage 1, with a question to stage 2, with both to both.
-    """
+    """Columns by flags, an encoding, lists of pictures, patients kept together; rows with a
+    caption go to stage 1, with a question to stage 2, with both to both."""
     images = tmp_path / "images"
     images.mkdir()
     for name in "abcd":
@@ -602,9 +596,8 @@ def test_ones_own_data(tmp_path):
 
 
 def test_groups_and_articles_are_not_split(tmp_path):
-    """Patients named by --group-column, articles named by pictures of different names, ./p.png and
-    p.png: each on one side only.
-    """
+    """Patients named by --group-column, articles named by pictures of different names, ./p.png
+    and p.png: each on one side only."""
     images = tmp_path / "images"
     images.mkdir()
     for k in range(120):
@@ -651,9 +644,8 @@ def test_groups_and_articles_are_not_split(tmp_path):
 
 
 def test_one_folder_one_build(raw, tmp_path):
-    """A second build of a folder that is being written is refused; links inside the picture folder
-    are followed; a replaced picture is taken anew, whatever its date.
-    """
+    """A second build of a folder that is being written is refused; links inside the picture
+    folder are followed; a replaced picture is taken anew, whatever its date."""
     import fcntl
 
     (tmp_path / "out").mkdir()
@@ -676,9 +668,8 @@ def test_one_folder_one_build(raw, tmp_path):
 
 
 def test_published_files_pass_through(tmp_path):
-    """ChiMed-VL-Alignment.jsonl, -Instruction.json and multi-turn -Chat.json as released are built
-    into the same dialogs, and train.py reads them as they are.
-    """
+    """ChiMed-VL-Alignment.jsonl, -Instruction.json and multi-turn -Chat.json as released are
+    built into the same dialogs, and train.py reads them as they are."""
     images = tmp_path / "images"
     images.mkdir()
     for name in ("PMC1_a.jpg", "PMC1_b.jpg"):
@@ -737,9 +728,8 @@ def test_published_files_pass_through(tmp_path):
 
 
 def test_texts_are_cleaned(tmp_path):
-    """Entities, control characters, half surrogates and a literal <image>, which would eat the next
-    sample's picture.
-    """
+    """Entities, control characters, half surrogates and a literal <image>, which would eat the
+    next sample's picture."""
     (tmp_path / "images").mkdir()
     picture(tmp_path / "images/PMC1_a.jpg")
     text = "P &lt; 0.05 CT\u0000图像<image>显示&lt;image&gt;结节\ud800与\u2028钙化 &amp; 空洞"

@@ -1,6 +1,5 @@
 """Promise: `check` finds every row that training could not use or should not see, names why, and
-with --fix writes the others byte for byte.
-"""
+with --fix writes the others byte for byte."""
 
 import json
 
@@ -88,7 +87,7 @@ def test_every_problem_by_name(tmp_path, images, suffix, workers):
     rows = [json.dumps(r, ensure_ascii=False) for r, _ in CASES]
     file = tmp_path / f"data{suffix}"
     if suffix == ".json":
-        rows = [r for r, (value, _) in zip(rows, CASES) if isinstance(value, dict)]
+        rows = [r for r, (value, _) in zip(rows, CASES, strict=True) if isinstance(value, dict)]
     file.write_text(
         "[" + ",\n".join(rows) + "]" if suffix == ".json" else "\n".join(rows) + "\n{cut off\n",
         encoding="utf-8",
@@ -106,7 +105,7 @@ def test_every_problem_by_name(tmp_path, images, suffix, workers):
     assert {i: p for i, p in enumerate(expected) if p} == found
     for problem in {p for wrong in expected for p in wrong}:
         assert f"{problem}: {sum(problem in wrong for wrong in expected)}" in done.stdout
-    kept = [json.loads(r) for r, p in zip(rows, expected) if not p]
+    kept = [json.loads(r) for r, p in zip(rows, expected, strict=False) if not p]
     assert list(Records(tmp_path / f"clean{suffix}")) == kept
     done = check(tmp_path / f"clean{suffix}", "--images", images, code=0)
     assert (

@@ -1,6 +1,5 @@
 """Promise: raw files become training data by one command a step, a million rows in little memory,
-with counts that are the paper's in form.
-"""
+with counts that are the paper's in form."""
 
 import json
 import os
@@ -22,9 +21,8 @@ LONG = os.environ.get("LONG")
 
 
 def test_the_whole_chain(tmp_path, toy):
-    """translate, review, build, check, stats, on all three sets and the test set's form: no English
-    is left, nothing is unfit, and counts add up from step to step.
-    """
+    """translate, review, build, check, stats, on all three sets and the test set's form: no
+    English is left, nothing is unfit, and counts add up from step to step."""
     raw, zh, data = make_raw(tmp_path / "raw", n=9), tmp_path / "zh", tmp_path / "data"
     with Server() as server:
         prep(
@@ -172,8 +170,7 @@ def test_a_million_rows(tmp_path, spm_path):
     processes, and hardly more than a tenth of the rows need; then the tables, in form.
 
     Medians and quartiles in tokens are the paper's within 10 % (of 20,000 rows 15 %: repeatable,
-    but a small sample).
-    """
+    but a small sample)."""
     rows, built = 1_000_000 if LONG else 20_000, tmp_path / "built"
     peaks = []
     for n, name in ((rows // 10, "tenth"), (rows, "whole")):
@@ -193,7 +190,8 @@ def test_a_million_rows(tmp_path, spm_path):
             2,
         )
         print(
-            f"data: {n:,} rows in {seconds:.0f} s, {n / seconds:,.0f} a second, 2 workers; {peak:.0f} MB in all"
+            f"data: {n:,} rows in {seconds:.0f} s, {n / seconds:,.0f} a second, "
+            f"2 workers; {peak:.0f} MB in all"
         )
         peaks.append(peak)
     assert (
