@@ -16,7 +16,7 @@ import torch
 from conftest import make_qilin
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_layouts import write_clip, write_original  # noqa: the layouts are written there
+from test_layouts import write_clip, write_original
 
 import qilin_min as q
 from model_io.export import save_qilin

@@ -259,9 +259,9 @@ def test_one_name_means_one_thing():
 def test_pages_are_files_of_their_own(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert not re.search(r"<!doctype|<html|<(script|style)\b[^>]*>\s*\S", node.value, re.IGNORECASE), (
-                f"{name}: line {node.lineno}: a page inside Python"
-            )
+            assert not re.search(
+                r"<!doctype|<html|<(script|style)\b[^>]*>\s*\S", node.value, re.IGNORECASE
+            ), f"{name}: line {node.lineno}: a page inside Python"
 
 
 def test_what_torch_keeps_private_is_used_in_one_place_each():
