@@ -128,46 +128,90 @@ def test_no_import_goes_in_a_circle():
         visit(name, [])
 
 
+def is_nested_conditional(node):
+    if not isinstance(node, ast.IfExp):
+        return False
+    parts = [part for half in (node.test, node.body, node.orelse) for part in ast.walk(half)]
+    return any(isinstance(part, ast.IfExp) for part in parts)
+
+
+def is_text(node):
+    """A text of more than one character: a rule of dashes is no condition."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str) and len(node.value) > 1
+    return isinstance(node, ast.JoinedStr)
+
+
+def is_text_times_something(node):
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+        return False
+    pairs = ((node.left, node.right), (node.right, node.left))
+    return any(is_text(a) and not isinstance(b, ast.Constant) for a, b in pairs)
+
+
+def is_assignment_of_several(node):
+    """a, b = x, y; but a swap may stand."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+        return False
+    target = node.targets[0]
+    if not isinstance(target, ast.Tuple):
+        return False
+    return {*map(ast.unparse, target.elts)} != {*map(ast.unparse, node.value.elts)}
+
+
+def is_nested_comprehension(node):
+    if not isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return False
+    return len(node.generators) > 1 or len(node.generators[0].ifs) > 1
+
+
+def is_loop_over_conditional(node):
+    is_loop = isinstance(node, ast.For | ast.AsyncFor | ast.comprehension)
+    return is_loop and isinstance(node.iter, ast.IfExp)
+
+
+DENSE = {
+    "a conditional expression inside another": is_nested_conditional,
+    "a text times something": is_text_times_something,
+    "a tuple that assigns several things": is_assignment_of_several,
+    "a comprehension with more than one for or if": is_nested_comprehension,
+    "a loop over a conditional expression": is_loop_over_conditional,
+    "a module global that is assigned in a function": lambda node: isinstance(node, ast.Global),
+}
+
+
+def dense_places(tree):
+    found = []
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", "?")
+        found += [f"line {line}: {what}" for what, is_dense in DENSE.items() if is_dense(node)]
+    return found
+
+
 @each_file
 def test_nothing_is_dense(name):
-    found = []
-    for node in ast.walk(TREES[name]):
-        line = getattr(node, "lineno", None)
-        if isinstance(node, ast.IfExp):
-            parts = [
-                part for half in (node.test, node.body, node.orelse) for part in ast.walk(half)
-            ]
-            if any(isinstance(part, ast.IfExp) for part in parts):
-                found.append((line, "a conditional expression inside another"))
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            for text, factor in ((node.left, node.right), (node.right, node.left)):
-                is_text = isinstance(text, ast.JoinedStr) or (
-                    isinstance(text, ast.Constant)
-                    and isinstance(text.value, str)
-                    and len(text.value) > 1
-                )
-                if is_text and not isinstance(factor, ast.Constant):
-                    found.append((line, "a text times something"))
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.value, ast.Tuple)
-            and isinstance(node.targets[0], ast.Tuple)
-        ):
-            is_swap = {ast.unparse(target) for target in node.targets[0].elts} == {
-                ast.unparse(value) for value in node.value.elts
-            }
-            if not is_swap:
-                found.append((line, "a tuple that assigns several things"))
-        if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
-            if len(node.generators) > 1 or len(node.generators[0].ifs) > 1:
-                found.append((line, "a comprehension with more than one for or if"))
-        if isinstance(node, ast.For | ast.AsyncFor | ast.comprehension) and isinstance(
-            node.iter, ast.IfExp
-        ):
-            found.append((node.iter.lineno, "a loop over a conditional expression"))
-        if isinstance(node, ast.Global):
-            found.append((line, "a module global that is assigned in a function"))
-    assert not found, "\n".join(f"{name}: line {line}: {what}" for line, what in found)
+    assert not dense_places(TREES[name])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = a if b else c if d else e",
+        "x = 'and more' * bool(y)",
+        "a, b = f(x), g(y)",
+        "x = [i for row in rows for i in row]",
+        "x = [i for i in row if a if b]",
+        "for i in (a if b else ()): pass",
+        "def f():\n    global x\n    x = 1",
+    ],
+)
+def test_what_is_dense_is_seen(code):
+    assert len(dense_places(ast.parse(code))) == 1
+
+
+@pytest.mark.parametrize("code", ["a, b = b, a", "x = '-' * 9", "x = [i for i in row if i]"])
+def test_what_is_not_dense_may_stand(code):
+    assert not dense_places(ast.parse(code))
 
 
 @each_file

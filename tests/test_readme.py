@@ -62,4 +62,4 @@ def test_every_function_and_table_of_the_figure_is_there(name):
                 pattern = rf"^\s*(?:def|class) {last}\b|^{last}\b.* = "
                 assert re.search(pattern, source, re.MULTILINE), f"{word} in: {row}"
                 n_names += 1
-    assert n_names > 10
+    assert n_names >= 10
