@@ -13,7 +13,7 @@ import torch
 from conftest import run
 
 from model_io.load import load_qilin
-from training.checkpoints import PlainLoadPlanner, read_state
+from training.checkpoints import PlainLoadPlanner, name_in_setup, read_state
 
 OPTIONS = "--batch-size", 5, "--epochs", 3, "--save-every", 2, "--keep", 3  # 24 samples: 15 steps
 STEPS = 15
@@ -377,3 +377,13 @@ def test_a_damaged_log_does_not_keep_a_run_from_going_on(toy, tmp_path, whole):
         entries(out) == entries(whole)
         and json.loads(samples.read_text().split("\n")[0])["question"] == "a\u2028b\u0085c"
     )
+
+
+def test_a_setup_names_layers_as_it_always_did():
+    """A run that started from a llava-hf folder says the same of its weights as one from original
+    names: a checkpoint of either, written before names were looked up in a table, goes on.
+    """
+    assert name_in_setup("mm_projector.linear_1.weight") == "mm_projector.0.weight"
+    assert name_in_setup("mm_projector.linear_2.bias") == "mm_projector.2.bias"
+    for name in ("mm_projector.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert name_in_setup(name) == name

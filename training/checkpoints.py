@@ -91,6 +91,14 @@ def hold_out(out: Path) -> BinaryIO:
     )
 
 
+def name_in_setup(name: str) -> str:
+    """A tensor's name as setups have always said it, so that runs of before go on: the layers of a
+    llava-hf projector by their places.
+    """
+    name = name.replace("mm_projector.linear_1.", "mm_projector.0.")
+    return name.replace("mm_projector.linear_2.", "mm_projector.2.")
+
+
 def describe_setup(
     options: dict[str, Any],
     config: QilinConfig,
@@ -109,7 +117,7 @@ def describe_setup(
             if part_of(name) not in parts:
                 continue
             first_row = files.rows(name, 0, 1).contiguous().flatten()
-            weights.update(f"{name} {files.shape(name)} ".encode())
+            weights.update(f"{name_in_setup(name)} {files.shape(name)} ".encode())
             weights.update(first_row.view(torch.uint8).numpy().tobytes())
     return {
         **options,
