@@ -510,13 +510,20 @@ def spare_workers() -> int:
 
 
 def open_log(
-    settings: RunSettings, data: RunData, cut: Cut, n_params: dict[str, int], start: int
+    settings: RunSettings,
+    data: RunData,
+    cut: Cut,
+    n_params: dict[str, int],
+    start: int,
+    projector_type: str,
 ) -> Log:
-    """run.json and the log, going on after step number `start`."""
+    """run.json and the log, going on after step number `start`. projector_type: the model's, which
+    nobody need have typed."""
+    arguments = {**vars(settings), "projector_type": projector_type}
     on_rank0(
         write_run_json,
         settings.out,
-        arguments={**vars(settings), "default_weights": DEFAULT_WEIGHTS},
+        arguments={**arguments, "default_weights": DEFAULT_WEIGHTS},
         n_params=n_params,
         data=data.digests,
         start=start,
@@ -604,7 +611,7 @@ def start(settings: RunSettings) -> Run | None:
         "all": sum(param.numel() for param in model.parameters()),
         "trained": sum(param.numel() for param in model.parameters() if param.requires_grad),
     }
-    log = open_log(settings, data, cut, n_params, start=progress.step)
+    log = open_log(settings, data, cut, n_params, progress.step, model.config.projector_type)
     print0(
         f"stage {settings.stage}: {n_params['trained']:,} of {n_params['all']:,} "
         f"parameters trained; {accounting}"

@@ -99,6 +99,7 @@ def test_run_json_tells_what_was_run(toy, tmp_path):
         raw["versions"]["torch"].startswith("2.13.0")
         and raw["world_size"] == 1
         and raw["arguments"]["batch_size"] == 8
+        and raw["arguments"]["projector_type"] == "linear"
         and raw["command"][-1] == "1"
         and raw["started_at_step"] == 0
     )
