@@ -620,7 +620,7 @@ def questioned_picture(members: list[Member], pictures: PictureFolder, seed: int
 
 
 @dataclass
-class BlockOutcome:
+class BuildOutcome:
     """What pass 2 came to."""
 
     counts: Counter[Counted] = field(default_factory=Counter)
@@ -683,9 +683,9 @@ def check_no_input(out: Path, files: list[RawFile]) -> None:
             raise ValueError(f"{out / name} is an input: name another --out")
 
 
-def write_dialogs(build: Build, out: Path, workers: int) -> BlockOutcome:
+def write_dialogs(build: Build, out: Path, workers: int) -> BuildOutcome:
     """Pass 2. Its files are whole, and still under the names of partial_of()."""
-    outcome = BlockOutcome()
+    outcome = BuildOutcome()
     files: dict[str, TextIO] = {}
     blocks = build.inputs.blocks()
     results = in_order(make_block, blocks, workers, build)
@@ -714,7 +714,7 @@ def write_dialogs(build: Build, out: Path, workers: int) -> BlockOutcome:
     return outcome
 
 
-def finish_files(out: Path, outcome: BlockOutcome, n_rows: int) -> list[str]:
+def finish_files(out: Path, outcome: BuildOutcome, n_rows: int) -> list[str]:
     """Gives the files of pass 2 their names; which of output_names() there are. ValueError where no
     dialog was made: then only dropped.jsonl is replaced."""
     dropped = out / "dropped.jsonl"
@@ -734,7 +734,7 @@ def finish_files(out: Path, outcome: BlockOutcome, n_rows: int) -> list[str]:
 
 
 def make_manifest(
-    build: Build, settings: dict[str, Any], out: Path, outcome: BlockOutcome, made: list[str]
+    build: Build, settings: dict[str, Any], out: Path, outcome: BuildOutcome, made: list[str]
 ) -> dict[str, Any]:
     """What manifest.json holds: what was read, how, what was written, what became of each row.
     settings: those beside build.settings; made: names of the files of dialogs."""
@@ -781,7 +781,7 @@ def print_table(table: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 
 def print_outcome(
-    out: Path, outcome: BlockOutcome, made: list[str], settings: BuildSettings
+    out: Path, outcome: BuildOutcome, made: list[str], settings: BuildSettings
 ) -> None:
     """What there is now, and what whoever trains on it should know."""
     print_table(outcome.table())
