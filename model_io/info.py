@@ -1,0 +1,214 @@
+"""What a folder or file holds, told from headers alone, before anyone waits for its weights.
+
+in: a path of any layout; out: lines of text, or the error that loading it would end in
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from model_io.load import read_checkpoint
+from model_io.tokens import Tokenizer
+from model_io.weights import weight_files
+from qilin_min import (
+    PARTS,
+    Qilin,
+    QilinConfig,
+    WeightFiles,
+    account,
+    folder_config,
+    part_of,
+    projector_type_of,
+    text_config,
+    vision_config,
+)
+
+LAYOUTS = (  # the beginning of a tensor's name in the file -> layout; the first that any name has
+    ("base_model.model.", "saved through peft"),
+    ("model.vision_tower.vision_tower.", "original LLaVA / Qilin release, vision tower inside"),
+    ("model.vision_tower.vision_model.", "llava-hf, transformers 4.52 and later"),
+    ("model.vision_tower.", "llava-hf, transformers 5"),
+    ("language_model.model.", "llava-hf, transformers up to 4.51 (what qilin-min writes)"),
+    ("model.mm_projector.", "original LLaVA / Qilin release, vision tower elsewhere"),
+    ("mm_projector.", "a projector alone"),
+    ("model.layers.", "Hugging Face LLaMA"),
+    ("text_model.", "Hugging Face CLIP with its text tower"),
+    ("vision_model.", "Hugging Face CLIP vision tower"),
+    ("embeddings.", "Hugging Face CLIP vision tower, transformers 5"),
+)
+
+
+def layout_of(files: WeightFiles) -> str:
+    """The layout by the names inside, as they stand in the files."""
+    if all(part_of(name) == "mm_projector" for name in files.tensors):
+        return "a projector alone (stage 1)"
+    stored = [entry.name for entry in files.tensors.values()]
+    names = [*stored, *files.ignored]
+    for start, layout in LAYOUTS:
+        if any(name.startswith(start) for name in names):
+            return layout
+    return "unknown"
+
+
+def human(n_bytes: float) -> str:
+    """Bytes as GiB, or MiB where they are few."""
+    if n_bytes >= 2**30:
+        return f"{n_bytes / 2**30:.2f} GiB"
+    return f"{n_bytes / 2**20:.1f} MiB"
+
+
+def counted(n: int, word: str) -> str:
+    """How many of what."""
+    return f"{n} {word}s" if n > 1 else f"{n} {word}"
+
+
+def column(name: str, text: str) -> str:
+    """A line of info: what, then how much of it."""
+    return f"  {name:11} {text}"
+
+
+def tensors_line(files: WeightFiles) -> str:
+    """How many tensors in how many files, and in which dtypes."""
+    n_files = len({entry.file for entry in files.tensors.values()})
+    dtypes = sorted({files.dtype(name) for name in files.tensors})
+    return column(
+        "tensors",
+        f"{len(files.tensors)} in {counted(n_files, 'file')}, {len(files.ignored)} ignorable, "
+        f"{len(files.unknown)} unknown; {', '.join(dtypes)}",
+    )
+
+
+def count_parameters(files: WeightFiles) -> dict[str, int]:
+    """{part of a model: parameters of it in the files}."""
+    n_params: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for name in files.tensors:
+        n_params[part_of(name)] += torch.Size(files.shape(name)).numel()
+    return n_params
+
+
+def language_lines(path: Path, raw: dict, where: Path) -> Iterator[str]:
+    """Sizes of the language model by its config.json (`raw`, of `where`), and its tokenizer."""
+    text = text_config(raw.get("text_config", raw), where)
+    yield column(
+        "language",
+        f"{text.num_hidden_layers} layers, width {text.hidden_size}, "
+        f"{text.num_attention_heads} heads ({text.num_key_value_heads} key-value), "
+        f"ffn {text.intermediate_size}, vocabulary {text.vocab_size}, "
+        f"{text.max_position_embeddings} positions, theta {text.rope_theta:g}",
+    )
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.model").is_file():
+        n_pieces = Tokenizer(folder).vocab_size
+        yield column("tokenizer", f"tokenizer.model, {n_pieces} pieces")
+    else:
+        yield column(
+            "tokenizer",
+            "none: sample.py and train.py need a tokenizer.model beside the weights",
+        )
+
+
+def tower_line(raw: dict, where: Path) -> str:
+    """Sizes of a vision tower that lies alone."""
+    tower = vision_config(raw, where)
+    return column(
+        "vision",
+        f"{tower.num_hidden_layers} layers, width {tower.hidden_size}, "
+        f"{tower.image_size} pixels in patches of {tower.patch_size}",
+    )
+
+
+def projector_line(files: WeightFiles, raw: dict) -> str:
+    """The kind and widths of a projector that lies alone."""
+    names = [name for name in sorted(files.tensors) if name.endswith("weight")]
+    shapes = [files.shape(name) for name in names]  # (out, in) of each layer
+    kind = projector_type_of(files, raw)
+    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
+    return column("projector", f"{kind}: {' -> '.join(map(str, widths))}")
+
+
+def whole_model_lines(path: Path) -> Iterator[str]:
+    """What loading a whole model would find, and what it takes to run it. ValueError as loading."""
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = Qilin(config)
+    _, accounted = account(model, checkpoint.sources, checkpoint.is_fresh)
+    tower = config.vision
+    encoder = model.vision_tower.encoder
+    n_computed = len(encoder.layers[: model.vision_tower.n_computed])
+    outside = [files.path for files, _ in checkpoint.sources if files.path != path]
+    origin = f", from {outside[0]}" if outside else ""
+    yield column(
+        "vision",
+        f"{tower.num_hidden_layers} layers, {n_computed} computed, width {tower.hidden_size}, "
+        f"{tower.image_size} pixels in patches of {tower.patch_size}: "
+        f"{config.n_image_tokens} tokens a picture{origin}",
+    )
+    yield column("projector", config.projector_type)
+    yield column("complete", accounted)
+    yield "  memory to run it"
+    n_params = sum(param.numel() for param in model.parameters())
+    yield from memory_lines(config, n_params)
+
+
+def memory_lines(config: QilinConfig, n_params: int) -> list[str]:
+    """What running a whole model of n_params parameters takes: weights, and keys and values of 2048
+    positions."""
+    text = config.text
+    attention_width = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    block_width = attention_width + 3 * text.intermediate_size
+    in_blocks = text.num_hidden_layers * text.hidden_size * block_width
+    n_positions = min(2048, text.max_position_embeddings)
+    kv_width = text.num_key_value_heads * text.head_dim
+    cached = 2 * text.num_hidden_layers * kv_width * n_positions
+    elsewhere = n_params - in_blocks
+    # dtype: (bytes of the weights, bytes of a number in the cache)
+    needs = {
+        "float32": (4 * n_params, 4),
+        "bfloat16": (2 * n_params, 2),
+        "int8": (2 * elsewhere + in_blocks, 2),
+        # half a byte, and a scale of 2 bytes for every 64 of them
+        "int4": (2 * elsewhere + in_blocks * 17 / 32, 2),
+    }
+    return [
+        f"    {name:9} {human(weights):>10} weights + {human(cached * size)} keys and values"
+        for name, (weights, size) in needs.items()
+    ]
+
+
+def info_lines(path: Path) -> Iterator[str]:
+    """What a folder or file holds. ValueError where it could not be loaded."""
+    files = weight_files(path)
+    n_params = count_parameters(files)
+    has_llm = n_params["llm"] > 0
+    has_tower = n_params["vision_tower"] > 0
+    has_projector = n_params["mm_projector"] > 0
+    yield str(path)
+    yield column("layout", layout_of(files))
+    yield tensors_line(files)
+    for part, n in n_params.items():
+        yield column(part, f"{n:>16,} parameters" if n else "none inside")
+
+    folder = path if path.is_dir() else path.parent
+    has_config = (folder / "config.json").is_file()
+    raw, where = folder_config(path) if has_config else ({}, folder / "config.json")
+    if has_llm:
+        if not has_config:
+            raise ValueError(
+                f"{path}: no config.json beside it: it tells heads, norms and rotations, "
+                "which no tensor shows"
+            )
+        yield from language_lines(path, raw, where)
+    elif has_tower and has_config:
+        yield tower_line(raw, where)
+
+    if has_llm and (has_projector or has_tower):
+        yield from whole_model_lines(path)
+    elif files.unknown:
+        unknown = ", ".join(sorted(files.unknown)[:10])
+        raise ValueError(f"{path}: tensors that this model has no place for: {unknown}")
+    elif not has_llm and not has_tower:
+        yield projector_line(files, raw)
+    else:
+        yield "  one part of a model: give it as --llm or --vision"
