@@ -48,12 +48,20 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from common.files import USER_ERRORS, check_replaceable, one_line, replace_folder, run_cli
+from common.files import (
+    USER_ERRORS,
+    check_replaceable,
+    one_line,
+    removed_on_error,
+    replace_folder,
+    run_cli,
+)
 from model_io.export import check_exportable, full_tensors, save_qilin, save_tensors
 from model_io.load import Checkpoint, read_checkpoint
 from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
 from model_io.tokens import Tokenizer
 from model_io.weights import load_weights
+from model_io.written import check_file, fingerprint
 from qilin_min import LOSS_CHUNK, Qilin, QilinConfig
 from training.batches import (
     Dialogs,
@@ -293,7 +301,10 @@ def save_projector(model: Qilin, final: Path, name: str, dtype: torch.dtype) -> 
         folder = final.with_name("final.partial")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        meant = {key: fingerprint(tensor) for key, tensor in tensors.items()}
         save_tensors(tensors, folder / name)
+        with removed_on_error(folder):
+            check_file(folder / name, meant)
         replace_folder(folder, final)
     dist.barrier()
 

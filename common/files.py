@@ -1,6 +1,7 @@
 """How a command ends, and how files are read and written: in one line, beside and renamed, or not
 at all."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -9,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -119,6 +120,16 @@ def replace_folder(partial: Path, path: Path) -> None:
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def removed_on_error(partial: Path) -> Iterator[None]:
+    """What is done within, or else no folder `partial`."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def check_replaceable(path: str | Path, mark: str) -> None:

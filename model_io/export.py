@@ -15,10 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 
-from common.files import check_replaceable, one_line, replace_folder, write_json, write_text
+from common.files import (
+    check_replaceable,
+    one_line,
+    removed_on_error,
+    replace_folder,
+    write_json,
+    write_text,
+)
 from model_io.lowbit import QuantizedLinear
 from model_io.pixels import CLIP_MEAN, CLIP_STD
 from model_io.tokens import SYSTEM, Tokenizer
+from model_io.written import Fingerprint, check_json, check_loads, check_shards, fingerprint
 from qilin_min import (
     EMBED,
     HEAD,
@@ -100,7 +108,7 @@ class ShardFiles:
     def __init__(self, folder: Path):
         self.folder = folder
         self.open: dict[str, torch.Tensor] = {}  # what the next file will hold
-        self.written: list[list[str]] = []  # the keys in each file
+        self.written: list[dict[str, Fingerprint]] = []  # what each file should hold
         self.n_bytes = 0
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
@@ -112,12 +120,14 @@ class ShardFiles:
         self.n_bytes += tensor.nbytes
 
     def _write(self):
+        held = {key: fingerprint(self.open[key]) for key in sorted(self.open)}
         save_tensors(self.open, self.folder / f"shard-{len(self.written)}")
-        self.written.append(sorted(self.open))
+        self.written.append(held)
         self.open.clear()
 
-    def finish(self) -> None:
-        """Write the rest, and give each file its name, which tells how many there are."""
+    def finish(self) -> dict[str, dict[str, Fingerprint]]:
+        """Write the rest, and give each file its name, which tells how many there are.
+        -> {file name: {key: what it should hold}}"""
         self._write()
         n = len(self.written)
         if n == 1:
@@ -134,6 +144,7 @@ class ShardFiles:
                 "weight_map": dict(sorted(weight_map.items())),
             }
             write_json(self.folder / "model.safetensors.index.json", index)
+        return dict(zip(names, self.written, strict=True))
 
 
 # --- 2. a model -> a folder ---
@@ -181,7 +192,8 @@ def save_qilin(
 
     tokenizer: a Tokenizer, or None (then no tokenizer files). dtype: of the floats on disk (None:
     as they are). made_from: for its README.md. On a sharded model every rank calls it; tensors are
-    gathered one at a time and rank 0 writes, beside, then renames. The picture token is the first
+    gathered one at a time and rank 0 writes, beside, reads all of it again, then renames; OSError
+    when what lies there is not what was written. The picture token is the first
     id past the tokenizer; rows are padded to a multiple of 64 with copies of <unk>'s. A linear
     projector has no llava-hf class: it is written as linear_1, an identity as linear_2, and a
     linear activation, which is equal.
@@ -209,15 +221,20 @@ def save_qilin(
             shards.add(key, tensor)
 
     if _is_rank0():
-        shards.finish()
+        written = shards.finish()
         dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-        for file, content in hf_configs(config, n_token_ids, n_rows, dtype_name).items():
+        configs = hf_configs(config, n_token_ids, n_rows, dtype_name)
+        for file, content in configs.items():
             write_json(partial / file, content)
         n_params = sum(param.numel() for param in model.parameters())
         card = model_card(made_from, n_params, dtype_name, config.projector_type)
         write_text(partial / "README.md", card)
         if tokenizer:
             save_tokenizer(tokenizer, partial)
+        with removed_on_error(partial):
+            check_shards(partial, written)
+            check_json(partial, configs)
+            check_loads(partial, config, n_rows, tokenizer)
         replace_folder(partial, path)
     if dist.is_initialized():
         dist.barrier()
