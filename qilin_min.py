@@ -861,11 +861,34 @@ DTYPES = {
     "F16": "float16",
     "BF16": "bfloat16",
     "I64": "int64",
+    "I32": "int32",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }
+# of these the ones whose numbers are the weights, which nothing else scales
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+# what stands in a clone in the place of a large file, where git-lfs has not fetched it
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_no_pointer(file: Path) -> None:
+    """ValueError when a file is a Git LFS pointer to what it should hold."""
+    with open(file, "rb") as opened:
+        start = opened.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise ValueError(
+            f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+        )
 
 
 def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     """{name: slice} of a .safetensors file; nothing is read before it is asked for."""
+    check_no_pointer(file)
     try:
         opened = safe_open(file, framework="pt")
         return {name: opened.get_slice(name) for name in opened.keys()}
@@ -926,6 +949,7 @@ class WeightFiles:
 
 
 def _read_json(file: Path) -> Any:
+    check_no_pointer(file)
     try:
         # -sig: some releases carry a byte-order mark
         return json.loads(file.read_text(encoding="utf-8-sig"))
@@ -933,20 +957,41 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file}: not a JSON file ({error})") from None
 
 
-def shards_of(index: Path) -> list[Path]:
-    """The files that an index of shards names, all of which must lie beside it."""
-    raw = _read_json(index)
+# the sets of weights that a folder may hold, in the order in which transformers takes them
+WEIGHT_SETS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def weight_sets(folder: Path) -> list[Path]:
+    """The sets of weights in a folder, each a file or an index of shards, first what is taken."""
+    return [folder / name for name in WEIGHT_SETS if (folder / name).is_file()]
+
+
+def files_of_set(place: Path) -> list[Path]:
+    """The files of a set of weights, there or not: itself, or the shards that an index names."""
+    if place.suffix != ".json":
+        return [place]
+    raw = _read_json(place)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: no weight_map from tensors to files beside it")
+        raise ValueError(f"{place}: no weight_map from tensors to files beside it")
     for name in weight_map.values():
         if not isinstance(name, str) or name != Path(name).name:
-            raise ValueError(f"{index}: no weight_map from tensors to files beside it")
-    files = [index.with_name(name) for name in sorted(set(weight_map.values()))]
+            raise ValueError(f"{place}: no weight_map from tensors to files beside it")
+    return [place.with_name(name) for name in sorted(set(weight_map.values()))]
+
+
+def shards_of(place: Path) -> list[Path]:
+    """The files of a set of weights. FileNotFoundError unless all are there."""
+    files = files_of_set(place)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{index} names {missing[0]}, which is not there "
+            f"{place} names {missing[0]}, which is not there "
             f"({len(missing)} of {len(files)} files are missing)"
         )
     return files
@@ -1205,8 +1250,8 @@ def fill_weights(
                 continue
             rows = files.rows(key, start, stop)
         entry = files.tensors[key]
-        if not rows.is_floating_point():
-            raise ValueError(f"{entry.file}: {entry.name} holds {rows.dtype}")
+        if files.dtype(key) not in FLOATS:
+            raise ValueError(f"{entry.file}: {entry.name} holds {files.dtype(key)}")
         if not looks_finite(rows):
             raise ValueError(f"{entry.file}: {entry.name} holds values that are not finite")
         if name in quantised:
@@ -1333,9 +1378,13 @@ def load_llava_hf(
     raw, where = folder_config(folder)
     if "text_config" not in raw or "vision_config" not in raw:
         raise ValueError(f"{where}: no text_config and vision_config: load_qilin opens it")
-    index = folder / "model.safetensors.index.json"
-    shards = shards_of(index) if index.is_file() else [folder / "model.safetensors"]
-    files = WeightFiles(folder, shards)
+    sets = [place for place in weight_sets(folder) if ".safetensors" in place.name]
+    if not sets:
+        raise FileNotFoundError(f"{folder}: neither model.safetensors nor an index of shards")
+    if len(sets) > 1:
+        names = " and ".join(place.name for place in sets)
+        raise ValueError(f"{folder}: {names} are two sets of weights: load_qilin says which counts")
+    files = WeightFiles(folder, shards_of(sets[0]))
 
     text = text_config(inner_config(raw), where)
     tower = vision_config(raw, where)

@@ -4,6 +4,7 @@ at all."""
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -63,6 +64,13 @@ def one_line(error: BaseException | str) -> str:
 
 def _say(line: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """A line on stderr, the first time that this process comes by; of several ranks the first."""
+    if os.environ.get("RANK", "0") == "0":
+        _say(line)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from common.files import model_folder
+from model_io.foreign import check_is_unpacked, check_tensors_are_plain
 from model_io.lowbit import quantize_linears
 from model_io.tokens import Tokenizer
 from model_io.weights import load_weights, weight_files
@@ -39,6 +40,13 @@ from qilin_min import (
 def folder_of(path: Path) -> Path:
     """The folder that a model is, or that its file lies in."""
     return path if path.is_dir() else path.parent
+
+
+def read_config(path: Path) -> tuple[dict, Path]:
+    """folder_config of weights that are not packed, else ValueError."""
+    raw, where = folder_config(path)
+    check_is_unpacked(raw, where)
+    return raw, where
 
 
 def find_tower(name: str, model: Path) -> Path | None:
@@ -124,7 +132,7 @@ def locate_parts(
             f"{model} holds only a projector (stage 1): give it as --projector, with --llm and "
             "--vision"
         )
-    raw, where = folder_config(model)
+    raw, where = read_config(model)
     places: dict[str, Path] = dict.fromkeys(PARTS, model)
     places.update(beside)
     if projector == "fresh":
@@ -135,7 +143,7 @@ def locate_parts(
 def language_config(located: Located) -> TextConfig | None:
     """Of the language model named beside, or of the one inside; None when there is neither."""
     if "llm" in located.beside:
-        raw, where = folder_config(located.beside["llm"])
+        raw, where = read_config(located.beside["llm"])
         return text_config(raw.get("text_config", raw), where)
     if located.where is not None and located.raw:
         return text_config(inner_config(located.raw), located.where)
@@ -148,7 +156,7 @@ def vision_part(located: Located, inside: WeightFiles | None) -> VisionConfig | 
     The tower of an original LLaVA is inside, or named by a path: then located.places learns it.
     """
     if "vision_tower" in located.beside:
-        return vision_config(*folder_config(located.beside["vision_tower"]))
+        return vision_config(*read_config(located.beside["vision_tower"]))
     if located.where is None or inside is None:
         return None
     raw = located.raw
@@ -159,7 +167,7 @@ def vision_part(located: Located, inside: WeightFiles | None) -> VisionConfig | 
     if folder is not None:
         if not is_inside:
             located.places["vision_tower"] = folder
-        return vision_config(*folder_config(folder))
+        return vision_config(*read_config(folder))
     if is_inside:
         return tower_config(inside)
     if "mm_vision_tower" in raw:
@@ -202,7 +210,7 @@ def given_projector_type(
     if any(part_of(name) == "mm_projector" for name in source.tensors):
         raw = {}
         if (folder_of(source.path) / "config.json").is_file():
-            raw, _ = folder_config(source.path)
+            raw, _ = read_config(source.path)
         return projector_type_of(source, raw, hint)
     is_named = "mm_projector" in located.beside
     # a language model alone may stand as a whole model: its projector starts fresh
@@ -267,7 +275,9 @@ def read_checkpoint(
             files[path] = weight_files(path)
     sources = []
     for path, opened in files.items():
-        sources.append((opened, {part for part, p in located.places.items() if p == path}))
+        parts = {part for part, place in located.places.items() if place == path}
+        check_tensors_are_plain(opened, parts)
+        sources.append((opened, parts))
 
     found_type = given_projector_type(located, files, projector_type)
     config = QilinConfig(

@@ -14,7 +14,14 @@ import sentencepiece
 import torch
 
 from common.files import model_folder
-from qilin_min import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Qilin, generate
+from qilin_min import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+    Qilin,
+    check_no_pointer,
+    generate,
+)
 
 # --- 1. text <-> ids ---
 
@@ -27,13 +34,15 @@ class Tokenizer:
         """path: a model's folder, or a file: tokenizer.model, or weights that it lies beside.
         FileNotFoundError or ValueError names it."""
         path = model_folder(path)
-        if path.suffix in (".safetensors", ".bin"):
+        # of an index of shards as well
+        if path.suffix in (".safetensors", ".bin", ".json"):
             path = path.parent
         self.path = path if path.is_file() else path / "tokenizer.model"
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"no tokenizer: {self.path} does not exist (it comes with the LLaMA weights)"
             )
+        check_no_pointer(self.path)
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError):

@@ -6,33 +6,31 @@ in: a folder or file of any layout; out: WeightFiles, and a model with what no f
 import math
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from common.files import one_line
+from common.files import say_once
+from model_io.foreign import check_is_weights, interrupted_in, nearest_to_weights, reason_of
 from qilin_min import (
     Qilin,
     Sources,
     StoredTensor,
     WeightFiles,
+    check_no_pointer,
+    files_of_set,
     fill_weights,
     local_part,
     local_rows,
     open_safetensors,
     shards_of,
+    weight_sets,
 )
 
-# what a folder is asked for, the first that is there
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "projector.safetensors",
-    "mm_projector.bin",
-)
+# --- 1. files -> tensors ---
 
 
 class PickledTensor:
@@ -56,14 +54,14 @@ def open_weights(file: Path) -> dict[str, StoredTensor]:
 
     Nothing is read before it is asked for.
     """
+    check_is_weights(file)
     if file.suffix == ".safetensors":
         return open_safetensors(file)
     try:
         return open_pickled(file)
     # the reader raises many kinds for a damaged file, and each means this
     except Exception as error:
-        reason = one_line(error)[:200]
-        raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
+        raise ValueError(f"{file}: cannot be read as weights: {reason_of(error)}") from None
 
 
 def open_pickled(file: Path) -> dict[str, StoredTensor]:
@@ -81,28 +79,144 @@ def open_pickled(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def find_weights(path: Path) -> list[Path]:
-    """The files that hold the tensors of a folder (one, or shards with an index), or the file."""
+# --- 2. a folder -> the files that count ---
+
+# a projector alone, as train.py and the released code leave it
+PROJECTOR_FILES = ("projector.safetensors", "mm_projector.bin")
+# what may lie beside the files that count and look like weights of the same model
+ALIKE = ("model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth", "adapter_model.*")
+
+
+@dataclass
+class FoundWeights:
+    """Which files of a folder hold the model."""
+
+    # the file, or the index of shards, that was chosen
+    place: Path
+    files: list[Path]
+    # names of what looks like weights of the model as well and is not read, with what is to be said
+    aside: list[str]
+
+    @property
+    def line(self) -> str:
+        """What was left aside, and how to choose; "" where nothing was."""
+        if not self.aside:
+            return ""
+        return (
+            f"{self.place} is read; left aside: {', '.join(self.aside)}; to read another, "
+            "give the file itself in place of the folder"
+        )
+
+
+def is_fetched(file: Path) -> bool:
+    """Whether a file is there, and more than a pointer to it."""
+    if not file.is_file():
+        return False
+    try:
+        check_no_pointer(file)
+    except ValueError:
+        return False
+    return True
+
+
+def choose_set(folder: Path) -> tuple[Path | None, list[Path]]:
+    """(The set of weights that counts, those before it of which no file is there).
+
+    A whole one, the first in transformers' order. FileNotFoundError for a set that comes first and
+    is there in part: somebody wanted it, and the next may be older.
+    """
+    absent = []
+    for place in weight_sets(folder):
+        files = files_of_set(place)
+        missing = [file.name for file in files if not is_fetched(file)]
+        if not missing:
+            return place, absent
+        if len(missing) < len(files):
+            raise FileNotFoundError(
+                f"{place} names {missing[0]}, which is not there ({len(missing)} of {len(files)} "
+                f"files are missing){interrupted_in(folder)}{other_sets(folder, place)}"
+            )
+        absent.append(place)
+    return None, absent
+
+
+def other_sets(folder: Path, place: Path) -> str:
+    """How to read another set of a folder than `place`, to stand behind an error; or ""."""
+    others = [other for other in weight_sets(folder) if other != place]
+    return f"; to read {others[0].name} instead, give {others[0]}" if others else ""
+
+
+def newest(files: Iterable[Path]) -> float:
+    """When the last of some files was changed, in seconds."""
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+
+
+def describe_aside(place: Path, than: list[Path]) -> str:
+    """The name of a file or index that is not read; whether it is newer than the files `than`."""
+    try:
+        files = files_of_set(place)
+    except ValueError:
+        return f"{place.name} (damaged)"
+    fetched = [file for file in files if is_fetched(file)]
+    if len(fetched) < len(files):
+        return f"{place.name} ({len(files) - len(fetched)} of its {len(files)} files are not there)"
+    if newest(files) > newest(than):
+        return f"{place.name} (newer)"
+    return place.name
+
+
+def left_aside(folder: Path, chosen: Path, files: list[Path]) -> list[str]:
+    """What beside the chosen set looks like weights of the model, each with what is to be said."""
+    places = [place for place in weight_sets(folder) if place != chosen]
+    named = {*files, chosen, *places}
+    for place in places:
+        try:
+            named.update(files_of_set(place))
+        except ValueError:
+            continue
+    for pattern in ALIKE:
+        places += [file for file in sorted(folder.glob(pattern)) if file not in named]
+    return [describe_aside(place, than=files) for place in places]
+
+
+def find_weights(path: Path) -> FoundWeights:
+    """The files that hold the tensors of a folder (one, or shards with an index).
+
+    path: a folder; or, to choose, a file or an index of shards, which then counts alone.
+    FileNotFoundError says what lies there instead.
+    """
     if path.is_file():
-        return [path]
+        return FoundWeights(path, shards_of(path), [])
     if not path.is_dir():
         raise FileNotFoundError(f"no such folder or file: {path}")
-    for name in INDEXES:
+    chosen, absent = choose_set(path)
+    if chosen is not None:
+        files = files_of_set(chosen)
+        return FoundWeights(chosen, files, left_aside(path, chosen, files))
+    for name in PROJECTOR_FILES:
         if (path / name).is_file():
-            return shards_of(path / name)
-    for name in SINGLE_FILES:
-        if (path / name).is_file():
-            return [path / name]
+            return FoundWeights(path / name, [path / name], [])
+    if absent:
+        # says which file, and whether it is a pointer
+        first = shards_of(absent[0])[0]
+        check_no_pointer(first)
     raise FileNotFoundError(
         f"no weights in {path}: neither model.safetensors nor pytorch_model.bin, nor an index of "
-        "shards"
+        f"shards{nearest_to_weights(path)}{interrupted_in(path)}"
     )
 
 
 def weight_files(path: str | Path) -> WeightFiles:
-    """The tensors of a folder or file of any layout, by our names."""
+    """The tensors of a folder or file of any layout, by our names; stderr tells what of a folder
+    was left aside."""
     path = Path(path)
-    return WeightFiles(path, find_weights(path), open_weights)
+    found = find_weights(path)
+    if found.line:
+        say_once(found.line)
+    return WeightFiles(path, found.files, open_weights)
+
+
+# --- 3. what no file holds ---
 
 
 @torch.no_grad()

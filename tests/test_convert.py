@@ -260,8 +260,11 @@ DAMAGE = {
     "empty": lambda f: truncate(0)(f / "model.safetensors"),
     "config": lambda f: (f / "config.json").write_text(""),
     "tokenizer": lambda f: truncate(1000)(f / "tokenizer.model"),
-    "index": lambda f: (f / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "gone.safetensors"}}'
+    "index": lambda f: (
+        (f / "model.safetensors").unlink(),
+        (f / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "gone.safetensors"}}'
+        ),
     ),
     "nan": lambda f: save_file(
         {

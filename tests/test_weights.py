@@ -291,7 +291,7 @@ def test_a_config_that_is_no_object(content, llama, clip):
     ],
 )
 def test_an_index_that_names_no_files_beside_it(weight_map, llama, clip):
-    edit_json(llama / "config.json")
+    (llama / "model.safetensors").unlink()
     (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match="index.json"):
         load_qilin(llm=llama, vision=clip)
