@@ -161,20 +161,35 @@ def _fields_from(cls, raw: dict, where: Path, fixed: dict[str, list]):
     return config
 
 
-def _check_rope(raw: dict, where: Path) -> None:
-    """ValueError unless positions are rotated as in LLaMA-2, without any scaling."""
+def _rope_theta(raw: dict, where: Path) -> Any:
+    """The base of RoPE's angles, in whatever spelling; None where config.json says nothing of it.
+
+    ValueError unless positions are rotated as in LLaMA-2, without any scaling, and the spellings
+    agree: transformers 4 reads rope_theta, 5 first what is nested.
+    """
     # transformers 5 nests what older files spell rope_theta, rope_scaling
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(raw.get(key) or {}, dict):
-            raise ValueError(f"{where}: not an object with the sizes of a language model")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(key) or {}
+    parameters = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        raise ValueError(f"{where}: not an object with the sizes of a language model")
+    for rope in (parameters, scaling):
         for kind in (rope.get("rope_type"), rope.get("type")):
             if kind not in (None, "default"):
                 raise ValueError(
                     f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be "
                     "silently wrong"
                 )
+    theta = (scaling or parameters).get("rope_theta", raw.get("rope_theta"))
+    for rope in (raw, parameters, scaling):
+        other = rope.get("rope_theta", theta)
+        if other != theta:
+            raise ValueError(
+                f"{where}: rope_theta is said to be {theta} and {other}, which transformers 4 and "
+                "5 decide differently: keep the one that the model was trained with"
+            )
+        if rope.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(f"{where}: a partial_rotary_factor is not implemented here")
+    return theta
 
 
 def text_config(raw: dict, where: Path) -> TextConfig:
@@ -184,11 +199,8 @@ def text_config(raw: dict, where: Path) -> TextConfig:
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: not an object with the sizes of a language model")
-    _check_rope(raw, where)
     sizes = dict(raw)
-    rope = raw.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        sizes["rope_theta"] = rope["rope_theta"]
+    sizes["rope_theta"] = _rope_theta(raw, where)
     ends = raw.get("eos_token_id")
     if isinstance(ends, list) and ends:
         more = ends[1:]
@@ -1296,12 +1308,20 @@ def check_llava(raw: dict, where: Path) -> None:
             )
 
 
-def inner_config(raw: dict) -> Any:
-    """The language model's half of a config.json, or all of it where it is not nested."""
+def inner_config(raw: dict, where: Path) -> Any:
+    """The language model's half of a config.json, or all of it where it is not nested.
+
+    Inside counts, as in transformers. ValueError where its versions differ: a head that is tied
+    outside alone is tied to 5, and not to 4.
+    """
     inner = raw.get("text_config", raw)
-    if inner is not raw and isinstance(inner, dict) and "tie_word_embeddings" in raw:
-        # in llava-hf the outer one counts
-        return dict(inner, tie_word_embeddings=raw["tie_word_embeddings"])
+    if not isinstance(inner, dict):
+        return inner
+    if raw.get("tie_word_embeddings") and not inner.get("tie_word_embeddings"):
+        raise ValueError(
+            f"{where}: tie_word_embeddings is true, but not inside text_config, which transformers "
+            "4 and 5 decide differently: say the same in both places"
+        )
     return inner
 
 
@@ -1386,7 +1406,7 @@ def load_llava_hf(
         raise ValueError(f"{folder}: {names} are two sets of weights: load_qilin says which counts")
     files = WeightFiles(folder, shards_of(sets[0]))
 
-    text = text_config(inner_config(raw), where)
+    text = text_config(inner_config(raw, where), where)
     tower = vision_config(raw, where)
     tower.select_layer = feature_layer(raw, where, tower)
     check_llava(raw, where)

@@ -18,6 +18,7 @@ from qilin_min import (
     WeightFiles,
     account,
     folder_config,
+    inner_config,
     part_of,
     projector_type_of,
     text_config,
@@ -89,7 +90,7 @@ def count_parameters(files: WeightFiles) -> dict[str, int]:
 
 def language_lines(path: Path, raw: dict, where: Path) -> Iterator[str]:
     """Sizes of the language model by its config.json (`raw`, of `where`), and its tokenizer."""
-    text = text_config(raw.get("text_config", raw), where)
+    text = text_config(inner_config(raw, where), where)
     yield column(
         "language",
         f"{text.num_hidden_layers} layers, width {text.hidden_size}, "

@@ -144,9 +144,9 @@ def language_config(located: Located) -> TextConfig | None:
     """Of the language model named beside, or of the one inside; None when there is neither."""
     if "llm" in located.beside:
         raw, where = read_config(located.beside["llm"])
-        return text_config(raw.get("text_config", raw), where)
+        return text_config(inner_config(raw, where), where)
     if located.where is not None and located.raw:
-        return text_config(inner_config(located.raw), located.where)
+        return text_config(inner_config(located.raw, located.where), located.where)
     return None
 
 
