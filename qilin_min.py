@@ -1299,6 +1299,8 @@ def check_llava(raw: dict, where: Path) -> None:
         "mm_vision_select_feature": ("patch",),
         "projector_hidden_act": sorted(activations),
         "mm_use_im_start_end": (False,),
+        "image_aspect_ratio": ("pad", "square", "crop"),
+        "mm_patch_merge_type": ("flat",),
     }
     for key, allowed in implemented.items():
         if raw.get(key) not in (None, *allowed):
@@ -1343,8 +1345,14 @@ def count_token_ids(raw: dict, vocab_size: int) -> int:
 
 
 def square_mode(raw: dict) -> str:
-    """How this model's pictures become square."""
-    return "crop" if raw.get("image_aspect_ratio") == "crop" else "pad"
+    """How this model's pictures become square by its config.json: QilinConfig.image_mode.
+
+    A LLaVA that does not say pad takes what CLIP's own processor gives, which crops. A language
+    model that is to become one pads.
+    """
+    is_llava = bool(raw.keys() & {"vision_config", "mm_vision_tower"})
+    word = raw.get("image_aspect_ratio") or ("square" if is_llava else "pad")
+    return "pad" if word == "pad" else "crop"
 
 
 def activation_word(projector_type: str) -> str:

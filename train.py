@@ -55,6 +55,7 @@ from common.files import (
     removed_on_error,
     replace_folder,
     run_cli,
+    say_once,
 )
 from model_io.export import check_exportable, full_tensors, save_qilin, save_tensors
 from model_io.load import Checkpoint, read_checkpoint
@@ -329,6 +330,12 @@ def open_checkpoint(settings: RunSettings) -> tuple[Checkpoint, Tokenizer]:
         projector_type=settings.projector_type,
     )
     check_projector_type(checkpoint.config.projector_type, settings.projector_type)
+    if settings.model and settings.image_mode != checkpoint.config.image_mode:
+        say_once(
+            f"--image-mode {settings.image_mode}: {settings.model} was trained with pictures made "
+            f"square by {checkpoint.config.image_mode}; what comes out will say "
+            f"{settings.image_mode}"
+        )
     if stage.export == "model":
         check_exportable(checkpoint.config.projector_type)
     # here, where all ranks say so in one line

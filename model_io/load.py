@@ -13,6 +13,7 @@ import torch
 from common.files import model_folder
 from model_io.foreign import check_is_unpacked, check_tensors_are_plain
 from model_io.lowbit import quantize_linears
+from model_io.processor import check_tower_processor, picture_mode
 from model_io.tokens import Tokenizer
 from model_io.weights import load_weights, weight_files
 from qilin_min import (
@@ -31,7 +32,6 @@ from qilin_min import (
     named_list,
     part_of,
     projector_type_of,
-    square_mode,
     text_config,
     vision_config,
 )
@@ -245,6 +245,8 @@ class Checkpoint:
     sources: Sources
     # no projector was given or found, or `fresh` asked for: init_fresh makes it
     is_fresh: bool
+    # what says how pictures become square
+    mode_reason: str
 
 
 def read_checkpoint(
@@ -279,20 +281,23 @@ def read_checkpoint(
         check_tensors_are_plain(opened, parts)
         sources.append((opened, parts))
 
+    if "vision_tower" in located.places:
+        check_tower_processor(folder_of(located.places["vision_tower"]), tower.image_size)
+    image_mode, mode_reason = picture_mode(located.raw, located.where)
     found_type = given_projector_type(located, files, projector_type)
     config = QilinConfig(
         text=text,
         vision=tower,
         projector_type=found_type or projector_type or QilinConfig.projector_type,
         n_token_ids=text.vocab_size,
-        image_mode=square_mode(located.raw),
+        image_mode=image_mode,
     )
     folder = folder_of(located.places["llm"])
     if (folder / "tokenizer.model").is_file():
         attach_tokenizer(config, Tokenizer(folder))
     elif "llm" not in located.beside:
         config.n_token_ids = count_token_ids(located.raw, text.vocab_size)
-    return Checkpoint(config, sources, is_fresh=found_type is None)
+    return Checkpoint(config, sources, found_type is None, mode_reason)
 
 
 def load_qilin(
