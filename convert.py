@@ -2,18 +2,21 @@
 and qilin-min load.
 
     python convert.py info PATH
-        layout, sizes, dtype, vocabulary, memory to run it; reads headers only
+        layout, sizes, dtype, vocabulary, memory to run it, what an adapter changes; headers only
     python convert.py SRC DST
         original LLaVA or Qilin release, llava-hf of any age, a train.py --out folder
     python convert.py DST --llm DIR --vision DIR --projector FILE
         from parts; beside SRC, a part given so takes the place of SRC's own
+    python convert.py ADAPTER DST [--base DIR]
+        a peft adapter, also one of LLaVA's LoRA training, merged into the base that it names, which
+        is looked for beside it, here and in weights/, or into the model or LLaMA folder given
     python convert.py SRC DST --dtype bfloat16
         half the size (default: as on disk, float32 where parts differ)
 
 DST gets safetensors shards of at most 5 GB, config.json, generation_config.json, tokenizer,
 processor and chat template, and a README.md to be completed. Weights of one dtype are mapped from
-disk, not held: a 13B model converts in the memory of one shard. DST appears when it is whole; an
-interrupted run can be repeated.
+disk, not held: a 13B model converts in the memory of one shard; what an adapter changes is held.
+DST appears when it is whole; an interrupted run can be repeated.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from pathlib import Path
 import torch
 
 from common.files import check_replaceable, model_folder, run_cli
+from model_io.adapters import base_folder, language_folder
 from model_io.export import check_exportable, save_qilin
 from model_io.info import counted, human, info_lines
 from model_io.load import load_qilin, read_checkpoint
@@ -30,7 +34,7 @@ from model_io.tokens import Tokenizer
 from qilin_min import WeightFiles, check_finite, part_of
 
 
-def check_is_no_source(dst: Path, sources: list[str]) -> None:
+def check_is_no_source(dst: Path, sources: list[str | Path]) -> None:
     """ValueError where DST is there and is one of the folders that are read."""
     if not dst.exists():
         return
@@ -66,24 +70,31 @@ def convert(
     llm: str | None,
     vision: str | None,
     projector: str | None,
+    base: str | None,
     dtype: str | None,
 ) -> None:
     """Load without copying, write DST."""
-    checkpoint = read_checkpoint(src, llm=llm, vision=vision, projector=projector)
+    checkpoint = read_checkpoint(src, llm=llm, vision=vision, projector=projector, base=base)
     check_exportable(checkpoint.config.projector_type)
     check_replaceable(dst, "config.json")
-    check_is_no_source(dst, [path for path in (src, llm, vision) if path is not None])
+    found = base_folder(src, llm, base)
+    check_is_no_source(dst, [path for path in (src, llm, vision, found) if path is not None])
     stored = stored_dtype(checkpoint.sources)
+    # what is merged is rounded once, to what DST holds; what is not is mapped as it lies on disk
+    loaded = stored if found is None else dtype or stored
     model = load_qilin(
-        src, llm=llm, vision=vision, projector=projector, dtype=getattr(torch, stored)
+        src,
+        llm=llm,
+        vision=vision,
+        projector=projector,
+        base=base,
+        dtype=getattr(torch, loaded),
     )
     dtype = dtype or stored
     check_finite(model, getattr(torch, dtype))
 
-    folder = llm or src
-    assert folder is not None, "read_checkpoint found a language model in one of them"
-    tokenizer = find_tokenizer(folder)
-    given = [path for path in (src, llm, vision, projector) if path is not None]
+    tokenizer = find_tokenizer(language_folder(src, llm, base))
+    given = [path for path in (src, found, llm, vision, projector) if path is not None]
     made_from = ", ".join(Path(path).name for path in given)
     save_qilin(model, tokenizer, dst, getattr(torch, dtype), made_from=made_from)
 
@@ -104,12 +115,13 @@ def main() -> None:
     add("--llm", metavar="DIR", help="LLaMA folder")
     add("--vision", metavar="DIR", help="CLIP folder")
     add("--projector", metavar="FILE", help="projector file")
+    add("--base", metavar="DIR", help="what SRC, an adapter, is merged into")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in DST")
     args = parser.parse_intermixed_args()
 
     n_paths = len(args.paths)
     if n_paths == 2 and args.paths[0] == "info":
-        for line in info_lines(model_folder(args.paths[1])):
+        for line in info_lines(model_folder(args.paths[1]), args.base):
             print(line)
         return
     has_parts = args.llm and args.vision and args.projector
@@ -121,6 +133,7 @@ def main() -> None:
         llm=args.llm,
         vision=args.vision,
         projector=args.projector,
+        base=args.base,
         dtype=args.dtype,
     )
 

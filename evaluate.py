@@ -42,6 +42,7 @@ from evaluation.quantised import quantised_change
 from evaluation.report import make_report, write_report
 from evaluation.scores import BY_LIKELIHOOD, EXACT_MATCH, judge
 from evaluation.testsets import Question, read_testset
+from model_io.adapters import base_folder
 from model_io.options import add_model_options, chosen_model, open_model
 from model_io.pixels import PAD_COLOR, preprocess_image
 from model_io.tokens import Tokenizer
@@ -192,8 +193,15 @@ def digest_of_questions(questions: list[Question]) -> str:
     return short_digest(repr(asked))
 
 
-def digest_of_weights(parts: list[str | None]) -> str:
+def digest_of_weights(
+    model: str | None,
+    llm: str | None,
+    vision: str | None,
+    projector: str | None,
+    base: str | None,
+) -> str:
     """Of the names, sizes and times of the files that a model and its parts are loaded from."""
+    parts = [model, llm, vision, projector, base_folder(model, llm, base)]
     # of an --out that is the model's folder
     own = {"run.json", "report.json"}
     given = [part for part in parts if part and part != "fresh"]
@@ -306,6 +314,7 @@ def run(args: argparse.Namespace) -> int:
         llm=args.llm,
         vision=args.vision,
         projector=args.projector,
+        base=args.base,
         device=args.device,
         dtype=args.dtype,
     )
@@ -314,12 +323,11 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "questions": digest_of_questions(questions),
         "images": os.path.realpath(args.images),
-        "weights": digest_of_weights([folder, args.llm, args.vision, args.projector]),
+        "weights": digest_of_weights(folder, args.llm, args.vision, args.projector, args.base),
         "dtype": args.dtype,
         "quantize": args.quantize,
         "max_new_tokens": args.max_new_tokens,
     }
-
     with open_predictions(args.out, settings, args.restart) as predictions:
         answer_all(
             predictions,

@@ -165,6 +165,7 @@ def main() -> None:
         llm=args.llm,
         vision=args.vision,
         projector=args.projector,
+        base=args.base,
         device=args.device,
         dtype=args.dtype,
         quantize=args.quantize,

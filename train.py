@@ -57,6 +57,7 @@ from common.files import (
     run_cli,
     say_once,
 )
+from model_io.adapters import language_folder
 from model_io.export import check_exportable, full_tensors, save_qilin, save_tensors
 from model_io.load import Checkpoint, read_checkpoint
 from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
@@ -328,6 +329,7 @@ def open_checkpoint(settings: RunSettings) -> tuple[Checkpoint, Tokenizer]:
         vision=settings.vision,
         projector=settings.projector,
         projector_type=settings.projector_type,
+        base=settings.base,
     )
     check_projector_type(checkpoint.config.projector_type, settings.projector_type)
     if settings.model and settings.image_mode != checkpoint.config.image_mode:
@@ -345,8 +347,7 @@ def open_checkpoint(settings: RunSettings) -> tuple[Checkpoint, Tokenizer]:
         raise ValueError(
             f"--max-length {settings.max_length} is more than the model's {n_positions} positions"
         )
-    folder = settings.llm or settings.model
-    assert folder, "the options name one of them"
+    folder = language_folder(settings.model, settings.llm, settings.base)
     return checkpoint, Tokenizer(folder)
 
 
@@ -862,6 +863,7 @@ def print_plan(settings: RunSettings) -> None:
         export=stage.export,
         weights=PlannedWeights(
             model=settings.model,
+            base=settings.base,
             llm=settings.llm,
             vision=settings.vision,
             projector_type=settings.projector_type,

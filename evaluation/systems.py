@@ -23,6 +23,7 @@ from common.endpoint import Endpoint, EndpointFailed, EndpointOptions, ask_many
 from common.files import USER_ERRORS, model_folder, one_line
 from common.journal import Journal
 from evaluation.testsets import Question, turns_of, wording
+from model_io.adapters import base_folder, language_folder
 from model_io.load import read_checkpoint
 from model_io.options import open_model
 from model_io.pixels import open_image, preprocess_image
@@ -86,10 +87,13 @@ class Answer:
 def folder_system(name: str, place: str, options: FolderOptions) -> System:
     """The System of a folder, looked at, nothing loaded."""
     read_checkpoint(place)
-    Tokenizer(place)
+    Tokenizer(language_folder(place, llm=None, base=None))
     folder = model_folder(place)
+    inside = [folder] if folder.is_file() else [*folder.iterdir()]
+    base = base_folder(place, llm=None, base=None)
+    if base is not None:
+        inside += base.iterdir()
     files = []
-    inside = [folder] if folder.is_file() else folder.iterdir()
     for file in inside:
         if file.is_file():
             status = file.stat()

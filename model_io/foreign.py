@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import one_line
-from qilin_min import FLOATS, WeightFiles, check_no_pointer, part_of
+from qilin_min import DTYPES, FLOATS, Entry, WeightFiles, check_no_pointer, part_of
 
 # --- 1. files that hold something else ---
 
@@ -167,17 +167,21 @@ def check_tensors_are_plain(files: WeightFiles, parts: set[str]) -> None:
     # names first: they tell by what it is packed
     for entry in taken.values():
         _check_name(entry.file, entry.name)
-    for name, entry in taken.items():
-        if 0 in files.shape(name):
-            raise ValueError(
-                f"{entry.file}: {entry.name} holds no numbers: a placeholder that DeepSpeed ZeRO-3 "
-                "leaves; gather the checkpoint with its zero_to_fp32.py"
-            )
-        dtype = files.dtype(name)
-        if dtype not in FLOATS:
-            raise ValueError(
-                f"{entry.file}: {entry.name} holds {dtype}, no plain floats: {UNPACKED}"
-            )
+    for entry in taken.values():
+        check_is_plain(entry)
+
+
+def check_is_plain(entry: Entry) -> None:
+    """ValueError when a tensor is a placeholder, or no floats."""
+    if 0 in entry.stored.get_shape():
+        raise ValueError(
+            f"{entry.file}: {entry.name} holds no numbers: a placeholder that DeepSpeed ZeRO-3 "
+            "leaves; gather the checkpoint with its zero_to_fp32.py"
+        )
+    dtype = entry.stored.get_dtype()
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in FLOATS:
+        raise ValueError(f"{entry.file}: {entry.name} holds {dtype}, no plain floats: {UNPACKED}")
 
 
 def _check_name(file: Path, name: str) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from model_io.adapters import find_base, is_adapter, open_adapter
 from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer
-from model_io.weights import weight_files
+from model_io.weights import named_folder, weight_files
 from qilin_min import (
     PARTS,
     Qilin,
@@ -19,6 +20,7 @@ from qilin_min import (
     account,
     folder_config,
     inner_config,
+    named_list,
     part_of,
     projector_type_of,
     text_config,
@@ -128,9 +130,9 @@ def projector_line(files: WeightFiles, raw: dict) -> str:
     return column("projector", f"{kind}: {' -> '.join(map(str, widths))}")
 
 
-def whole_model_lines(path: Path) -> Iterator[str]:
+def whole_model_lines(path: Path, base: str | Path | None = None) -> Iterator[str]:
     """What loading a whole model would find, and what it takes to run it. ValueError as loading."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, base=base)
     config = checkpoint.config
     with torch.device("meta"):
         model = Qilin(config)
@@ -178,8 +180,36 @@ def memory_lines(config: QilinConfig, n_params: int) -> list[str]:
     ]
 
 
-def info_lines(path: Path) -> Iterator[str]:
-    """What a folder or file holds. ValueError where it could not be loaded."""
+def adapter_lines(path: Path, given: str | None) -> Iterator[str]:
+    """What a peft adapter changes in which base, and whether the two fit. given: --base."""
+    adapter = open_adapter(path)
+    yield str(path)
+    yield column("layout", "a peft adapter (LoRA)")
+    is_found = bool(given) or named_folder(adapter.base_name, path) is not None
+    base = find_base(adapter, given, llm=None) if is_found else None
+    named = adapter.base_name or "none named"
+    yield column("base", f"{named}: {base or 'not found, give --base DIR'}")
+
+    changes = adapter.changes.values()
+    n_params = sum(change.n_params for change in changes)
+    kinds = sorted({name.split(".")[-2] for name in adapter.changes})
+    ranks = sorted({change.rank for change in changes})
+    scales = sorted({change.scale for change in changes})
+    yield column("changes", f"{counted(len(changes), 'layer')}: {', '.join(kinds)}")
+    yield column("rank", f"{', '.join(map(str, ranks))}; {n_params:,} parameters")
+    yield column("scale", ", ".join(f"{scale:g}" for scale in scales))
+    whole = adapter.whole.tensors
+    if whole:
+        yield column("whole", f"{counted(len(whole), 'tensor')}: {named_list(whole)}")
+    if base is not None:
+        yield from whole_model_lines(path, base)
+
+
+def info_lines(path: Path, base: str | None = None) -> Iterator[str]:
+    """What a folder or file holds. ValueError where it could not be loaded. base: of an adapter."""
+    if is_adapter(path):
+        yield from adapter_lines(path, base)
+        return
     files = weight_files(path)
     n_params = count_parameters(files)
     has_llm = n_params["llm"] > 0

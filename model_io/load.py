@@ -11,11 +11,20 @@ from pathlib import Path
 import torch
 
 from common.files import model_folder
+from model_io.adapters import (
+    Adapter,
+    brings_tokenizer,
+    find_base,
+    has_own_projector,
+    is_adapter,
+    merge_sources,
+    open_adapter,
+)
 from model_io.foreign import check_is_unpacked, check_tensors_are_plain
 from model_io.lowbit import quantize_linears
 from model_io.processor import check_tower_processor, picture_mode
 from model_io.tokens import Tokenizer
-from model_io.weights import load_weights, weight_files
+from model_io.weights import load_weights, named_folder, weight_files
 from qilin_min import (
     PARTS,
     Qilin,
@@ -47,25 +56,6 @@ def read_config(path: Path) -> tuple[dict, Path]:
     raw, where = folder_config(path)
     check_is_unpacked(raw, where)
     return raw, where
-
-
-def find_tower(name: str, model: Path) -> Path | None:
-    """The folder of the tower that an original LLaVA config names by a path or hub name.
-
-    Beside the checkpoint, from here, or in weights/; or None.
-    """
-    last = Path(name).name
-    if not last:
-        return None
-    folder = folder_of(model)
-    places = (
-        folder / name,
-        folder / last,
-        folder.parent / last,
-        Path(name),
-        Path("weights") / last,
-    )
-    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def tower_config(files: WeightFiles) -> VisionConfig:
@@ -111,6 +101,10 @@ class Located:
     beside: dict[str, Path]
     # part -> path that it is taken from; a fresh projector's is missing
     places: dict[str, Path]
+    # what is merged into the whole model
+    adapter: Adapter | None = None
+    # another projector, or a fresh one, takes the place of the model's
+    is_projector_given: bool = False
 
 
 def locate_parts(
@@ -118,12 +112,27 @@ def locate_parts(
     llm: str | Path | None,
     vision: str | Path | None,
     projector: str | Path | None,
+    base: str | Path | None,
 ) -> Located:
-    """The paths by part. ValueError or FileNotFoundError when `model` is no whole model."""
+    """The paths by part; of an adapter, those of the base that it is merged into.
+
+    ValueError or FileNotFoundError when `model` is no whole model.
+    """
     beside: dict[str, Path] = {}
     for part, path in zip(PARTS, (llm, vision, projector), strict=True):
         if path is not None and path != "fresh":
             beside[part] = model_folder(path)
+            if is_adapter(beside[part]):
+                raise ValueError(
+                    f"{beside[part]} is an adapter, no part of a model: give it as the model, "
+                    "and what it is merged into as --base"
+                )
+    adapter = None
+    if model is not None and is_adapter(model_folder(model)):
+        adapter = open_adapter(model_folder(model))
+        model = find_base(adapter, base, llm)
+    elif base is not None:
+        raise ValueError(f"--base {base} is for an adapter, and {model} is none")
     if model is None:
         return Located(None, {}, None, beside, dict(beside))
     model = model_folder(model)
@@ -133,11 +142,13 @@ def locate_parts(
             "--vision"
         )
     raw, where = read_config(model)
+    if adapter is not None:
+        raw = {**raw, **adapter.between}
     places: dict[str, Path] = dict.fromkeys(PARTS, model)
     places.update(beside)
     if projector == "fresh":
         del places["mm_projector"]
-    return Located(model, raw, where, beside, places)
+    return Located(model, raw, where, beside, places, adapter, projector is not None)
 
 
 def language_config(located: Located) -> TextConfig | None:
@@ -163,7 +174,10 @@ def vision_part(located: Located, inside: WeightFiles | None) -> VisionConfig | 
     if "vision_config" in raw:
         return vision_config(raw, located.where)
     is_inside = any(part_of(name) == "vision_tower" for name in inside.tensors)
-    folder = find_tower(str(raw.get("mm_vision_tower", "")), inside.path)
+    near = [folder_of(inside.path)]
+    if located.adapter is not None:
+        near.append(located.adapter.path)
+    folder = named_folder(str(raw.get("mm_vision_tower", "")), *near)
     if folder is not None:
         if not is_inside:
             located.places["vision_tower"] = folder
@@ -171,8 +185,11 @@ def vision_part(located: Located, inside: WeightFiles | None) -> VisionConfig | 
     if is_inside:
         return tower_config(inside)
     if "mm_vision_tower" in raw:
+        names_it = located.where
+        if located.adapter is not None and "mm_vision_tower" in located.adapter.between:
+            names_it = located.adapter.path / "config.json"
         raise ValueError(
-            f"{located.where} names the vision tower {raw['mm_vision_tower']!r}, which is neither "
+            f"{names_it} names the vision tower {raw['mm_vision_tower']!r}, which is neither "
             "in the checkpoint nor beside it, here or in weights/: give --vision DIR"
         )
     return None
@@ -196,9 +213,7 @@ def read_sizes(located: Located, inside: WeightFiles | None) -> tuple[TextConfig
     return text, tower
 
 
-def given_projector_type(
-    located: Located, files: dict[Path, WeightFiles], hint: str | None
-) -> str | None:
+def given_projector_type(located: Located, sources: Sources, hint: str | None) -> str | None:
     """The type of the projector that was named or is inside; None where one is to start fresh.
 
     ValueError when there should be one and is none.
@@ -206,10 +221,12 @@ def given_projector_type(
     place = located.places.get("mm_projector")
     if place is None:
         return None
-    source = files[place]
+    source = next(files for files, _ in sources if files.path == place)
     if any(part_of(name) == "mm_projector" for name in source.tensors):
         raw = {}
-        if (folder_of(source.path) / "config.json").is_file():
+        if located.adapter is not None and place == located.adapter.path:
+            raw = located.raw
+        elif (folder_of(source.path) / "config.json").is_file():
             raw, _ = read_config(source.path)
         return projector_type_of(source, raw, hint)
     is_named = "mm_projector" in located.beside
@@ -221,6 +238,45 @@ def given_projector_type(
             + advice
         )
     return None
+
+
+def open_inside(located: Located) -> dict[Path, WeightFiles]:
+    """The files of the whole model where any part is taken from it, and an adapter's own projector,
+    whose place located.places learns."""
+    files: dict[Path, WeightFiles] = {}
+    if located.model is not None and located.model in located.places.values():
+        files[located.model] = weight_files(located.model)
+    adapter = located.adapter
+    if adapter is None or located.is_projector_given:
+        return files
+    assert located.model is not None, "an adapter has a base"
+    if has_own_projector(adapter, files.get(located.model)):
+        located.places["mm_projector"] = adapter.path
+        files[adapter.path] = adapter.projector
+    return files
+
+
+def take_parts(located: Located, files: dict[Path, WeightFiles]) -> Sources:
+    """Of all files the parts that are taken from them, an adapter merged. files: those open."""
+    for path in located.places.values():
+        if path not in files:
+            files[path] = weight_files(path)
+    sources = []
+    for path, opened in files.items():
+        parts = {part for part, place in located.places.items() if place == path}
+        check_tensors_are_plain(opened, parts)
+        sources.append((opened, parts))
+    if located.adapter is None:
+        return sources
+    return merge_sources(sources, located.adapter, located.is_projector_given)
+
+
+def tokenizer_place(located: Located) -> Path:
+    """The folder that may hold the tokenizer: an adapter's own goes before its base's."""
+    adapter = located.adapter
+    if adapter is not None and "llm" not in located.beside and brings_tokenizer(adapter.path):
+        return adapter.path
+    return folder_of(located.places["llm"])
 
 
 def attach_tokenizer(config: QilinConfig, tokenizer: Tokenizer) -> None:
@@ -256,35 +312,28 @@ def read_checkpoint(
     vision: str | Path | None = None,
     projector: str | Path | None = None,
     projector_type: str | None = None,
+    base: str | Path | None = None,
 ) -> Checkpoint:
     """The Checkpoint of some paths.
 
-    model: a folder or file of any layout, or a train.py --out folder; llm, vision, projector: parts
-    given beside it, which override; projector "fresh": none of theirs is taken.
+    model: a folder or file of any layout, a train.py --out folder, or a peft adapter.
+    base: what an adapter is merged into; None: the base that it names, else `llm`.
+    llm, vision, projector: parts given beside it, which override (what an adapter changes in the
+    first two is merged into them); projector "fresh": none of theirs is taken.
     projector_type: of a fresh one (None: QilinConfig's). A given one's tensors tell theirs.
     """
-    located = locate_parts(model, llm, vision, projector)
-    files: dict[Path, WeightFiles] = {}
-    inside = None
-    if located.model is not None and located.model in located.places.values():
-        inside = weight_files(located.model)
-        files[located.model] = inside
+    located = locate_parts(model, llm, vision, projector, base)
+    files = open_inside(located)
+    inside = files.get(located.model) if located.model is not None else None
     text, tower = read_sizes(located, inside)
     if located.where is not None:
         check_llava(located.raw, located.where)
-    for path in located.places.values():
-        if path not in files:
-            files[path] = weight_files(path)
-    sources = []
-    for path, opened in files.items():
-        parts = {part for part, place in located.places.items() if place == path}
-        check_tensors_are_plain(opened, parts)
-        sources.append((opened, parts))
+    sources = take_parts(located, files)
 
     if "vision_tower" in located.places:
         check_tower_processor(folder_of(located.places["vision_tower"]), tower.image_size)
     image_mode, mode_reason = picture_mode(located.raw, located.where)
-    found_type = given_projector_type(located, files, projector_type)
+    found_type = given_projector_type(located, sources, projector_type)
     config = QilinConfig(
         text=text,
         vision=tower,
@@ -292,7 +341,7 @@ def read_checkpoint(
         n_token_ids=text.vocab_size,
         image_mode=image_mode,
     )
-    folder = folder_of(located.places["llm"])
+    folder = tokenizer_place(located)
     if (folder / "tokenizer.model").is_file():
         attach_tokenizer(config, Tokenizer(folder))
     elif "llm" not in located.beside:
@@ -310,10 +359,12 @@ def load_qilin(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     quantize: str | None = None,
+    base: str | Path | None = None,
 ) -> Qilin:
     """A Qilin in eval mode from real weights.
 
     model: one folder or file of any layout, also a train.py --out folder; or llm + vision folders.
+    base: what `model`, a peft adapter, is merged into (None: the base that it names, where found).
     projector: a file, or None for the one inside `model`, else a fresh one of projector_type
     ("linear" | "mlp2x_gelu") from a fixed seed. Parts given beside `model` override that part.
     quantize: "int8" or "int4" stores the linear layers of the decoder blocks so, each quantised as
@@ -324,7 +375,12 @@ def load_qilin(
     if quantize not in (None, "int8", "int4"):
         raise ValueError(f"quantize {quantize!r} is unknown: int8 or int4")
     checkpoint = read_checkpoint(
-        model, llm=llm, vision=vision, projector=projector, projector_type=projector_type
+        model,
+        llm=llm,
+        vision=vision,
+        projector=projector,
+        projector_type=projector_type,
+        base=base,
     )
     with torch.device("meta"):
         qilin = Qilin(checkpoint.config)

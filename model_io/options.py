@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common.files import one_line
+from model_io.adapters import language_folder
 from model_io.load import load_qilin
 from model_io.tokens import Tokenizer
 from qilin_min import Qilin
@@ -21,8 +22,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=None,
         metavar="DIR",
-        help="folder of a whole model: a train.py --out folder, llava-hf, original LLaVA or Qilin "
-        "(default out/stage2)",
+        help="folder of a whole model: a train.py --out folder, llava-hf, original LLaVA or Qilin, "
+        "or of a peft adapter of one (default out/stage2)",
+    )
+    add(
+        "--base",
+        default=None,
+        metavar="DIR",
+        help="where --model is an adapter: the model or LLaMA folder that it is merged into "
+        "(default: the one that it names, looked for beside it, here and in weights/)",
     )
     add("--llm", default=None, metavar="DIR", help="LLaMA folder, in place of the one in --model")
     add("--vision", default=None, metavar="DIR", help="CLIP folder, likewise")
@@ -99,6 +107,7 @@ def open_model(
     llm: str | None,
     vision: str | None,
     projector: str | None,
+    base: str | None = None,
     device: str | None,
     dtype: str | None,
     quantize: str | None,
@@ -120,6 +129,7 @@ def open_model(
         llm=llm,
         vision=vision,
         projector=projector,
+        base=base,
         dtype=getattr(torch, dtype or default_dtype(device)),
         device=device,
         quantize=quantize,
@@ -127,6 +137,4 @@ def open_model(
     if is_compiled:
         # in place, so that names stay
         qilin.model.compile(dynamic=True)
-    folder = llm or model
-    assert folder is not None, "chosen_model names one, or both parts are given"
-    return qilin, Tokenizer(folder), device
+    return qilin, Tokenizer(language_folder(model, llm, base)), device

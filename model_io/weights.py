@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from common.files import say_once
+from common.files import model_folder, say_once
 from model_io.foreign import check_is_weights, interrupted_in, nearest_to_weights, reason_of
 from qilin_min import (
     Qilin,
@@ -204,6 +204,25 @@ def find_weights(path: Path) -> FoundWeights:
         f"no weights in {path}: neither model.safetensors nor pytorch_model.bin, nor an index of "
         f"shards{nearest_to_weights(path)}{interrupted_in(path)}"
     )
+
+
+def named_folder(name: str, *near: Path) -> Path | None:
+    """The folder of a model that another one's files name by a path or hub name; None: nowhere.
+
+    Looked for beside each of `near`, which are folders, from here, or in weights/.
+    """
+    last = Path(name).name
+    if not last:
+        return None
+    places = []
+    for folder in near:
+        places += [folder / name, folder / last, folder.parent / last]
+    places += [Path(name), Path("weights") / last]
+    for place in map(model_folder, places):
+        is_itself = any(place.resolve() == folder.resolve() for folder in near)
+        if (place / "config.json").is_file() and not is_itself:
+            return place
+    return None
 
 
 def weight_files(path: str | Path) -> WeightFiles:

@@ -31,6 +31,7 @@ class RunSettings:
     llm: str | None
     vision: str | None
     model: str | None
+    base: str | None
     projector: str | None
     projector_type: str | None
     data: list[str]
@@ -118,6 +119,7 @@ def add_data_options(parser: argparse.ArgumentParser, stages: dict[int, Stage]) 
     add("--llm", default=None, help=f"LLaMA folder (default {DEFAULT_WEIGHTS['llm']})")
     add("--vision", default=None, help=f"CLIP folder (default {DEFAULT_WEIGHTS['vision']})")
     add("--model", default=None, help="a whole model to go on from, in place of --llm and --vision")
+    add("--base", default=None, help="where --model is a peft adapter: what it is merged into")
     projectors = ", ".join(
         f"stage {number} {first_projector(stage, stages) or 'fresh'}"
         for number, stage in stages.items()

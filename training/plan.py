@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from model_io.adapters import language_folder
 from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer
 from qilin_min import (
@@ -559,6 +560,7 @@ class PlannedWeights:
     paper's sizes."""
 
     model: str | None
+    base: str | None  # of a model that is an adapter
     llm: str | None
     vision: str | None
     projector_type: str | None
@@ -581,7 +583,8 @@ class PlannedData:
 def planned_config(weights: PlannedWeights) -> tuple[QilinConfig, str]:
     """(config, what it comes from)."""
     if weights.model:
-        return read_checkpoint(weights.model).config, f"sizes of {weights.model}"
+        checkpoint = read_checkpoint(weights.model, llm=weights.llm, base=weights.base)
+        return checkpoint.config, f"sizes of {weights.model}"
     llm = weights.llm
     vision = weights.vision
     assert llm and vision, "the options name them where there is no --model"
@@ -604,7 +607,7 @@ def planned_samples(data: PlannedData, weights: PlannedWeights, config: QilinCon
     if data.is_default and not all(map(os.path.exists, data.files)):
         samples = paper_samples(data.table, config.n_image_tokens, data.max_length, data.files[0])
     else:
-        tokenizer = together(Tokenizer, weights.llm or weights.model)
+        tokenizer = together(Tokenizer, language_folder(weights.model, weights.llm, weights.base))
         dialogs = data.open_dialogs(data.files, tokenizer, config)
         source = f"lengths of {', '.join(data.files)}"
         samples = Samples(dialogs.lengths, dialogs.n_labels, dialogs.n_pictures, source)
