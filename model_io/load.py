@@ -22,7 +22,7 @@ from model_io.adapters import (
 )
 from model_io.foreign import check_is_unpacked, check_tensors_are_plain
 from model_io.lowbit import quantize_linears
-from model_io.processor import check_tower_processor, picture_mode
+from model_io.processor import check_tower_processor, picture_mode, read_processors
 from model_io.tokens import Tokenizer
 from model_io.weights import load_weights, named_folder, weight_files
 from qilin_min import (
@@ -271,6 +271,16 @@ def take_parts(located: Located, files: dict[Path, WeightFiles]) -> Sources:
     return merge_sources(sources, located.adapter, located.is_projector_given)
 
 
+def says_pictures(located: Located) -> Path | None:
+    """The config.json, which need not be there, of the folder that says how pictures become square:
+    an adapter's, where it says anything of them, goes before its base's."""
+    adapter = located.adapter
+    if adapter is None:
+        return located.where
+    is_said = "image_aspect_ratio" in adapter.between or read_processors(adapter.path)
+    return adapter.path / "config.json" if is_said else located.where
+
+
 def tokenizer_place(located: Located) -> Path:
     """The folder that may hold the tokenizer: an adapter's own goes before its base's."""
     adapter = located.adapter
@@ -332,7 +342,7 @@ def read_checkpoint(
 
     if "vision_tower" in located.places:
         check_tower_processor(folder_of(located.places["vision_tower"]), tower.image_size)
-    image_mode, mode_reason = picture_mode(located.raw, located.where)
+    image_mode, mode_reason = picture_mode(located.raw, says_pictures(located))
     found_type = given_projector_type(located, sources, projector_type)
     config = QilinConfig(
         text=text,

@@ -161,6 +161,15 @@ def test_names_of_older_releases(base, tmp_path):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(base, adapter), not to be changed."""
+    folder = tmp_path_factory.mktemp("plain")
+    save_qilin(make_qilin(), None, folder / "base")
+    adapter = write_adapter(folder / "base", folder / "adapter", r=2, target_modules=["q_proj"])
+    return folder / "base", adapter
+
+
 # --- as LLaVA's own LoRA training leaves it -------------------------------------------------------
 
 
@@ -210,6 +219,23 @@ def test_llavas_own(llava_lora, report):
     model = load_qilin(adapter)
     report("adapter of LLaVA's training", worst_difference(model, want), 1e-6)
     assert model.config.projector_type == "mlp2x_gelu"
+
+
+def test_pictures_as_the_adapter_was_trained(llava_lora, plain):
+    """config.json beside an adapter, or its processor's files, go before what its base says."""
+    adapter, _ = llava_lora
+    base, of_hf = plain
+    assert load_qilin(adapter).config.image_mode == "pad"
+    # what LLaVA's code does where nothing is said
+    edit_json(adapter / "config.json", image_aspect_ratio=None)
+    assert load_qilin(adapter).config.image_mode == "crop"
+    cropped = adapter.with_name("cropped")
+    shutil.copytree(of_hf, cropped)
+    assert load_qilin(cropped).config.image_mode == "pad"
+    shutil.copy(base / "preprocessor_config.json", cropped)
+    crop = dict(do_pad=False, do_center_crop=True, size={"shortest_edge": 56})
+    edit_json(cropped / "preprocessor_config.json", **crop)
+    assert load_qilin(cropped).config.image_mode == "crop"
 
 
 def test_a_base_given(llava_lora, llama_folder, tmp_path, report):
@@ -330,15 +356,6 @@ def test_info_tells_what_it_is(base, tmp_path):
 
 
 # --- what cannot be merged ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """(base, adapter) to be spoilt."""
-    folder = tmp_path_factory.mktemp("plain")
-    save_qilin(make_qilin(), None, folder / "base")
-    adapter = write_adapter(folder / "base", folder / "adapter", r=2, target_modules=["q_proj"])
-    return folder / "base", adapter
 
 
 LAYER = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
