@@ -3,6 +3,7 @@
 import errno
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from sentencepiece import SentencePieceProcessor
 
 from common.files import (
     check_replaceable,
@@ -25,7 +25,8 @@ from common.files import (
 )
 from model_io.lowbit import QuantizedLinear
 from model_io.pixels import CLIP_MEAN, CLIP_STD
-from model_io.tokens import SYSTEM, Tokenizer
+from model_io.tokenizer_files import fast_tokenizer, save_tokenizer, tokenizer_jsons
+from model_io.tokens import Tokenizer
 from model_io.written import Fingerprint, check_json, check_loads, check_shards, fingerprint
 from qilin_min import (
     EMBED,
@@ -223,21 +224,40 @@ def save_qilin(
     if _is_rank0():
         written = shards.finish()
         dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-        configs = hf_configs(config, n_token_ids, n_rows, dtype_name)
-        for file, content in configs.items():
-            write_json(partial / file, content)
+        jsons = hf_configs(config, n_token_ids, n_rows, dtype_name) | tokenizer_jsons(tokenizer)
         n_params = sum(param.numel() for param in model.parameters())
         card = model_card(made_from, n_params, dtype_name, config.projector_type)
-        write_text(partial / "README.md", card)
-        if tokenizer:
-            save_tokenizer(tokenizer, partial)
+        write_texts(partial, jsons, card, tokenizer)
         with removed_on_error(partial):
             check_shards(partial, written)
-            check_json(partial, configs)
+            check_json(partial, jsons)
             check_loads(partial, config, n_rows, tokenizer)
         replace_folder(partial, path)
+        tell_of_tokenizer(path, tokenizer)
     if dist.is_initialized():
         dist.barrier()
+
+
+def write_texts(
+    folder: Path, jsons: dict[str, dict], card: str, tokenizer: Tokenizer | None
+) -> None:
+    """All that is not weights: JSON files, README.md, and the tokenizer's other files."""
+    if tokenizer:
+        save_tokenizer(tokenizer, folder)
+    for file, content in jsons.items():
+        write_json(folder / file, content)
+    write_text(folder / "README.md", card)
+
+
+def tell_of_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
+    """A line on stderr, where a folder had to go without a tokenizer.json."""
+    obstacle = fast_tokenizer(tokenizer).obstacle if tokenizer else None
+    if obstacle:
+        print(
+            f"{path}: no tokenizer.json: {obstacle}; transformers takes its tokenizer.model, "
+            "through sentencepiece",
+            file=sys.stderr,
+        )
 
 
 def model_card(made_from: str, n_params: int, dtype_name: str, projector_type: str) -> str:
@@ -354,125 +374,4 @@ def _processor_config(config):
         "patch_size": config.vision.patch_size,
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": "default",
-    }
-
-
-# --- 4. the tokenizer's files ---
-
-
-def chat_template() -> str:
-    """build_prompt as a Jinja template: pictures of a turn in front, each with a newline.
-
-    chat_template.jinja without its line ends and indents, which would stand in the prompt.
-    """
-    text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-    template = "".join(line.strip() for line in text.splitlines())
-    template = template.replace("SYSTEM", SYSTEM.replace("'", "\\'"))
-    return template.replace("\\n", "\n")
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.model, and tokenizer.json with the same pieces, which every transformers reads
-    alike (given only the first, version 5 encodes what follows <image> and </s> differently)."""
-    sp = tokenizer.sp
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    write_json(folder / "tokenizer.json", _tokenizer_json(sp))
-    special = {
-        "bos_token": sp.id_to_piece(sp.bos_id()),
-        "eos_token": sp.id_to_piece(sp.eos_id()),
-        "unk_token": sp.id_to_piece(0),
-        "pad_token": sp.id_to_piece(0),
-    }
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "LlavaProcessor",
-        **special,
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "right",
-        "image_token": IMAGE_TOKEN,
-        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
-        "model_max_length": 2048,
-    }
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
-    write_json(folder / "special_tokens_map.json", special)
-    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
-
-
-def _merges(sp: SentencePieceProcessor, vocab: dict[str, int]) -> list[list[str]]:
-    """[left, right] of every two pieces that make a third, the best third first."""
-    found = []
-    for piece, i in vocab.items():
-        if sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i):
-            continue
-        for k in range(1, len(piece)):
-            left = piece[:k]
-            right = piece[k:]
-            if left in vocab and right in vocab:
-                found.append((-sp.get_score(i), vocab[left], vocab[right], left, right))
-    return [[left, right] for _, _, _, left, right in sorted(found)]
-
-
-def _added_token(i, content):
-    """One that is found in a text before anything is merged."""
-    return {
-        "id": i,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-
-
-def _post_processor(bos, bos_id):
-    """What puts the begin id in front."""
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    first = {"Sequence": {"id": "A", "type_id": 0}}
-    second = {"Sequence": {"id": "B", "type_id": 1}}
-    return {
-        "type": "TemplateProcessing",
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-        "single": [begin, first],
-        "pair": [begin, first, second],
-    }
-
-
-def _tokenizer_json(sp: SentencePieceProcessor) -> dict:
-    n_pieces = sp.vocab_size()
-    vocab = {sp.id_to_piece(i): i for i in range(n_pieces)}
-    added = [_added_token(i, sp.id_to_piece(i)) for i in range(3)]
-    added.append(_added_token(n_pieces, IMAGE_TOKEN))
-    # the blank in front comes from Prepend, once per text between control ids
-    normalizers = [
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    ]
-    decoders = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "pre_tokenizer": None,
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "post_processor": _post_processor(sp.id_to_piece(sp.bos_id()), sp.bos_id()),
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": sp.id_to_piece(0),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": _merges(sp, vocab),
-        },
     }

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_qilin
+from conftest import in_process, make_qilin
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_layouts import write_clip, write_original
 
+import convert
 import qilin_min as q
 from model_io.export import save_qilin
 from model_io.load import load_qilin
@@ -38,12 +39,8 @@ VISION = dict(hidden_size=128, intermediate_size=80, num_attention_heads=2)
 
 
 def call(*words):
-    return subprocess.run(
-        [sys.executable, ROOT / "convert.py", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, OMP_NUM_THREADS="1"),
-    )
+    # in this process a tokenizer is compared once, not at every export
+    return in_process(convert.main, *words)
 
 
 @pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
