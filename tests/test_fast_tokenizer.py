@@ -20,8 +20,8 @@ from model_io.fast_tokenizer import (
     HOSTILE,
     RankedReading,
     first_difference,
-    trying_texts,
     tokenizer_json,
+    trying_texts,
 )
 from model_io.pieces import PieceKind, PieceModelKind, read_pieces
 from model_io.tokenizer_files import fast_tokenizer
