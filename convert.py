@@ -1,5 +1,5 @@
 """What is in a checkpoint, and any published layout -> one llava-hf folder that transformers, vLLM
-and qilin-min load.
+and qilin-min load, or the GGUF files of llama.cpp and ollama.
 
     python convert.py info PATH
         layout, sizes, dtype, vocabulary, memory to run it, what an adapter changes; headers only
@@ -12,6 +12,9 @@ and qilin-min load.
         is looked for beside it, here and in weights/, or into the model or LLaMA folder given
     python convert.py SRC DST --dtype bfloat16
         half the size (default: as on disk, float32 where parts differ)
+    python convert.py SRC DST --gguf q8_0
+        for llama.cpp: DST/DST-q8_0.gguf, DST/mmproj-DST-f16.gguf and a Modelfile for ollama; f32,
+        f16, bf16, q8_0 or q4_0, the picture half always f16 (needs `pip install gguf==0.19.0`)
 
 DST gets safetensors shards of at most 5 GB, config.json, generation_config.json, tokenizer,
 processor and chat template, and a README.md to be completed. Weights of one dtype are mapped from
@@ -28,6 +31,7 @@ import torch
 from common.files import check_replaceable, model_folder, run_cli
 from model_io.adapters import base_folder, language_folder
 from model_io.export import check_exportable, save_qilin
+from model_io.gguf import GGUF_KINDS, check_gguf, save_gguf
 from model_io.info import counted, human, info_lines
 from model_io.load import load_qilin, read_checkpoint
 from model_io.tokens import Tokenizer
@@ -106,6 +110,40 @@ def convert(
     )
 
 
+def convert_to_gguf(
+    src: str | None,
+    dst: Path,
+    kind: str,
+    *,
+    llm: str | None,
+    vision: str | None,
+    projector: str | None,
+    base: str | None,
+) -> None:
+    """Load without copying, write the files of llama.cpp."""
+    checkpoint = read_checkpoint(src, llm=llm, vision=vision, projector=projector, base=base)
+    # a GGUF file holds its vocabulary: without a tokenizer there is none
+    tokenizer = Tokenizer(language_folder(src, llm, base))
+    check_gguf(checkpoint.config, tokenizer, kind, dst)
+    found = base_folder(src, llm, base)
+    check_is_no_source(dst, [path for path in (src, llm, vision, found) if path is not None])
+    stored = stored_dtype(checkpoint.sources)
+    model = load_qilin(
+        src,
+        llm=llm,
+        vision=vision,
+        projector=projector,
+        base=base,
+        # what is merged is rounded once, to what DST holds
+        dtype=getattr(torch, stored) if found is None else torch.float32,
+    )
+    remarks = save_gguf(model, tokenizer, dst, kind)
+    for file in sorted(dst.glob("*.gguf")):
+        print(f"{file}: {human(file.stat().st_size)}")
+    for line in remarks:
+        print(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -117,6 +155,7 @@ def main() -> None:
     add("--projector", metavar="FILE", help="projector file")
     add("--base", metavar="DIR", help="what SRC, an adapter, is merged into")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in DST")
+    add("--gguf", choices=GGUF_KINDS, help="files for llama.cpp, with weights of this kind")
     args = parser.parse_intermixed_args()
 
     n_paths = len(args.paths)
@@ -127,9 +166,24 @@ def main() -> None:
     has_parts = args.llm and args.vision and args.projector
     if n_paths > 2 or (n_paths == 1 and not has_parts):
         raise ValueError("give `info PATH`, `SRC DST`, or DST with --llm, --vision and --projector")
+    src = args.paths[0] if n_paths == 2 else None
+    dst = Path(args.paths[-1])
+    if args.gguf:
+        if args.dtype:
+            raise ValueError("--dtype is of a llava-hf folder; --gguf names the kind of its own")
+        convert_to_gguf(
+            src,
+            dst,
+            args.gguf,
+            llm=args.llm,
+            vision=args.vision,
+            projector=args.projector,
+            base=args.base,
+        )
+        return
     convert(
-        args.paths[0] if n_paths == 2 else None,
-        Path(args.paths[-1]),
+        src,
+        dst,
         llm=args.llm,
         vision=args.vision,
         projector=args.projector,
