@@ -9,7 +9,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from model_io.fast_tokenizer import first_difference, special_tokens, tokenizer_json
-from model_io.pieces import read_pieces
+from model_io.pieces import PieceModel, read_pieces
 from model_io.tokens import SYSTEM, Tokenizer
 from qilin_min import IMAGE_TOKEN
 
@@ -19,14 +19,23 @@ SENTENCEPIECE_CLASS = "BertGenerationTokenizer"
 SENTENCEPIECE_FILE = "spiece.model"
 
 
-def chat_template() -> str:
-    """build_prompt as a Jinja template: pictures of a turn in front, each with a newline.
+def chat_template(model: PieceModel) -> str:
+    """build_prompt as a Jinja template, for messages as serve.py takes them: a turn's pictures in
+    front, each with a newline; several texts of a message on lines of their own; a system message
+    on a line above the first question, since what trained the model had our own sentence. <image>
+    in a content that is one text is a picture, as in a data file. What no prompt of ours can hold
+    is refused: control tokens in a text, empty messages, roles out of turn.
 
     chat_template.jinja without its line ends and indents, which would stand in the prompt.
     """
     text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     template = "".join(line.strip() for line in text.splitlines())
+    control = sorted({model.unk_id, model.bos_id, model.eos_id})
+    # where sentencepiece puts a blank in front of an answer, it stands in the text here
+    blank = " " if model.has_dummy_prefix else ""
     template = template.replace("SYSTEM", SYSTEM.replace("'", "\\'"))
+    template = template.replace("CONTROL_TOKENS", repr([model.pieces[i].text for i in control]))
+    template = template.replace("BLANK", blank)
     return template.replace("\\n", "\n")
 
 
@@ -103,4 +112,5 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
     if fast_tokenizer(tokenizer).content is None:
         shutil.copyfile(tokenizer.path, folder / SENTENCEPIECE_FILE)
-    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    template = chat_template(read_pieces(tokenizer.sp))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
