@@ -60,6 +60,7 @@ from common.files import (
 from model_io.adapters import language_folder
 from model_io.export import check_exportable, full_tensors, save_qilin, save_tensors
 from model_io.load import Checkpoint, read_checkpoint
+from model_io.lora_export import save_adapter
 from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
 from model_io.tokens import Tokenizer
 from model_io.weights import load_weights
@@ -287,11 +288,32 @@ def export(settings: RunSettings, model: Qilin, tokenizer: Tokenizer) -> None:
     stage = STAGES[settings.stage]
     final = settings.out / "final"
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    if stage.export == "model":
-        made_from = f"{stage.result} tuned in stage {settings.stage}"
+    made_from = f"{stage.result} tuned in stage {settings.stage}"
+    if settings.lora_export == "adapter":
+        export_adapter(settings, model, dtype, made_from)
+    elif stage.export == "model":
         save_qilin(model, tokenizer, final, dtype, made_from)
     else:
         save_projector(model, final, stage.final_file, dtype)
+
+
+def export_adapter(settings: RunSettings, model: Qilin, dtype: torch.dtype, made_from: str) -> None:
+    """final/ without the base, which it names instead."""
+    base = settings.llm or settings.model
+    assert base, "the options name one of them"
+    vision = settings.vision
+    if vision is None and settings.llm is not None:
+        # the language model was given beside a whole one, whose tower it is
+        vision = settings.model
+    save_adapter(
+        model,
+        settings.out / "final",
+        alpha=settings.lora_alpha,
+        base=base,
+        vision=vision,
+        dtype=dtype,
+        made_from=made_from,
+    )
 
 
 def save_projector(model: Qilin, final: Path, name: str, dtype: torch.dtype) -> None:
@@ -337,6 +359,11 @@ def open_checkpoint(settings: RunSettings) -> tuple[Checkpoint, Tokenizer]:
             f"--image-mode {settings.image_mode}: {settings.model} was trained with pictures made "
             f"square by {checkpoint.config.image_mode}; what comes out will say "
             f"{settings.image_mode}"
+        )
+    if settings.lora_export == "adapter" and checkpoint.is_merged:
+        raise ValueError(
+            f"--lora-export adapter: {settings.model} is an adapter itself, and one on top of it "
+            "has no base to name: merge it first (convert.py)"
         )
     if stage.export == "model":
         check_exportable(checkpoint.config.projector_type)

@@ -313,6 +313,8 @@ class Checkpoint:
     is_fresh: bool
     # what says how pictures become square
     mode_reason: str
+    # of an adapter and its base
+    is_merged: bool
 
 
 def read_checkpoint(
@@ -356,7 +358,13 @@ def read_checkpoint(
         attach_tokenizer(config, Tokenizer(folder))
     elif "llm" not in located.beside:
         config.n_token_ids = count_token_ids(located.raw, text.vocab_size)
-    return Checkpoint(config, sources, found_type is None, mode_reason)
+    return Checkpoint(
+        config,
+        sources,
+        is_fresh=found_type is None,
+        mode_reason=mode_reason,
+        is_merged=located.adapter is not None,
+    )
 
 
 def load_qilin(

@@ -53,6 +53,7 @@ class RunSettings:
     seed: int
     lora: int
     lora_alpha: float
+    lora_export: str
     quantize: str | None
 
     # how it fits
@@ -285,6 +286,13 @@ def add_learning_options(
         high=MOST,
         default=None,
         help="their scale is alpha / rank (default: twice the rank)",
+    )
+    add(
+        "--lora-export",
+        choices=("merged", "adapter"),
+        default="merged",
+        help="what final/ holds: the whole model, or adapters and projector alone, in peft's form "
+        "(default %(default)s)",
     )
     add(
         "--quantize",
@@ -558,6 +566,13 @@ def check_contradictions(typed: dict[str, Any], stages: dict[int, Stage]) -> Non
         raise ValueError(
             f"--lora trains adapters of the language model, which stage {number} leaves alone: "
             f"give it to --{tuning_stages(stages)}"
+        )
+    if typed["lora_export"] == "adapter" and not typed["lora"]:
+        raise ValueError("--lora-export adapter needs adapters: add --lora RANK")
+    if typed["lora_export"] == "adapter" and typed["quantize"]:
+        raise ValueError(
+            f"--lora-export adapter with --quantize {typed['quantize']}: adapters learnt on "
+            "rounded weights belong to those, which no base holds; leave one of the two out"
         )
     if typed["quantize"] and is_tuned and not typed["lora"]:
         raise ValueError(

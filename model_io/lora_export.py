@@ -1,0 +1,125 @@
+"""What train.py --lora learnt, without its base -> a folder that peft loads onto a llava-hf model,
+and that every command here takes as --model."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common.files import (
+    check_replaceable,
+    removed_on_error,
+    replace_folder,
+    write_json,
+    write_text,
+)
+from model_io.adapters import ADAPTER_CONFIG, ADAPTER_FILES
+from model_io.export import check_exportable, full_tensors, hf_tensors, save_tensors, whole
+from model_io.lowbit import QuantizedLinear, linear_layers
+from model_io.written import check_file, check_json, fingerprint
+from qilin_min import Qilin, activation_word, part_of
+
+# where peft finds our modules in the LlavaForConditionalGeneration of transformers 4.52 and later
+PEFT_BLOCKS = "base_model.model.model.language_model.layers."
+PEFT_PROJECTOR = "base_model.model.model."
+
+
+def save_adapter(
+    model: Qilin,
+    path: str | Path,
+    *,
+    alpha: float,
+    base: str,
+    vision: str | None,
+    dtype: torch.dtype,
+    made_from: str,
+) -> None:
+    """Write a model's LoRA adapters (add_lora) and its projector as a peft adapter.
+
+    alpha: of add_lora. base, vision: what it was trained on, as paths or hub names; vision None:
+    the tower is in base. dtype: of the projector; the adapters keep their float32. made_from: for
+    its README.md. On a sharded model every rank calls it; rank 0 writes, beside, reads it again,
+    then renames. ValueError for a quantised base: what was learnt on rounded weights makes up for
+    their rounding, and other weights have none.
+    """
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("adapters of quantised weights belong to those: export them merged")
+    check_exportable(model.config.projector_type)
+    check_replaceable(path, "config.json")
+    tensors = adapter_tensors(model, dtype)
+    # rank 0 has them all
+    if tensors:
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        configs = {
+            ADAPTER_CONFIG: adapter_config(model, alpha, base),
+            "config.json": between_config(model, vision),
+        }
+        meant = {key: fingerprint(tensor) for key, tensor in tensors.items()}
+        save_tensors(tensors, partial / ADAPTER_FILES[0])
+        for file, content in configs.items():
+            write_json(partial / file, content)
+        template = Path(__file__).with_name("adapter_card.md").read_text(encoding="utf-8")
+        write_text(partial / "README.md", template.format(made_from=made_from, base=base))
+        with removed_on_error(partial):
+            check_file(partial / ADAPTER_FILES[0], meant)
+            check_json(partial, configs)
+        replace_folder(partial, path)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def adapter_tensors(model: Qilin, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """{name that peft gives it: whole tensor on CPU}; on ranks but the first empty."""
+    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
+    tensors = {}
+    for name, param in model.named_parameters():
+        if part_of(name) != "lora":
+            continue
+        full = whole(param, torch.float32)
+        if is_rank0:
+            key = PEFT_BLOCKS + name.removeprefix("model.layers.") + ".weight"
+            tensors[key] = full.cpu().contiguous()
+    for name, full in full_tensors(model, "mm_projector.", dtype):
+        if full is None:
+            continue
+        for key, tensor in hf_tensors(name, full, model.config.projector_type, n_rows=0).items():
+            tensors[PEFT_PROJECTOR + key] = tensor
+    return tensors
+
+
+def adapter_config(model: Qilin, alpha: float, base: str) -> dict[str, Any]:
+    """adapter_config.json: what peft must know to put the tensors in their places."""
+    layers = linear_layers(model)
+    names = sorted({name for _, name, _ in layers})
+    _, _, first = layers[0]
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": first.lora_A.shape[0],
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        # not the tower's layers, some of which have the same names
+        "target_modules": rf".*language_model\..*\.({'|'.join(names)})",
+        "modules_to_save": ["multi_modal_projector"],
+    }
+
+
+def between_config(model: Qilin, vision: str | None) -> dict[str, Any]:
+    """config.json: what no base knows of the place between tower and words."""
+    config = model.config
+    raw = {
+        "model_type": "llava",
+        "projector_hidden_act": activation_word(config.projector_type),
+        "vision_feature_layer": config.vision.select_layer,
+        "image_aspect_ratio": config.image_mode,
+    }
+    if vision is not None:
+        raw["mm_vision_tower"] = vision
+    return raw
