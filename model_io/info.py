@@ -4,21 +4,21 @@ in: a path of any layout; out: lines of text, or the error that loading it would
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from model_io.adapters import find_base, is_adapter, open_adapter
-from model_io.load import read_checkpoint
+from model_io.foreign import check_tensors_are_plain
+from model_io.load import empty_model, folder_of, read_checkpoint, read_config
 from model_io.tokens import Tokenizer
-from model_io.weights import named_folder, weight_files
+from model_io.weights import FoundWeights, find_weights, named_folder, open_weights
 from qilin_min import (
     PARTS,
-    Qilin,
     QilinConfig,
     WeightFiles,
     account,
-    folder_config,
     inner_config,
     named_list,
     part_of,
@@ -71,6 +71,15 @@ def column(name: str, text: str) -> str:
     return f"  {name:11} {text}"
 
 
+def files_lines(found: FoundWeights) -> Iterator[str]:
+    """Which files are read, and which look alike and are not."""
+    n_files = len(found.files)
+    shards = "" if found.files == [found.place] else f", {counted(n_files, 'shard')}"
+    yield column("files", found.place.name + shards)
+    for name in found.aside:
+        yield column("left aside", name)
+
+
 def tensors_line(files: WeightFiles) -> str:
     """How many tensors in how many files, and in which dtypes."""
     n_files = len({entry.file for entry in files.tensors.values()})
@@ -100,7 +109,7 @@ def language_lines(path: Path, raw: dict, where: Path) -> Iterator[str]:
         f"ffn {text.intermediate_size}, vocabulary {text.vocab_size}, "
         f"{text.max_position_embeddings} positions, theta {text.rope_theta:g}",
     )
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     if (folder / "tokenizer.model").is_file():
         n_pieces = Tokenizer(folder).vocab_size
         yield column("tokenizer", f"tokenizer.model, {n_pieces} pieces")
@@ -121,21 +130,36 @@ def tower_line(raw: dict, where: Path) -> str:
     )
 
 
-def projector_line(files: WeightFiles, raw: dict) -> str:
-    """The kind and widths of a projector that lies alone."""
-    names = [name for name in sorted(files.tensors) if name.endswith("weight")]
-    shapes = [files.shape(name) for name in names]  # (out, in) of each layer
-    kind = projector_type_of(files, raw)
+def widths_of(shapes: list[tuple[int, ...]]) -> str:
+    """What goes into a projector and comes out of each of its layers; shapes (out, in) of them."""
     widths = [shapes[0][1], *(shape[0] for shape in shapes)]
-    return column("projector", f"{kind}: {' -> '.join(map(str, widths))}")
+    return " -> ".join(map(str, widths))
+
+
+def projector_line(files: WeightFiles, raw: dict) -> str:
+    """The kind and widths of a projector that lies alone. ValueError where it has no layers."""
+    shapes = []
+    for name in sorted(files.tensors):
+        shape = files.shape(name)
+        if name.endswith("weight") and len(shape) == 2:
+            shapes.append(shape)
+    if not shapes:
+        names = named_list(files.tensors) or "nothing"
+        raise ValueError(f"{files.path}: no weight of a projector's layer in it, but {names}")
+    return column("projector", f"{projector_type_of(files, raw)}: {widths_of(shapes)}")
+
+
+SQUARES = {
+    "pad": "padded to a square",
+    "crop": "shorter side fitted, the middle cut out",
+}
 
 
 def whole_model_lines(path: Path, base: str | Path | None = None) -> Iterator[str]:
     """What loading a whole model would find, and what it takes to run it. ValueError as loading."""
     checkpoint = read_checkpoint(path, base=base)
     config = checkpoint.config
-    with torch.device("meta"):
-        model = Qilin(config)
+    model = empty_model(config, torch.float32, None)
     _, accounted = account(model, checkpoint.sources, checkpoint.is_fresh)
     tower = config.vision
     encoder = model.vision_tower.encoder
@@ -148,36 +172,58 @@ def whole_model_lines(path: Path, base: str | Path | None = None) -> Iterator[st
         f"{tower.image_size} pixels in patches of {tower.patch_size}: "
         f"{config.n_image_tokens} tokens a picture{origin}",
     )
-    yield column("projector", config.projector_type)
+    yield column("pictures", f"{SQUARES[config.image_mode]} ({checkpoint.mode_reason})")
+    layers = [p for p in model.mm_projector.parameters() if p.ndim == 2]
+    widths = widths_of([tuple(weight.shape) for weight in layers])
+    yield column("projector", f"{config.projector_type}: {widths}")
     yield column("complete", accounted)
-    yield "  memory to run it"
-    n_params = sum(param.numel() for param in model.parameters())
-    yield from memory_lines(config, n_params)
+    yield "  memory to run it (quantised: numbers of the blocks' linear layers, and all others)"
+    for need in memory_needs(config):
+        yield (
+            f"    {need.name:14} {human(need.weights):>10} weights + {human(need.cached)} keys and "
+            f"values  {need.remark}"
+        )
 
 
-def memory_lines(config: QilinConfig, n_params: int) -> list[str]:
-    """What running a whole model of n_params parameters takes: weights, and keys and values of 2048
-    positions."""
+# what --dtype and --quantize may be: name, both, when they are
+RUNS = (
+    ("float32", torch.float32, None, "default on a CPU"),
+    ("bfloat16", torch.bfloat16, None, "default on a GPU"),
+    ("int8, float32", torch.float32, "int8", "--quantize int8 on a CPU"),
+    ("int8, bfloat16", torch.bfloat16, "int8", "--quantize int8 on a GPU"),
+    ("int4, float32", torch.float32, "int4", "--quantize int4 on a CPU"),
+    ("int4, bfloat16", torch.bfloat16, "int4", "--quantize int4 on a GPU"),
+)
+
+
+@dataclass
+class MemoryNeed:
+    """Bytes that a model takes once it is loaded, in one of RUNS."""
+
+    name: str
+    # parameters, and the scales of quantised ones
+    weights: int
+    # keys and values of 2048 positions, or of as many as the model has
+    cached: int
+    remark: str
+
+
+def memory_needs(config: QilinConfig) -> list[MemoryNeed]:
+    """What each of RUNS takes that this model can have: int4 wants an even width."""
     text = config.text
-    attention_width = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
-    block_width = attention_width + 3 * text.intermediate_size
-    in_blocks = text.num_hidden_layers * text.hidden_size * block_width
     n_positions = min(2048, text.max_position_embeddings)
     kv_width = text.num_key_value_heads * text.head_dim
-    cached = 2 * text.num_hidden_layers * kv_width * n_positions
-    elsewhere = n_params - in_blocks
-    # dtype: (bytes of the weights, bytes of a number in the cache)
-    needs = {
-        "float32": (4 * n_params, 4),
-        "bfloat16": (2 * n_params, 2),
-        "int8": (2 * elsewhere + in_blocks, 2),
-        # half a byte, and a scale of 2 bytes for every 64 of them
-        "int4": (2 * elsewhere + in_blocks * 17 / 32, 2),
-    }
-    return [
-        f"    {name:9} {human(weights):>10} weights + {human(cached * size)} keys and values"
-        for name, (weights, size) in needs.items()
-    ]
+    n_cached = 2 * text.num_hidden_layers * kv_width * n_positions
+    needs = []
+    for name, dtype, quantize, remark in RUNS:
+        try:
+            model = empty_model(config, dtype, quantize)
+        except ValueError:
+            continue
+        held = [*model.parameters(), *model.buffers()]
+        weights = sum(tensor.nbytes for tensor in held)
+        needs.append(MemoryNeed(name, weights, n_cached * dtype.itemsize, remark))
+    return needs
 
 
 def adapter_lines(path: Path, given: str | None) -> Iterator[str]:
@@ -210,20 +256,25 @@ def info_lines(path: Path, base: str | None = None) -> Iterator[str]:
     if is_adapter(path):
         yield from adapter_lines(path, base)
         return
-    files = weight_files(path)
+    found = find_weights(path)
+    files = WeightFiles(path, found.files, open_weights)
     n_params = count_parameters(files)
     has_llm = n_params["llm"] > 0
     has_tower = n_params["vision_tower"] > 0
     has_projector = n_params["mm_projector"] > 0
     yield str(path)
     yield column("layout", layout_of(files))
+    yield from files_lines(found)
     yield tensors_line(files)
+    check_tensors_are_plain(files, set(PARTS))
     for part, n in n_params.items():
         yield column(part, f"{n:>16,} parameters" if n else "none inside")
 
-    folder = path if path.is_dir() else path.parent
-    has_config = (folder / "config.json").is_file()
-    raw, where = folder_config(path) if has_config else ({}, folder / "config.json")
+    where = folder_of(path) / "config.json"
+    has_config = where.is_file()
+    raw = {}
+    if has_config:
+        raw, where = read_config(path)
     if has_llm:
         if not has_config:
             raise ValueError(

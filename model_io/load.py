@@ -367,6 +367,15 @@ def read_checkpoint(
     )
 
 
+def empty_model(config: QilinConfig, dtype: torch.dtype, quantize: str | None) -> Qilin:
+    """A Qilin on the meta device: every parameter and buffer in its shape and dtype, no memory."""
+    with torch.device("meta"):
+        qilin = Qilin(config)
+        if quantize:
+            quantize_linears(qilin, int(quantize.removeprefix("int")))
+        return qilin.to(dtype)
+
+
 def load_qilin(
     model: str | Path | None = None,
     *,
@@ -400,10 +409,6 @@ def load_qilin(
         projector_type=projector_type,
         base=base,
     )
-    with torch.device("meta"):
-        qilin = Qilin(checkpoint.config)
-        if quantize:
-            quantize_linears(qilin, int(quantize.removeprefix("int")))
-        qilin = qilin.to(dtype)
+    qilin = empty_model(checkpoint.config, dtype, quantize)
     load_weights(qilin, checkpoint.sources, device, checkpoint.is_fresh)
     return qilin.eval()
