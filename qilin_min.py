@@ -1399,8 +1399,8 @@ def load_llava_hf(
 ) -> Qilin:
     """A Qilin in eval mode from a llava-hf folder: config.json, safetensors in one file or shards.
 
-    ValueError or FileNotFoundError says which file or tensor is wrong. Every other layout:
-    model_io.load_qilin.
+    ValueError or FileNotFoundError says which file or tensor is wrong. Every other layout, and the
+    files of a picture processor beside config.json: model_io.load_qilin.
     """
     folder = Path(path)
     raw, where = folder_config(folder)

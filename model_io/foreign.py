@@ -16,12 +16,17 @@ from qilin_min import DTYPES, FLOATS, Entry, WeightFiles, check_no_pointer, part
 
 # --- 1. files that hold something else ---
 
-# how the file of another format begins, and what it is
+N_BEGINNING = 64  # bytes
+WEB_PAGE = "is a web page: the download was answered by one (a login, a licence to accept?)"
+# how the file of another format begins, and what it is; no header of safetensors begins so, whose
+# length in 8 bytes is small
 BEGINNINGS = (
     (b"GGUF", "is GGUF, llama.cpp's format: take the release in safetensors"),
-    (b"<", "is a web page: the download was answered by one (a login, a licence to accept?)"),
+    (b"<!doc", WEB_PAGE),
+    (b"<!DOC", WEB_PAGE),
+    (b"<html", WEB_PAGE),
     (b"\x89HDF", "holds Keras weights: take the release in safetensors"),
-    (bytes(64), "begins with zeros only: the download was interrupted; fetch it again"),
+    (bytes(N_BEGINNING), "begins with zeros only: the download was interrupted; fetch it again"),
 )
 META_WEIGHTS = (
     "is in Meta's own format: take the release whose name ends in -hf, or convert it with "
@@ -49,12 +54,14 @@ def check_is_weights(file: Path) -> None:
         raise ValueError(f"{file} {META_WEIGHTS}")
     check_no_pointer(file)
     with open(file, "rb") as opened:
-        start = opened.read(64)
+        start = opened.read(N_BEGINNING)
     if not start:
         raise ValueError(f"{file} is empty: fetch it again")
     for beginning, what in BEGINNINGS:
         if start.startswith(beginning):
             raise ValueError(f"{file} {what}")
+    if file.stat().st_size == len(start) and start.isascii():
+        raise ValueError(f"{file} holds only the text {start.decode()!r}: fetch it again")
     # aria2 gives a file its whole size at once
     if file.with_name(file.name + ".aria2").exists():
         raise ValueError(f"{file} is not whole: {file.name}.aria2 says so; let aria2c finish it")
@@ -113,10 +120,17 @@ def interrupted_in(folder: Path) -> str:
     """What tells of an interrupted download in a folder, to stand behind an error; or ""."""
     places = [folder, folder / ".cache" / "huggingface" / "download"]
     for place in places:
-        for end in UNFINISHED:
-            for file in sorted(place.glob("*" + end)):
-                return f"; {file.name} is there: a download was interrupted, run it again"
+        for file in unfinished_in(place):
+            return f"; {file.name} is there: a download was interrupted, run it again"
     return ""
+
+
+def unfinished_in(folder: Path) -> list[Path]:
+    """Files beside the weights that some program has not finished."""
+    found = []
+    for end in UNFINISHED:
+        found += sorted(folder.glob("*" + end))
+    return found
 
 
 def nearest_to_weights(folder: Path) -> str:
@@ -152,8 +166,10 @@ def check_is_unpacked(raw: dict[str, Any], where: Path | None) -> None:
     for half in halves:
         for key in ("quantization_config", "compression_config"):
             said = half.get(key)
-            if said:
-                method = said.get("quant_method") if isinstance(said, dict) else said
+            method = said.get("quant_method") if isinstance(said, dict) else said
+            # bitsandbytes packs plain weights as they are loaded, and the word stays in config.json
+            # of what was merged since: the tensors tell
+            if said and method != "bitsandbytes":
                 raise ValueError(
                     f"{where}: {key} says that the weights are packed by {method}: {UNPACKED}"
                 )

@@ -14,7 +14,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from common.files import model_folder, say_once
-from model_io.foreign import check_is_weights, interrupted_in, nearest_to_weights, reason_of
+from model_io.foreign import (
+    check_is_weights,
+    interrupted_in,
+    nearest_to_weights,
+    reason_of,
+    unfinished_in,
+)
 from qilin_min import (
     Qilin,
     Sources,
@@ -176,7 +182,10 @@ def left_aside(folder: Path, chosen: Path, files: list[Path]) -> list[str]:
             continue
     for pattern in ALIKE:
         places += [file for file in sorted(folder.glob(pattern)) if file not in named]
-    return [describe_aside(place, than=files) for place in places]
+    said = [describe_aside(place, than=files) for place in places]
+    for file in unfinished_in(folder):
+        said.append(f"{file.name} (not finished)")
+    return said
 
 
 def find_weights(path: Path) -> FoundWeights:
@@ -230,9 +239,11 @@ def weight_files(path: str | Path) -> WeightFiles:
     was left aside."""
     path = Path(path)
     found = find_weights(path)
+    files = WeightFiles(path, found.files, open_weights)
+    # only now: what cannot be opened is told in one line
     if found.line:
         say_once(found.line)
-    return WeightFiles(path, found.files, open_weights)
+    return files
 
 
 # --- 3. what no file holds ---

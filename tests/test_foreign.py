@@ -120,7 +120,10 @@ def test_variants_beside_a_set_are_said(folder, export, capsys):
     names = ["adapter_model.bin", "consolidated.00.pth", "model.fp16.safetensors"]
     for name in names:
         shutil.copy(folder / "model.safetensors", folder / name)
-    assert set(find_weights(folder).aside) == {f"{name} (newer)" for name in names}
+    (folder / "model.safetensors.incomplete").write_text("half of a newer one")
+    said = {f"{name} (newer)" for name in names}
+    said.add("model.safetensors.incomplete (not finished)")
+    assert set(find_weights(folder).aside) == said
     assert mark_of(load_qilin(folder / "model.fp16.safetensors")) == 2
 
 
@@ -231,6 +234,7 @@ SPOILT = [
     ("model.safetensors", lambda f: f.write_bytes(bytes(5000)), "zeros only"),
     ("pytorch_model.bin", lambda f: f.write_bytes(bytes(5000)), "zeros only"),
     ("model.safetensors", lambda f: f.write_text("<!doctype html><p>Log in"), "is a web page"),
+    ("pytorch_model.bin", lambda f: f.write_text("Entry not found"), "text 'Entry not found'"),
     ("model.safetensors", lambda f: f.write_bytes(b"GGUF" + bytes(99)), "is GGUF"),
     ("pytorch_model.bin", lambda f: torch.save({"a": Trap()}, f), "objects beside tensors"),
     ("pytorch_model.bin", lambda f: write_legacy(f, {"a": Trap()}), "objects beside tensors"),
@@ -276,6 +280,20 @@ def test_a_projector_that_is_a_pointer(name, folder, export, tmp_path):
         (folder, tmp_path / "dst", "--projector", tmp_path / name),
     ):
         assert f"{tmp_path / name} is a Git LFS pointer" in refusal(*words)
+
+
+@pytest.mark.parametrize("first", [ord("<"), ord("G"), ord("P")])
+def test_a_header_of_any_length_is_read(first, folder, export):
+    """The file's first byte is the lowest of its header's length, and no mark of another format."""
+    put(folder, export, "model.safetensors", mark=2, time=1_000_000)
+    content = (folder / "model.safetensors").read_bytes()
+    n_header = int.from_bytes(content[:8], "little")
+    blanks = (first - n_header) % 256
+    header = content[8 : 8 + n_header] + b" " * blanks
+    whole = len(header).to_bytes(8, "little") + header + content[8 + n_header :]
+    assert whole[0] == first
+    (folder / "model.safetensors").write_bytes(whole)
+    assert mark_of(load_qilin(folder)) == 2
 
 
 # --- 3. tensors that are no plain floats ---
@@ -328,7 +346,7 @@ def test_the_model_alone_takes_no_packed_tensors_either(folder, export):
 
 
 @pytest.mark.parametrize("where", ["outer", "text_config"])
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
 def test_a_config_that_says_packed(where, method, folder, export):
     put(folder, export, "model.safetensors", mark=2, time=1_000_000)
     said = {"quantization_config": {"quant_method": method, "bits": 4}}
@@ -338,6 +356,29 @@ def test_a_config_that_says_packed(where, method, folder, export):
     edit_json(folder / "config.json", **said)
     line = refusal("info", folder)
     assert str(folder / "config.json") in line and f"packed by {method}" in line
+
+
+def test_plain_weights_under_a_word_of_bitsandbytes_are_read(folder, export):
+    """It stays in the config.json of what was trained in 4 bits and merged since."""
+    put(folder, export, "model.safetensors", mark=2, time=1_000_000)
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit_json(folder / "config.json", quantization_config=said)
+    assert mark_of(load_qilin(folder)) == 2
+
+
+@pytest.mark.parametrize("name", ["projector.safetensors", "mm_projector.bin"])
+def test_a_projector_that_zero3_never_gathered(name, folder, export, tmp_path):
+    """As LLaVA's stage 1 leaves it when it is saved without gathering."""
+    put(folder, export, "model.safetensors", mark=2, time=1_000_000)
+    tensors = {"model.mm_projector.0.weight": torch.zeros(0)}
+    if name.endswith(".bin"):
+        torch.save(tensors, tmp_path / name)
+    else:
+        save_file(tensors, tmp_path / name)
+    given = (folder, tmp_path / "dst", "--projector", tmp_path / name)
+    for words in (("info", tmp_path / name), given):
+        line = refusal(*words)
+        assert str(tmp_path / name) in line and "ZeRO-3" in line
 
 
 def test_parts_that_are_not_taken_may_be_packed(
