@@ -30,6 +30,7 @@ import torch
 
 from common.files import check_replaceable, model_folder, run_cli
 from model_io.adapters import base_folder, language_folder
+from model_io.card import Origin, bases_of, projector_name
 from model_io.export import check_exportable, save_qilin
 from model_io.gguf import GGUF_KINDS, check_gguf, save_gguf
 from model_io.info import counted, human, info_lines
@@ -97,10 +98,14 @@ def convert(
     dtype = dtype or stored
     check_finite(model, getattr(torch, dtype))
 
-    tokenizer = find_tokenizer(language_folder(src, llm, base))
-    given = [path for path in (src, found, llm, vision, projector) if path is not None]
-    made_from = ", ".join(Path(path).name for path in given)
-    save_qilin(model, tokenizer, dst, getattr(torch, dtype), made_from=made_from)
+    folder = language_folder(src, llm, base)
+    tokenizer = find_tokenizer(folder)
+    origin = Origin(
+        how="converted from what is named below",
+        bases=bases_of(found, folder, src, vision),
+        projector=projector_name(projector),
+    )
+    save_qilin(model, tokenizer, dst, getattr(torch, dtype), origin)
 
     size = sum(file.stat().st_size for file in dst.iterdir())
     n_shards = len(list(dst.glob("*.safetensors")))

@@ -57,7 +57,8 @@ from common.files import (
     run_cli,
     say_once,
 )
-from model_io.adapters import language_folder
+from model_io.adapters import base_folder, language_folder
+from model_io.card import Origin, bases_of, names_of_files, projector_name
 from model_io.export import check_exportable, full_tensors, save_qilin, save_tensors
 from model_io.load import Checkpoint, read_checkpoint
 from model_io.lora_export import save_adapter
@@ -288,16 +289,15 @@ def export(settings: RunSettings, model: Qilin, tokenizer: Tokenizer) -> None:
     stage = STAGES[settings.stage]
     final = settings.out / "final"
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    made_from = f"{stage.result} tuned in stage {settings.stage}"
     if settings.lora_export == "adapter":
-        export_adapter(settings, model, dtype, made_from)
+        export_adapter(settings, model, dtype)
     elif stage.export == "model":
-        save_qilin(model, tokenizer, final, dtype, made_from)
+        save_qilin(model, tokenizer, final, dtype, origin_of(settings))
     else:
         save_projector(model, final, stage.final_file, dtype)
 
 
-def export_adapter(settings: RunSettings, model: Qilin, dtype: torch.dtype, made_from: str) -> None:
+def export_adapter(settings: RunSettings, model: Qilin, dtype: torch.dtype) -> None:
     """final/ without the base, which it names instead."""
     base = settings.llm or settings.model
     assert base, "the options name one of them"
@@ -312,7 +312,21 @@ def export_adapter(settings: RunSettings, model: Qilin, dtype: torch.dtype, made
         base=base,
         vision=vision,
         dtype=dtype,
-        made_from=made_from,
+        made_from=origin_of(settings).how,
+    )
+
+
+def origin_of(settings: RunSettings) -> Origin:
+    """What the card of the result tells of the run."""
+    parts = (settings.model, settings.llm, settings.base)
+    return Origin(
+        how=f"{STAGES[settings.stage].result} tuned in stage {settings.stage}",
+        bases=bases_of(
+            base_folder(*parts), language_folder(*parts), settings.model, settings.vision
+        ),
+        projector=projector_name(settings.projector),
+        data=names_of_files(settings.data),
+        template=settings.template,
     )
 
 

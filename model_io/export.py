@@ -23,6 +23,7 @@ from common.files import (
     write_json,
     write_text,
 )
+from model_io.card import Origin, card_head, card_rows
 from model_io.lowbit import QuantizedLinear
 from model_io.pixels import CLIP_MEAN, CLIP_STD
 from model_io.tokenizer_files import fast_tokenizer, save_tokenizer, tokenizer_jsons
@@ -186,13 +187,13 @@ def save_qilin(
     tokenizer: Tokenizer | None,
     path: str | Path,
     dtype: torch.dtype | None = None,
-    made_from: str = "weights in memory",
+    origin: Origin | None = None,
 ) -> None:
     """Write `model` as a llava-hf folder: safetensors shards of at most 5 GB, config, tokenizer and
     processor files.
 
     tokenizer: a Tokenizer, or None (then no tokenizer files). dtype: of the floats on disk (None:
-    as they are). made_from: for its README.md. On a sharded model every rank calls it; tensors are
+    as they are). origin: for its README.md. On a sharded model every rank calls it; tensors are
     gathered one at a time and rank 0 writes, beside, reads all of it again, then renames; OSError
     when what lies there is not what was written. The picture token is the first
     id past the tokenizer; rows are padded to a multiple of 64 with copies of <unk>'s. A linear
@@ -226,7 +227,9 @@ def save_qilin(
         dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
         jsons = hf_configs(config, n_token_ids, n_rows, dtype_name) | tokenizer_jsons(tokenizer)
         n_params = sum(param.numel() for param in model.parameters())
-        card = model_card(made_from, n_params, dtype_name, config.projector_type)
+        card = model_card(
+            origin or Origin(), n_params, dtype_name, config.projector_type, tokenizer
+        )
         write_texts(partial, jsons, card, tokenizer)
         with removed_on_error(partial):
             check_shards(partial, written)
@@ -260,9 +263,18 @@ def tell_of_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
         )
 
 
-def model_card(made_from: str, n_params: int, dtype_name: str, projector_type: str) -> str:
+def _card_text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip()
+
+
+def model_card(
+    origin: Origin,
+    n_params: int,
+    dtype_name: str,
+    projector_type: str,
+    tokenizer: Tokenizer | None,
+) -> str:
     """The README.md of an exported folder."""
-    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     if PROJECTORS[projector_type].hf_activation is None:
         use = (
             f"Only qilin-min opens this folder: llava-hf has no {projector_type} projector, and "
@@ -270,9 +282,23 @@ def model_card(made_from: str, n_params: int, dtype_name: str, projector_type: s
             '`python sample.py image.png "图中有什么异常？" --model .`'
         )
     else:
-        use = Path(__file__).with_name("model_card_use.md").read_text(encoding="utf-8").rstrip()
-    return template.format(
-        made_from=made_from, n=n_params / 1e9, dtype=dtype_name, projector=projector_type, use=use
+        use = _card_text("model_card_use.md")
+    obstacle = fast_tokenizer(tokenizer).obstacle if tokenizer else None
+    if tokenizer and obstacle:
+        begin = tokenizer.sp.id_to_piece(tokenizer.bos_id)
+        note = _card_text("model_card_tokenizer.md").format(obstacle=obstacle, begin=begin)
+        use = f"{use}\n\n{note}"
+    return (
+        _card_text("model_card.md").format(
+            head=card_head(origin),
+            how=origin.how,
+            projector=projector_type,
+            n=n_params / 1e9,
+            dtype=dtype_name,
+            rows=card_rows(origin),
+            use=use,
+        )
+        + "\n"
     )
 
 
