@@ -184,9 +184,13 @@ def only_part(files: WeightFiles, part: str) -> WeightFiles:
     return some
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds a peft adapter."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
+def adapter_folder(path: str | Path) -> Path | None:
+    """The folder of the peft adapter that a path names, by itself, by its file, or as the --out
+    folder of a train.py run; None: what it names is no adapter."""
+    folder = model_folder(path)
+    if folder.name in ADAPTER_FILES:
+        folder = folder.parent
+    return folder if (folder / ADAPTER_CONFIG).is_file() else None
 
 
 def open_adapter(path: Path) -> Adapter:
@@ -339,12 +343,10 @@ def find_base(adapter: Adapter, given: str | Path | None, llm: str | Path | None
 
     ValueError says what to give; FileNotFoundError when what is given is not there.
     """
-    if given is None:
-        found = named_folder(adapter.base_name, adapter.path)
-        if found is not None:
-            return found
-        given = llm
-    if given is None:
+    place = given
+    if place is None:
+        place = named_folder(adapter.base_name, adapter.path) or llm
+    if place is None:
         if adapter.base_name:
             reason = f"of {adapter.base_name!r}, which is neither beside it, here nor in weights/"
         else:
@@ -352,8 +354,8 @@ def find_base(adapter: Adapter, given: str | Path | None, llm: str | Path | None
         raise ValueError(
             f"{adapter.path} is an adapter {reason}: give --base DIR, what it was trained on"
         )
-    folder = model_folder(given)
-    if is_adapter(folder):
+    folder = model_folder(place)
+    if adapter_folder(folder) is not None:
         raise ValueError(f"{folder} is an adapter itself: merge it first (convert.py {folder} DST)")
     return folder
 
@@ -362,9 +364,8 @@ def base_folder(
     model: str | Path | None, llm: str | Path | None, base: str | Path | None
 ) -> Path | None:
     """What `model` is merged into; None: it is no adapter. Errors as of find_base."""
-    if model is None or not is_adapter(model_folder(model)):
-        return None
-    return find_base(open_adapter(model_folder(model)), base, llm)
+    folder = None if model is None else adapter_folder(model)
+    return None if folder is None else find_base(open_adapter(folder), base, llm)
 
 
 def brings_tokenizer(folder: Path) -> bool:
@@ -380,10 +381,12 @@ def language_folder(
     if llm is not None:
         return Path(llm)
     assert model is not None, "the options name a model, or both parts"
-    found = base_folder(model, llm, base)
-    if found is None or brings_tokenizer(model_folder(model)):
+    folder = adapter_folder(model)
+    if folder is None:
         return Path(model)
-    return found
+    if brings_tokenizer(folder):
+        return folder
+    return find_base(open_adapter(folder), base, llm)
 
 
 def has_own_projector(adapter: Adapter, base: WeightFiles | None) -> bool:

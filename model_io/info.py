@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model_io.adapters import find_base, is_adapter, open_adapter
+from model_io.adapters import adapter_folder, find_base, open_adapter
 from model_io.foreign import check_tensors_are_plain
 from model_io.load import empty_model, folder_of, read_checkpoint, read_config
 from model_io.tokens import Tokenizer
@@ -253,8 +253,9 @@ def adapter_lines(path: Path, given: str | None) -> Iterator[str]:
 
 def info_lines(path: Path, base: str | None = None) -> Iterator[str]:
     """What a folder or file holds. ValueError where it could not be loaded. base: of an adapter."""
-    if is_adapter(path):
-        yield from adapter_lines(path, base)
+    folder = adapter_folder(path)
+    if folder is not None:
+        yield from adapter_lines(folder, base)
         return
     found = find_weights(path)
     files = WeightFiles(path, found.files, open_weights)

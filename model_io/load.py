@@ -13,10 +13,10 @@ import torch
 from common.files import model_folder
 from model_io.adapters import (
     Adapter,
+    adapter_folder,
     brings_tokenizer,
     find_base,
     has_own_projector,
-    is_adapter,
     merge_sources,
     open_adapter,
 )
@@ -122,14 +122,15 @@ def locate_parts(
     for part, path in zip(PARTS, (llm, vision, projector), strict=True):
         if path is not None and path != "fresh":
             beside[part] = model_folder(path)
-            if is_adapter(beside[part]):
+            if adapter_folder(path) is not None:
                 raise ValueError(
                     f"{beside[part]} is an adapter, no part of a model: give it as the model, "
                     "and what it is merged into as --base"
                 )
     adapter = None
-    if model is not None and is_adapter(model_folder(model)):
-        adapter = open_adapter(model_folder(model))
+    folder = None if model is None else adapter_folder(model)
+    if folder is not None:
+        adapter = open_adapter(folder)
         model = find_base(adapter, base, llm)
     elif base is not None:
         raise ValueError(f"--base {base} is for an adapter, and {model} is none")

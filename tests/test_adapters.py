@@ -2,18 +2,21 @@
 changes and however it is loaded; what cannot be merged is refused by name.
 """
 
+import os
 import random
 import shutil
 
 import pytest
 import torch
-from conftest import edit_json, hf_clip, hf_llama, in_process, make_qilin
+from conftest import edit_json, hf_clip, hf_llama, in_process, make_qilin, run
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import convert
 import qilin_min as q
+import sample
+from evaluation.systems import FolderOptions, folder_system
 from model_io.adapters import open_adapter
 from model_io.export import save_qilin
 from model_io.load import load_qilin, read_checkpoint
@@ -330,6 +333,38 @@ def test_convert_merges_in_the_bases_dtype(base, tmp_path, report):
     assert (adapter / "adapter_model.safetensors").is_file()
 
 
+def test_every_command_takes_it(toy, toy_model, tmp_path):
+    """sample.py and evaluate.py compare, by the folder or by its file, with the tokenizer of its
+    base; training goes on from it."""
+    adapter = write_adapter(toy_model, tmp_path / "adapter", r=4, target_modules=LANGUAGE)
+    in_process(convert.main, adapter, tmp_path / "merged", code=0)
+    asked = ("图中有什么？", "--device", "cpu", "--max-new-tokens", 8, "--model")
+    answers = []
+    for model in (tmp_path / "merged", adapter, adapter / "adapter_model.safetensors"):
+        answers.append(in_process(sample.main, *asked, model, code=0).stdout)
+    assert answers[0] == answers[1] == answers[2] and answers[0].strip()
+    assert in_process(sample.main, *asked, toy_model, code=0).stdout != answers[0]
+    options = FolderOptions(device="cpu", dtype=None, quantize=None, batch_size=1, max_new_tokens=1)
+    # what the answers depend on: the base's files as well
+    before = folder_system("ours", str(adapter), options).settings
+    os.utime(toy_model / "model.safetensors")
+    assert folder_system("ours", str(adapter), options).settings != before
+
+
+@pytest.mark.skipif(not os.environ.get("LONG"), reason="--long")
+def test_training_goes_on_from_it(toy, toy_model, tmp_path, report):
+    """The first loss is that of the merged model; on two ranks, each of which merges its rows."""
+    adapter = write_adapter(toy_model, tmp_path / "adapter", r=4, target_modules=LANGUAGE)
+    in_process(convert.main, adapter, tmp_path / "merged", code=0)
+    losses = []
+    merged = ("--llm", tmp_path / "merged")
+    changed = ("--llm", toy_model, "--model", adapter)
+    for model, ranks in ((merged, 1), (changed, 2)):
+        options = (*model, "--max-steps", 1, "--batch-size", 4)
+        losses.append(run(toy, tmp_path / f"out{ranks}", *options, ranks=ranks)[0][0])
+    report("adapter, first loss of a training on it", abs(losses[0] - losses[1]), 1e-5)
+
+
 def test_info_tells_what_it_is(base, tmp_path):
     adapter = write_adapter(
         base,
@@ -444,6 +479,12 @@ def test_folders_that_are_refused(plain, tmp_path, clip_folder):
         assert f"{good} is an adapter" in done.stderr
     done = in_process(convert.main, base, tmp_path / "out", "--base", base, code=2)
     assert "--base" in done.stderr and "is none" in done.stderr
+    # one that it names is looked at as well
+    shutil.copytree(good, tmp_path / "first")
+    shutil.copy(base / "config.json", tmp_path / "first")
+    shutil.copytree(good, tmp_path / "second")
+    edit_json(tmp_path / "second/adapter_config.json", base_model_name_or_path="org/first")
+    check_refused(tmp_path / "second", tmp_path, "first is an adapter itself")
     # vision towers have no blocks of a language model
     done = in_process(convert.main, good, tmp_path / "out", "--base", clip_folder, code=2)
     assert len(done.stderr.splitlines()) == 1
