@@ -44,7 +44,10 @@ def check_is_no_source(dst: Path, sources: list[str | Path]) -> None:
     if not dst.exists():
         return
     for path in sources:
-        if dst.resolve() in (Path(path).resolve(), model_folder(path).resolve()):
+        place = model_folder(path)
+        # a file is read where it lies
+        folder = place.parent if place.is_file() else place
+        if dst.resolve() in (Path(path).resolve(), folder.resolve()):
             raise ValueError(f"{dst} is a source as well: give another name")
 
 
@@ -83,7 +86,9 @@ def convert(
     check_exportable(checkpoint.config.projector_type)
     check_replaceable(dst, "config.json")
     found = base_folder(src, llm, base)
-    check_is_no_source(dst, [path for path in (src, llm, vision, found) if path is not None])
+    read = [path for path in (src, llm, vision, found) if path is not None]
+    # a tower, or an adapter's base, may have been found by its name
+    check_is_no_source(dst, read + [files.path for files, _ in checkpoint.sources])
     stored = stored_dtype(checkpoint.sources)
     # what is merged is rounded once, to what DST holds; what is not is mapped as it lies on disk
     loaded = stored if found is None else dtype or stored
@@ -131,7 +136,9 @@ def convert_to_gguf(
     tokenizer = Tokenizer(language_folder(src, llm, base))
     check_gguf(checkpoint.config, tokenizer, kind, dst)
     found = base_folder(src, llm, base)
-    check_is_no_source(dst, [path for path in (src, llm, vision, found) if path is not None])
+    read = [path for path in (src, llm, vision, found) if path is not None]
+    # a tower, or an adapter's base, may have been found by its name
+    check_is_no_source(dst, read + [files.path for files, _ in checkpoint.sources])
     stored = stored_dtype(checkpoint.sources)
     model = load_qilin(
         src,

@@ -64,7 +64,8 @@ def save_adapter(
         for file, content in configs.items():
             write_json(partial / file, content)
         template = Path(__file__).with_name("adapter_card.md").read_text(encoding="utf-8")
-        write_text(partial / "README.md", template.format(made_from=made_from, base=base))
+        card = template.format(made_from=made_from, base=Path(base).name)
+        write_text(partial / "README.md", card)
         with removed_on_error(partial):
             check_file(partial / ADAPTER_FILES[0], meant)
             check_json(partial, configs)

@@ -224,6 +224,18 @@ def test_llavas_own(llava_lora, report):
     assert model.config.projector_type == "mlp2x_gelu"
 
 
+def test_nothing_that_is_read_is_written_over(llava_lora, tmp_path):
+    """Folders that hold a config.json, as an export's that may be replaced does: the adapter's,
+    named by its file, the base and the tower, found by their names."""
+    adapter, _ = llava_lora
+    file = adapter / "adapter_model.bin"
+    for name in ("llava-lora", "vicuna-13b-v1.5", "clip-vit-large-patch14-336"):
+        before = sorted((tmp_path / name).iterdir())
+        done = in_process(convert.main, file, tmp_path / name, code=2)
+        assert "is a source as well" in done.stderr
+        assert sorted((tmp_path / name).iterdir()) == before
+
+
 def test_pictures_as_the_adapter_was_trained(llava_lora, plain):
     """config.json beside an adapter, or its processor's files, go before what its base says."""
     adapter, _ = llava_lora

@@ -140,6 +140,8 @@ def test_a_run_leaves_an_adapter(toy, tmp_path, report):
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json"}
     assert {file.name for file in final.iterdir()} == names
     assert json.loads((final / "adapter_config.json").read_text())["r"] == 4
+    card = (final / "README.md").read_text()
+    assert "`llama`" in card and str(toy) not in card
     want = load_qilin(tmp_path / "out")
     got = load_qilin(tmp_path / "adapter")
     start = load_qilin(llm=toy / "llama", vision=toy / "clip")
