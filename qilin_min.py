@@ -1138,7 +1138,7 @@ def account(model: Qilin, sources: Sources, fresh: bool = False) -> tuple[Places
 
 
 def check_places(found: Places, wanted: dict[str, tuple[int, ...]], sources: Sources) -> None:
-    """ValueError unless what was found is what is wanted, in its shape."""
+    """ValueError unless what was found is what is wanted, in its shape, and floats."""
     where = ", ".join(str(files.path) for files, _ in sources)
     missing = wanted.keys() - found.keys()
     if missing:
@@ -1153,6 +1153,9 @@ def check_places(found: Places, wanted: dict[str, tuple[int, ...]], sources: Sou
                 f"{files.path}: {name} is {files.shape(key)} in the file, {wanted[name]} by the "
                 "config"
             )
+        if files.dtype(key) not in FLOATS:
+            entry = files.tensors[key]
+            raise ValueError(f"{entry.file}: {entry.name} holds {files.dtype(key)}")
 
 
 # --- 5c. filling: a model on the meta device gets memory, each rank its rows
@@ -1261,10 +1264,8 @@ def fill_weights(
             if start == stop:
                 continue
             rows = files.rows(key, start, stop)
-        entry = files.tensors[key]
-        if files.dtype(key) not in FLOATS:
-            raise ValueError(f"{entry.file}: {entry.name} holds {files.dtype(key)}")
         if not looks_finite(rows):
+            entry = files.tensors[key]
             raise ValueError(f"{entry.file}: {entry.name} holds values that are not finite")
         if name in quantised:
             quantised[name].quantize_(rows)

@@ -303,6 +303,20 @@ def attach_tokenizer(config: QilinConfig, tokenizer: Tokenizer) -> None:
     text.more_end_ids = tuple({*text.more_end_ids, tokenizer.eos_id} - {text.eos_token_id})
 
 
+def implemented_mode(located: Located) -> tuple[str, str]:
+    """picture_mode. ValueError unless config.json asks for what is implemented between the two
+    halves."""
+    if located.where is not None:
+        check_llava(located.raw, located.where)
+    return picture_mode(located.raw, says_pictures(located))
+
+
+def trained_mode(model: str | Path, llm: str | Path | None, base: str | Path | None) -> str:
+    """How a whole model's pictures were made square. Paths and errors as of read_checkpoint."""
+    mode, _ = implemented_mode(locate_parts(model, llm, None, None, base))
+    return mode
+
+
 @dataclass
 class Checkpoint:
     """What the given paths hold together, before any weight is read."""
@@ -336,16 +350,13 @@ def read_checkpoint(
     projector_type: of a fresh one (None: QilinConfig's). A given one's tensors tell theirs.
     """
     located = locate_parts(model, llm, vision, projector, base)
+    image_mode, mode_reason = implemented_mode(located)
     files = open_inside(located)
     inside = files.get(located.model) if located.model is not None else None
     text, tower = read_sizes(located, inside)
-    if located.where is not None:
-        check_llava(located.raw, located.where)
+    check_tower_processor(folder_of(located.places["vision_tower"]), tower.image_size)
     sources = take_parts(located, files)
 
-    if "vision_tower" in located.places:
-        check_tower_processor(folder_of(located.places["vision_tower"]), tower.image_size)
-    image_mode, mode_reason = picture_mode(located.raw, says_pictures(located))
     found_type = given_projector_type(located, sources, projector_type)
     config = QilinConfig(
         text=text,

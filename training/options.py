@@ -5,10 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.files import model_folder
 from common.options import InRange
-from model_io.load import folder_of, read_config
-from model_io.processor import picture_mode
+from model_io.load import trained_mode
 from model_io.tokens import TEMPLATES
 from qilin_min import PROJECTORS, QilinConfig
 from training.plan import LLAMA_SIZES
@@ -530,7 +528,7 @@ def settle(typed: dict[str, Any], stages: dict[int, Stage], lora: dict[str, Any]
     values["data"] = typed["data"] or [stage.data]
     if typed["lora_alpha"] is None:
         values["lora_alpha"] = 2.0 * typed["lora"]
-    values["image_mode"] = typed["image_mode"] or default_mode(typed["model"], typed["plan"])
+    values["image_mode"] = typed["image_mode"] or default_mode(typed)
     if typed["model"] is None:
         for part, path in DEFAULT_WEIGHTS.items():
             values[part] = typed[part] or path
@@ -545,17 +543,12 @@ def settle(typed: dict[str, Any], stages: dict[int, Stage], lora: dict[str, Any]
     )
 
 
-def default_mode(model: str | None, is_plan: bool) -> str:
+def default_mode(typed: dict[str, Any]) -> str:
     """How pictures become square where nobody says it: as the model to go on from was trained."""
     # of parts nobody knows, and a plan may be made for a model that is not there yet
-    if model is None or is_plan:
+    if typed["model"] is None or typed["plan"]:
         return QilinConfig.image_mode
-    folder = folder_of(model_folder(model))
-    if not (folder / "config.json").is_file():
-        # what is wrong with it is said when it is opened
-        return QilinConfig.image_mode
-    mode, _ = picture_mode(*read_config(folder))
-    return mode
+    return trained_mode(typed["model"], typed["llm"], typed["base"])
 
 
 def check_contradictions(typed: dict[str, Any], stages: dict[int, Stage]) -> None:
