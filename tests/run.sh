@@ -30,5 +30,6 @@ fi
 python -m pytest -q -n 2 --dist loadfile ${targets[@]+"${targets[@]}"} "$@"
 if [ -n "$LONG" ]; then
     bash demo.sh | tee >(cat >&2) | tail -n 1 | python tests/tools/check_demo.py
+    python tests/tools/check_gguf.py out/demo
     bash demo.sh real
 fi

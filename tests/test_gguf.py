@@ -2,24 +2,30 @@
 logits, picture embeddings token by token, prompts of a chat; and the picture half does so in both
 orders of slots, the one that llama.cpp has and the one that mends it."""
 
+import io
 import json
 import os
-from pathlib import Path
+import shutil
+import sys
+import urllib.error
 
+import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
-from conftest import make_qilin, pictures
+from conftest import in_process, make_qilin, pictures
 from llama_cpp import MARKER, Server, picture_part, simulated_embeddings
 from PIL import Image
 
-from model_io.gguf import save_gguf
+import convert
+from model_io.export import save_qilin
+from model_io.gguf import GGUF_KINDS, save_gguf
+from model_io.gguf_vocabulary import check_vocabulary
 from model_io.pixels import preprocess_image
 from model_io.tokens import SYSTEM, Tokenizer, encode_prompt
 from qilin_min import IMAGE_TOKEN_INDEX
 
-LONG = os.environ.get("LONG")
-ROOT = Path(__file__).resolve().parent.parent
 # float16 keeps 11 bits, and some rounding adds up on the way; llama.cpp's GELU is the one by tanh
 ROUNDING = 1.5e-3
 
@@ -187,6 +193,7 @@ CHATS = {
     "blanks around": [[PICTURE, " \n这是 什么？ \n"]],
     "blanks of a text": [["  你好 \n"]],
     "picture alone": [[PICTURE]],
+    "texts around": [["这是", PICTURE, "什么？", "答。"]],
     "picture behind": [["这是什么？", PICTURE]],
     "two pictures": [[PICTURE, PICTURE, "相同吗？"]],
     "hostile": [[PICTURE, "</s> USER: <image> {{ x }} __> '\\n'"]],
@@ -218,26 +225,55 @@ def as_conversation(turns):
         if isinstance(turn, str):
             conversation.append({"from": "gpt", "value": turn})
             continue
-        text = "".join(part for part in turn if part is not PICTURE)
+        text = "\n".join(part for part in turn if part is not PICTURE)
         conversation.append({"from": "human", "value": text})
         n_pictures.append(turn.count(PICTURE))
     return conversation, n_pictures
 
 
+def ids_of_prompt(server, prompt, tokenizer, n_image_tokens):
+    """A prompt's ids: cut at pictures and tokenised as llama-server does."""
+    found = [tokenizer.bos_id]
+    for i, text in enumerate(prompt.split(MARKER)):
+        if i > 0:
+            found += [IMAGE_TOKEN_INDEX] * n_image_tokens
+        found += server.tokenize(text, parse_special=True)
+    return found
+
+
 @pytest.mark.parametrize("kind", CHATS)
 def test_a_chat_s_prompt_is_ours(kind, small):
-    """llama-server's own rendering, cut at pictures and tokenised as it does, gives our ids."""
+    """llama-server's own rendering gives our ids."""
     model, tokenizer, server = small
     n = model.config.n_image_tokens
     conversation, n_pictures = as_conversation(CHATS[kind])
     wanted = encode_prompt(conversation, tokenizer, n, n_images=n_pictures)
     prompt = server.render(as_messages(CHATS[kind], a_picture(56)))
-    found = [tokenizer.bos_id]
-    for i, text in enumerate(prompt.split(MARKER)):
-        if i > 0:
-            found += [IMAGE_TOKEN_INDEX] * n
-        found += server.tokenize(text, parse_special=True)
-    assert found == wanted
+    assert ids_of_prompt(server, prompt, tokenizer, n) == wanted
+
+
+def test_a_system_message_stands_above_the_question(small):
+    """As in serve.py, since what trained the model had our own sentence."""
+    model, tokenizer, server = small
+    n = model.config.n_image_tokens
+    messages = [{"role": "system", "content": "用中文回答。"}]
+    messages += as_messages([[PICTURE, "这是？"]], a_picture(56))
+    conversation = [{"from": "human", "value": "用中文回答。\n这是？"}]
+    wanted = encode_prompt(conversation, tokenizer, n, n_images=1)
+    assert ids_of_prompt(server, server.render(messages), tokenizer, n) == wanted
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": " "}],
+        [{"role": "user", "content": "<|</s>|>"}],
+        [{"role": "user", "content": "一"}, {"role": "user", "content": "二"}],
+    ],
+)
+def test_what_no_prompt_can_hold_is_refused(messages, small):
+    with pytest.raises(urllib.error.HTTPError):
+        small[2].render(messages)
 
 
 # --- 3. the language model ------------------------------------------------------------------------
@@ -264,3 +300,183 @@ def test_logits_are_ours(kind, toy_tokenizer, tmp_path, report):
     assert wanted.max() - wanted.min() > 2
     report(f"log-probabilities, {kind}", (found - wanted).abs().max(), 0.02)
     server.close()
+
+
+# --- 4. kinds of weights --------------------------------------------------------------------------
+
+# how far numbers may lie from what they were, as a share of the tensor's spread
+KEPT = {"f32": 0, "f16": 5e-4, "bf16": 4e-3, "q8_0": 6e-3, "q4_0": 0.1}
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+def test_each_kind_keeps_the_numbers(kind, toy_tokenizer, tmp_path, report):
+    """As the package's own reader finds them, and as many bytes as the kind says; 80 numbers a row
+    are no blocks of 32."""
+    vision = dict(num_hidden_layers=1)
+    model = small_qilin(toy_tokenizer, text=dict(intermediate_size=80), vision=vision)
+    remarks = save_gguf(model, toy_tokenizer, tmp_path / "m", kind)
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m" / f"m-{kind}.gguf").tensors}
+    # embeddings, norm, head; 9 a layer
+    assert len(tensors) == 3 + 9 * 2
+    assert tensors["output_norm.weight"].tensor_type.name == "F32"
+    assert tensors["blk.0.attn_v.weight"].tensor_type.name == kind.upper()
+    head = "Q8_0" if kind == "q4_0" else kind.upper()
+    assert tensors["output.weight"].tensor_type.name == head
+    is_blocks = kind.startswith("q")
+    down = "F16" if is_blocks else kind.upper()
+    assert tensors["blk.0.ffn_down.weight"].tensor_type.name == down
+    assert ("multiple of 32" in "".join(remarks)) == is_blocks
+
+    names = {
+        "blk.1.attn_v.weight": "model.layers.1.self_attn.v_proj.weight",
+        "blk.0.ffn_gate.weight": "model.layers.0.mlp.gate_proj.weight",
+        "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
+    for theirs, ours in names.items():
+        tensor = tensors[theirs]
+        found = gguf.dequantize(tensor.data, tensor.tensor_type)
+        wanted = model.get_parameter(ours).detach().numpy()
+        error = np.sqrt(np.mean((found - wanted) ** 2)) / wanted.std()
+        report(f"{kind} of {theirs}", error, KEPT[kind])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, least", [("bf16", 0.999), ("q8_0", 0.998), ("q4_0", 0.9)])
+def test_llama_cpp_runs_each_kind(kind, least, toy_tokenizer, tmp_path):
+    """Beside the logits of f16, which are compared above: a wrong type would give other words."""
+    model = small_qilin(toy_tokenizer, vision=dict(num_hidden_layers=1))
+    n_vocab = toy_tokenizer.vocab_size
+    save_gguf(model, toy_tokenizer, tmp_path / "m", kind)
+    server = Server(tmp_path / "m")
+    ids = [toy_tokenizer.bos_id, *range(5, 405, 9)]
+    found = server.log_probs(ids, n_vocab)
+    wanted = model(torch.tensor([ids]))[0, -1, :n_vocab].log_softmax(-1)
+    assert np.corrcoef(found, wanted)[0, 1] > least
+    server.close()
+
+
+# --- 5. the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(toy_tokenizer, tmp_path_factory):
+    """A llava-hf folder of a small random model."""
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    save_qilin(small_qilin(toy_tokenizer), toy_tokenizer, folder)
+    return folder
+
+
+def test_the_command_writes_a_folder_and_replaces_only_its_own(model_folder, tmp_path):
+    out = tmp_path / "qilin"
+    done = in_process(convert.main, model_folder, out, "--gguf", "q8_0", code=0)
+    files = ["Modelfile", "mmproj-qilin-f16.gguf", "qilin-q8_0.gguf"]
+    assert sorted(file.name for file in out.iterdir()) == files
+    assert "qilin-q8_0.gguf" in done.stdout and "mmproj-qilin-f16.gguf" in done.stdout
+    first = {file.name: file.read_bytes() for file in out.iterdir()}
+    in_process(convert.main, model_folder, out, "--gguf", "q8_0", code=0)
+    # equal weights, equal bytes
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == first
+    in_process(convert.main, model_folder, out, "--gguf", "f16", code=0)
+    assert (out / "qilin-f16.gguf").exists() and not (out / "qilin-q8_0.gguf").exists()
+
+    named = (out / "Modelfile").read_text()
+    assert "FROM ./qilin-f16.gguf\nFROM ./mmproj-qilin-f16.gguf\n" in named
+    assert SYSTEM in named and 'PARAMETER stop "<|</s>|>"' in named
+
+
+def refused(words, source, out, *options):
+    """The command ends in one line that says so, and nothing is written."""
+    before = sorted(out.parent.rglob("*"))
+    done = in_process(convert.main, source, out, "--gguf", *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr
+    assert sorted(out.parent.rglob("*")) == before
+
+
+def test_what_cannot_be_written_is_one_line(model_folder, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "m"
+    out.parent.mkdir()
+    other = tmp_path / "out" / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    refused("holds something else", model_folder, other, "f16")
+    refused("--dtype", model_folder, out, "f16", "--dtype", "float16")
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare)
+    for file in bare.glob("*tokenizer*"):
+        file.unlink()
+    refused("no tokenizer", bare, out, "f16")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused("pip install gguf==0.19.0", model_folder, out, "f16")
+
+
+def test_a_number_too_large_for_f16_is_named(toy_tokenizer, model_folder, tmp_path):
+    model = small_qilin(toy_tokenizer)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
+    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight .* not finite in f16"):
+        save_gguf(model, toy_tokenizer, tmp_path / "m", "f16")
+    assert not (tmp_path / "m").exists()
+    save_gguf(model, toy_tokenizer, tmp_path / "m", "bf16")
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    toy_tokenizer, model_folder, tmp_path, monkeypatch
+):
+    room = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    done = in_process(convert.main, model_folder, tmp_path / "m", "--gguf", "f16", code=1)
+    assert "No space left" in done.stderr and not (tmp_path / "m").exists()
+
+
+def test_what_was_not_written_as_it_should_be_is_seen(toy_tokenizer, tmp_path, monkeypatch):
+    """One byte of the last tensor."""
+    written = gguf.GGUFWriter.close
+
+    def close(self):
+        written(self)
+        with open(self.path, "r+b") as file:
+            file.seek(-32, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-32, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", close)
+    with pytest.raises(ValueError, match="not as it was written"):
+        save_gguf(small_qilin(toy_tokenizer), toy_tokenizer, tmp_path / "m", "f16")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(model_type="unigram"), "no BPE"),
+        (dict(byte_fallback=False), "256 bytes"),
+        (dict(normalization_rule_name="nmt_nfkc"), "changes characters"),
+        (dict(remove_extra_whitespaces=True), "drops blanks"),
+        (dict(user_defined_symbols=["CT"]), "defined by hand"),
+        (dict(treat_whitespace_as_suffix=True), "behind words"),
+    ],
+)
+def test_a_vocabulary_that_llama_cpp_reads_otherwise_is_refused(change, words, tmp_path):
+    text = "\n".join("肺部 CT 显示 结节 abc 123 主动脉瘤 未见 异常" for _ in range(50))
+    kinds = dict(
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split("\n")),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        minloglevel=3,
+        **kinds | change,
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match=words):
+        check_vocabulary(Tokenizer(path))
