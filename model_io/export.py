@@ -21,14 +21,20 @@ from common.files import (
     removed_on_error,
     replace_folder,
     write_json,
-    write_text,
 )
 from model_io.card import Origin, card_head, card_rows
 from model_io.lowbit import QuantizedLinear
 from model_io.pixels import CLIP_MEAN, CLIP_STD
-from model_io.tokenizer_files import fast_tokenizer, save_tokenizer, tokenizer_jsons
+from model_io.tokenizer_files import fast_tokenizer, tokenizer_files, tokenizer_jsons
 from model_io.tokens import Tokenizer
-from model_io.written import Fingerprint, check_json, check_loads, check_shards, fingerprint
+from model_io.written import (
+    Fingerprint,
+    check_bytes,
+    check_json,
+    check_loads,
+    check_shards,
+    fingerprint,
+)
 from qilin_min import (
     EMBED,
     HEAD,
@@ -230,10 +236,13 @@ def save_qilin(
         card = model_card(
             origin or Origin(), n_params, dtype_name, config.projector_type, tokenizer
         )
-        write_texts(partial, jsons, card, tokenizer)
+        # a name of a file may hold half a surrogate pair, which UTF-8 has no bytes for
+        files = {"README.md": card.encode(errors="backslashreplace")} | tokenizer_files(tokenizer)
+        write_files(partial, jsons, files)
         with removed_on_error(partial):
             check_shards(partial, written)
             check_json(partial, jsons)
+            check_bytes(partial, files)
             check_loads(partial, config, n_rows, tokenizer)
         replace_folder(partial, path)
         tell_of_tokenizer(path, tokenizer)
@@ -241,15 +250,12 @@ def save_qilin(
         dist.barrier()
 
 
-def write_texts(
-    folder: Path, jsons: dict[str, dict], card: str, tokenizer: Tokenizer | None
-) -> None:
-    """All that is not weights: JSON files, README.md, and the tokenizer's other files."""
-    if tokenizer:
-        save_tokenizer(tokenizer, folder)
+def write_files(folder: Path, jsons: dict[str, dict], files: dict[str, bytes]) -> None:
+    """All that is not weights, by file name."""
     for file, content in jsons.items():
         write_json(folder / file, content)
-    write_text(folder / "README.md", card)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
 
 
 def tell_of_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:

@@ -1,7 +1,6 @@
 """The tokenizer's half of a llava-hf folder: tokenizer.json where it can be trusted, or what makes
 transformers ask sentencepiece, and the chat template."""
 
-import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -107,10 +106,14 @@ def tokenizer_jsons(tokenizer: Tokenizer | None) -> dict[str, dict]:
     return files
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """What a folder holds of a tokenizer beside its JSON files: the model, and the template."""
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    if fast_tokenizer(tokenizer).content is None:
-        shutil.copyfile(tokenizer.path, folder / SENTENCEPIECE_FILE)
+def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """What a folder holds of a tokenizer beside its JSON files, {file name: content}: the model as
+    it was loaded, whatever became of its file since, and the chat template."""
+    if tokenizer is None:
+        return {}
+    proto = tokenizer.sp.serialized_model_proto()
     template = chat_template(read_pieces(tokenizer.sp))
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    files = {"tokenizer.model": proto, "chat_template.jinja": template.encode()}
+    if fast_tokenizer(tokenizer).content is None:
+        files[SENTENCEPIECE_FILE] = proto
+    return files

@@ -98,6 +98,13 @@ def check_json(folder: Path, files: dict[str, dict]) -> None:
             _refuse(folder / name, "other content")
 
 
+def check_bytes(folder: Path, files: dict[str, bytes]) -> None:
+    """OSError unless these files of a folder hold this."""
+    for name, content in files.items():
+        if (folder / name).read_bytes() != content:
+            _refuse(folder / name, "other content")
+
+
 def _unordered(config: QilinConfig) -> QilinConfig:
     """A copy whose ids that end an answer stand in order, since any of them does."""
     config = deepcopy(config)

@@ -2,6 +2,8 @@
 to be written; a wrong one is one line, nothing of it stays, and what stood there stands.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import edit_json, in_process, make_qilin
@@ -161,15 +163,27 @@ def test_a_config_that_is_read_otherwise(folder, monkeypatch):
         save_qilin(make_qilin(text=dict(rope_theta=500.0)), None, folder)
 
 
-def test_another_tokenizer(tmp_path, spm_path, toy, monkeypatch):
-    """The file that the tokenizer came from was replaced while the model trained."""
+def test_a_tokenizer_whose_file_changed_meanwhile(tmp_path, spm_path, toy):
+    """It was replaced while the model trained: what the model learnt with goes out."""
     file = tmp_path / "tokenizer.model"
     file.write_bytes(spm_path.read_bytes())
     tokenizer = Tokenizer(file)
     file.write_bytes((toy / "llama/tokenizer.model").read_bytes())
-    with pytest.raises(OSError):
-        save_qilin(make_qilin(text=TEXT, n_token_ids=32000), tokenizer, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+    save_qilin(make_qilin(text=TEXT, n_token_ids=32000), tokenizer, tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == spm_path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja", "README.md"])
+def test_wrong_files_beside_the_weights(name, tmp_path, spm_path, monkeypatch):
+    write = Path.write_bytes
+
+    def cut(path, content):
+        write(path, content[:-1] if path.name == name else content)
+
+    monkeypatch.setattr(Path, "write_bytes", cut)
+    with pytest.raises(OSError, match="other content"):
+        save_qilin(make_qilin(text=TEXT, n_token_ids=32000), Tokenizer(spm_path), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_command_says_it_in_one_line(folder, tmp_path, monkeypatch):
