@@ -32,17 +32,20 @@ META_WEIGHTS = (
     "is in Meta's own format: take the release whose name ends in -hf, or convert it with "
     "transformers' convert_llama_weights_to_hf.py"
 )
-# names of other formats, where no weights are found under names that we know
+# names of other formats
 FOREIGN_NAMES = (
     ("consolidated.*.pth", META_WEIGHTS),
     ("*.gguf", "is GGUF, llama.cpp's format: take the release in safetensors"),
+    ("*.msgpack", "holds Flax weights: take the release in safetensors"),
+    ("*.h5", "holds Keras weights: take the release in safetensors"),
+)
+# names of weights, where none are found under the names that count
+STRAY_NAMES = (
     ("model-*-of-*.safetensors", "is a shard: the index model.safetensors.index.json is missing"),
     ("pytorch_model-*-of-*.bin", "is a shard: the index pytorch_model.bin.index.json is missing"),
     ("adapter_model.*", "is an adapter: it needs the model that it was trained on"),
     ("*.safetensors", "has a name of its own: give this file in place of the folder"),
     ("pytorch_model*.bin", "has a name of its own: give this file in place of the folder"),
-    ("*.msgpack", "holds Flax weights: take the release in safetensors"),
-    ("*.h5", "holds Keras weights: take the release in safetensors"),
 )
 # what programs add to the name of a file that they have not finished
 UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
@@ -133,9 +136,10 @@ def unfinished_in(folder: Path) -> list[Path]:
     return found
 
 
-def nearest_to_weights(folder: Path) -> str:
-    """What lies in a folder without weights that somebody may take for them; or ""."""
-    for pattern, what in FOREIGN_NAMES:
+def first_like(folder: Path, names: tuple[tuple[str, str], ...]) -> str:
+    """The first file of a folder that is named like one of `names`, and what it is, to stand behind
+    an error; or ""."""
+    for pattern, what in names:
         for file in sorted(folder.glob(pattern)):
             return f"; {file.name} {what}"
     return ""

@@ -12,6 +12,7 @@ import torch
 from model_io.adapters import adapter_folder, find_base, open_adapter
 from model_io.foreign import check_tensors_are_plain
 from model_io.load import empty_model, folder_of, read_checkpoint, read_config
+from model_io.processor import check_tower_processor
 from model_io.tokens import Tokenizer
 from model_io.weights import FoundWeights, find_weights, named_folder, open_weights
 from qilin_min import (
@@ -285,6 +286,7 @@ def info_lines(path: Path, base: str | None = None) -> Iterator[str]:
         yield from language_lines(path, raw, where)
     elif has_tower and has_config:
         yield tower_line(raw, where)
+        check_tower_processor(where.parent, vision_config(raw, where).image_size)
 
     if has_llm and (has_projector or has_tower):
         yield from whole_model_lines(path)

@@ -20,7 +20,12 @@ from model_io.adapters import (
     merge_sources,
     open_adapter,
 )
-from model_io.foreign import check_is_unpacked, check_tensors_are_plain
+from model_io.foreign import (
+    FOREIGN_NAMES,
+    check_is_unpacked,
+    check_tensors_are_plain,
+    first_like,
+)
 from model_io.lowbit import quantize_linears
 from model_io.processor import check_tower_processor, picture_mode, read_processors
 from model_io.tokens import Tokenizer
@@ -53,6 +58,13 @@ def folder_of(path: Path) -> Path:
 
 def read_config(path: Path) -> tuple[dict, Path]:
     """folder_config of weights that are not packed, else ValueError."""
+    folder = folder_of(path)
+    # other formats come without one
+    if path.exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no config.json in {folder}: it tells the sizes of the model"
+            f"{first_like(folder, FOREIGN_NAMES)}"
+        )
     raw, where = folder_config(path)
     check_is_unpacked(raw, where)
     return raw, where

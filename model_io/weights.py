@@ -15,9 +15,11 @@ from torch import Tensor
 
 from common.files import model_folder, say_once
 from model_io.foreign import (
+    FOREIGN_NAMES,
+    STRAY_NAMES,
     check_is_weights,
+    first_like,
     interrupted_in,
-    nearest_to_weights,
     reason_of,
     unfinished_in,
 )
@@ -211,7 +213,7 @@ def find_weights(path: Path) -> FoundWeights:
         check_no_pointer(first)
     raise FileNotFoundError(
         f"no weights in {path}: neither model.safetensors nor pytorch_model.bin, nor an index of "
-        f"shards{nearest_to_weights(path)}{interrupted_in(path)}"
+        f"shards{first_like(path, FOREIGN_NAMES + STRAY_NAMES)}{interrupted_in(path)}"
     )
 
 

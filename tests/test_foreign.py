@@ -198,6 +198,20 @@ def test_a_folder_of_another_format(name, said, folder):
     assert str(folder) in line and name.split("/")[-1] in line and said in line
 
 
+@pytest.mark.parametrize(
+    "name, said", [("consolidated.00.pth", "Meta's own format"), ("m.gguf", "llama.cpp's format")]
+)
+def test_another_format_without_a_config(name, said, tmp_path):
+    """As it is published; named by its folder or itself."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / name).write_bytes(b"GGUF" + bytes(100))
+    for path in (tmp_path / "src", tmp_path / "src" / name):
+        for words in (("info", path), (path, tmp_path / "dst")):
+            line = refusal(*words)
+            assert str(tmp_path / "src") in line and name in line and said in line
+    assert not (tmp_path / "dst").exists()
+
+
 # --- 2. files that are no weights ---
 
 

@@ -204,6 +204,8 @@ def test_a_tower_that_wants_other_pixels_is_refused(reference, tmp_path, llama_f
     (clip / "preprocessor_config.json").write_text(json.dumps(OLD | {"image_std": [1, 1, 1]}))
     with pytest.raises(ValueError, match="clip/preprocessor_config.json: image_std"):
         load_qilin(llm=llama_folder, vision=clip)
+    done = in_process(convert.main, "info", clip, code=2)
+    assert "clip/preprocessor_config.json: image_std" in done.stderr
 
 
 def test_parts_pad(reference, tmp_path, llama_folder):
