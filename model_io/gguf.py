@@ -9,7 +9,9 @@ written a tensor at a time; the picture half, 0.7 GB of a 13B model, is held.
 """
 
 import errno
+import math
 import shutil
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import check_replaceable, replace_folder, write_text
+from common.files import check_replaceable, removed_on_error, replace_folder, write_text
 from model_io.gguf_tower import Widened, check_gguf_projector, mmproj_tensors, widen
 from model_io.gguf_vocabulary import add_vocabulary, check_vocabulary, modelfile
 from model_io.pixels import CLIP_MEAN, CLIP_STD
 from model_io.tokens import Tokenizer
-from qilin_min import EMBED, HEAD, Qilin, QilinConfig, TextConfig
+from qilin_min import EMBED, HEAD, Qilin, QilinConfig, TextConfig, is_finite, named_list
 
 
 @dataclass(frozen=True)
@@ -231,17 +233,19 @@ def describe_pictures(writer: Any, name: str, model: Qilin, wide: Widened) -> No
 # --- 3. files -------------------------------------------------------------------------------------
 
 
+# of float16, in which the blocks of q8_0 and q4_0 keep their scales too
+LARGEST_F16 = 65504.0
+
+
 def encoded(tensor: Planned) -> Any:
     """The numpy array of a tensor as its file holds it. ValueError where a number does not fit."""
     gguf = import_gguf()
-    made = tensor.make()
-    if tensor.kind == "F16":
-        made = made.half()
-    if not made.isfinite().all():
+    made = tensor.make().float()
+    largest = math.inf if tensor.kind in ("F32", "BF16") else LARGEST_F16
+    # not so for nan either
+    if not made.abs().max() <= largest or not is_finite(made):
         raise ValueError(f"{tensor.name} holds values that are not finite in {tensor.kind.lower()}")
     numbers = made.contiguous().numpy()
-    if tensor.kind in ("F32", "F16"):
-        return numbers
     return gguf.quantize(numbers, gguf.GGMLQuantizationType[tensor.kind])
 
 
@@ -252,9 +256,10 @@ def write_gguf(
     describe: Callable[[Any], None],
     planned: list[Planned],
 ) -> None:
-    """A GGUF file, a tensor at a time, opened again when it is written.
+    """A GGUF file, a tensor at a time, all of it read again when it is written.
 
-    OSError where the disk has no room for it, before it is begun.
+    describe: adds what stands in front of the tensors to a gguf.GGUFWriter.
+    OSError where the disk has no room for it, before it is begun, or holds something else after.
     """
     gguf = import_gguf()
     if shutil.disk_usage(path.parent).free < count_bytes(planned):
@@ -265,33 +270,33 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for tensor in planned:
         kind = gguf.GGMLQuantizationType[tensor.kind]
-        # a float's type stands for the shape as it is, not yet in blocks
+        # to the package a float's type says that the shape is not yet one of blocks
         writer.add_tensor_info(tensor.name, tensor.shape, "float32", count_bytes([tensor]), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    ends: dict[str, bytes] = {}
+    checksums: dict[str, int] = {}
     for tensor in planned:
         array = encoded(tensor)
-        ends[tensor.name] = _ends(array)
+        checksums[tensor.name] = zlib.crc32(array.data)
         writer.write_tensor_data(array)
     writer.close()
-    check_written(path, ends)
+    check_gguf_file(path, planned, checksums)
 
 
-def _ends(array):
-    """The first and the last bytes of an array."""
-    flat = array.reshape(-1).view("uint8")
-    return flat[:64].tobytes() + flat[-64:].tobytes()
-
-
-def check_written(path: Path, ends: dict[str, bytes]) -> None:
-    """ValueError unless a file holds just these tensors, with these first and last bytes."""
-    gguf = import_gguf()
-    found = {tensor.name: _ends(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
-    if found != ends:
-        wrong = [name for name in ends if found.get(name) != ends[name]]
-        raise ValueError(f"{path}: not as it was written: {', '.join(wrong[:5])}")
+def check_gguf_file(path: Path, planned: list[Planned], checksums: dict[str, int]) -> None:
+    """OSError unless a file holds just these tensors, in their shapes and types, and every byte."""
+    expected = {t.name: (t.shape, t.kind, checksums[t.name]) for t in planned}
+    found = {}
+    for stored in import_gguf().GGUFReader(path).tensors:
+        # the last dimension stands first there
+        shape = tuple(map(int, reversed(stored.shape)))
+        checksum = zlib.crc32(stored.data.data)
+        found[stored.name] = (shape, stored.tensor_type.name, checksum)
+    if found != expected:
+        wrong = [name for name in expected | found if found.get(name) != expected.get(name)]
+        message = f"what was written is not what was meant ({named_list(wrong)})"
+        raise OSError(errno.EIO, message, str(path))
 
 
 def check_gguf(config: QilinConfig, tokenizer: Tokenizer, kind: str, path: str | Path) -> None:
@@ -304,32 +309,38 @@ def check_gguf(config: QilinConfig, tokenizer: Tokenizer, kind: str, path: str |
     check_replaceable(path, MODELFILE)
 
 
+def write_folder(
+    model: Qilin, tokenizer: Tokenizer, folder: Path, name: str, kind: str
+) -> list[Planned]:
+    """The files of a model called `name`, into `folder`. -> the language model's tensors."""
+    text_file = f"{name}-{kind}.gguf"
+    mmproj_file = f"mmproj-{name}-f16.gguf"
+    text = plan_text(model, kind)
+    describe = partial(describe_text, name=name, config=model.config, tokenizer=tokenizer)
+    write_gguf(folder / text_file, "llama", GGUF_KINDS[kind].file_type, describe, text)
+
+    wide = widen(model.vision_tower, model.config.vision)
+    describe = partial(describe_pictures, name=name, model=model, wide=wide)
+    pictures = plan_pictures(model, wide)
+    write_gguf(folder / mmproj_file, "clip", "MOSTLY_F16", describe, pictures)
+    write_text(folder / MODELFILE, modelfile(text_file, mmproj_file, tokenizer))
+    return text
+
+
 @torch.no_grad()
 def save_gguf(model: Qilin, tokenizer: Tokenizer, path: str | Path, kind: str) -> list[str]:
     """Write the folder `path`: language model as `kind` (of GGUF_KINDS), picture half in f16.
 
     -> lines on what a person should know of it. The folder appears when it is whole.
-    ValueError says what llama.cpp could not run.
+    ValueError says what llama.cpp could not run, OSError what the disk did.
     """
     check_gguf(model.config, tokenizer, kind, path)
     path = Path(path)
     partial_path = path.with_name(path.name + ".partial")
     shutil.rmtree(partial_path, ignore_errors=True)
     partial_path.mkdir(parents=True)
-    text_file = f"{path.name}-{kind}.gguf"
-    mmproj_file = f"mmproj-{path.name}-f16.gguf"
-
-    text = plan_text(model, kind)
-    describe = partial(describe_text, name=path.name, config=model.config, tokenizer=tokenizer)
-    file_type = GGUF_KINDS[kind].file_type
-    write_gguf(partial_path / text_file, "llama", file_type, describe, text)
-
-    wide = widen(model.vision_tower, model.config.vision)
-    describe = partial(describe_pictures, name=path.name, model=model, wide=wide)
-    pictures = plan_pictures(model, wide)
-    write_gguf(partial_path / mmproj_file, "clip", "MOSTLY_F16", describe, pictures)
-
-    write_text(partial_path / MODELFILE, modelfile(text_file, mmproj_file, tokenizer))
+    with removed_on_error(partial_path):
+        text = write_folder(model, tokenizer, partial_path, path.name, kind)
     replace_folder(partial_path, path)
     lines = []
     uneven = uneven_rows_line(text, kind)

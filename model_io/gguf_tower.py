@@ -405,29 +405,29 @@ def check_gguf_projector(projector_type: str) -> None:
 
 @torch.no_grad()
 def mmproj_tensors(model: Qilin, wide: Widened) -> tuple[Tensors, Tensors]:
-    """(what must stay float32, what may be rounded to float16) of a model's picture half.
+    """(what must stay float32, what is rounded to float16) of a model's picture half.
 
-    float32: the two blocks in front, embeddings of places, norms and biases.
+    float32: the two blocks in front, the embeddings of places, norms and biases.
     """
     tower = model.vision_tower
-    layers = tower.encoder.layers[: tower.n_computed]
     exact = embedding_tensors(tower, wide)
-    rounded = {"v.patch_embd.weight": exact.pop("v.patch_embd.weight")}
+    rounded = {"v.patch_embd.weight": exact.pop("v.patch_embd.weight").half()}
     front = (order_block(tower, wide), fetch_block(tower, wide))
     for i, block in enumerate(front):
         exact |= {f"v.blk.{i}.{name}": tensor for name, tensor in block.items()}
-    blocks: Tensors = {}
-    for i, layer in enumerate(layers):
+
+    def add(tensors: Tensors, start: str) -> None:
+        for name, tensor in tensors.items():
+            if tensor.ndim > 1:
+                rounded[start + name] = tensor.half()
+            else:
+                exact[start + name] = tensor
+
+    for i, layer in enumerate(tower.encoder.layers[: tower.n_computed]):
         assert isinstance(layer, CLIPEncoderLayer)
-        named = clip_block(layer, wide)
-        blocks |= {f"v.blk.{i + len(front)}.{name}": tensor for name, tensor in named.items()}
-    blocks |= GGUF_PROJECTORS[model.config.projector_type](model.mm_projector)
-    first = blocks["mm.0.weight"]  # (n, Cv)
-    blocks["mm.0.weight"] = with_nothing(first, len(first), wide.n_channels)
-    for name, tensor in blocks.items():
-        is_matrix = tensor.ndim > 1
-        if is_matrix:
-            rounded[name] = tensor.half()
-        else:
-            exact[name] = tensor
+        add(clip_block(layer, wide), f"v.blk.{i + len(front)}.")
+    projector = GGUF_PROJECTORS[model.config.projector_type](model.mm_projector)
+    first = projector["mm.0.weight"]  # (n, Cv)
+    projector["mm.0.weight"] = with_nothing(first, len(first), wide.n_channels)
+    add(projector, "")
     return exact, rounded

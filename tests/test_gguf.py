@@ -417,7 +417,7 @@ def test_a_number_too_large_for_f16_is_named(toy_tokenizer, model_folder, tmp_pa
         model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
     with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight .* not finite in f16"):
         save_gguf(model, toy_tokenizer, tmp_path / "m", "f16")
-    assert not (tmp_path / "m").exists()
+    assert not list(tmp_path.iterdir())
     save_gguf(model, toy_tokenizer, tmp_path / "m", "bf16")
 
 
@@ -443,9 +443,9 @@ def test_what_was_not_written_as_it_should_be_is_seen(toy_tokenizer, tmp_path, m
             file.write(bytes([byte[0] ^ 1]))
 
     monkeypatch.setattr(gguf.GGUFWriter, "close", close)
-    with pytest.raises(ValueError, match="not as it was written"):
+    with pytest.raises(OSError, match="not what was meant"):
         save_gguf(small_qilin(toy_tokenizer), toy_tokenizer, tmp_path / "m", "f16")
-    assert not (tmp_path / "m").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
