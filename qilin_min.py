@@ -179,10 +179,12 @@ def _rope_theta(raw: dict, where: Path) -> Any:
                     f"{where}: RoPE scaling of type {kind!r} is not implemented; answers would be "
                     "silently wrong"
                 )
-    theta = (scaling or parameters).get("rope_theta", raw.get("rope_theta"))
+    theta = (scaling or parameters).get("rope_theta")
+    if theta is None:
+        theta = raw.get("rope_theta")
     for rope in (raw, parameters, scaling):
-        other = rope.get("rope_theta", theta)
-        if other != theta:
+        other = rope.get("rope_theta")
+        if other not in (None, theta):
             raise ValueError(
                 f"{where}: rope_theta is said to be {theta} and {other}, which transformers 4 and "
                 "5 decide differently: keep the one that the model was trained with"

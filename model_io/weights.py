@@ -140,12 +140,17 @@ def choose_set(folder: Path) -> tuple[Path | None, list[Path]]:
         if not missing:
             return place, absent
         if len(missing) < len(files):
-            raise FileNotFoundError(
-                f"{place} names {missing[0]}, which is not there ({len(missing)} of {len(files)} "
-                f"files are missing){interrupted_in(folder)}{other_sets(folder, place)}"
-            )
+            raise missing_files(place, missing, len(files))
         absent.append(place)
     return None, absent
+
+
+def missing_files(place: Path, missing: list[str], n_files: int) -> FileNotFoundError:
+    """The error of a set of n_files files of which those named `missing` are not there."""
+    return FileNotFoundError(
+        f"{place} names {missing[0]}, which is not there ({len(missing)} of {n_files} files are "
+        f"missing){interrupted_in(place.parent)}{other_sets(place.parent, place)}"
+    )
 
 
 def other_sets(folder: Path, place: Path) -> str:
@@ -208,9 +213,11 @@ def find_weights(path: Path) -> FoundWeights:
         if (path / name).is_file():
             return FoundWeights(path / name, [path / name], [])
     if absent:
-        # says which file, and whether it is a pointer
-        first = shards_of(absent[0])[0]
-        check_no_pointer(first)
+        files = files_of_set(absent[0])
+        if files[0].is_file():
+            # the other thing that is_fetched asks
+            check_no_pointer(files[0])
+        raise missing_files(absent[0], [file.name for file in files], len(files))
     raise FileNotFoundError(
         f"no weights in {path}: neither model.safetensors nor pytorch_model.bin, nor an index of "
         f"shards{first_like(path, FOREIGN_NAMES + STRAY_NAMES)}{interrupted_in(path)}"

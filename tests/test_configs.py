@@ -42,7 +42,7 @@ ALIKE = [
     ({"rope_theta": 1e6}, {"rope_theta": 5e5}),
     ({"rope_parameters": ROPE5}, {}),
     ({}, {"rope_theta": 5e5}),
-    ({}, {"rope_theta": 5e5, "rope_scaling": None}),
+    ({}, {"rope_theta": 5e5, "rope_scaling": None, "rope_parameters": None}),
     ({}, {"rope_theta": 5e5, "rope_scaling": DEFAULT}),
     ({}, {"rope_theta": 5e5, "rope_parameters": DEFAULT}),
     ({}, {"rope_theta": 5e5, "rope_parameters": ROPE5}),
@@ -121,6 +121,8 @@ def test_what_only_transformers_5_writes_is_read_as_it_does():
     raw = config_of({}, {"rope_parameters": ROPE5})
     assert agree(our_reading(raw), reading(raw))
     assert our_reading(raw) == our_reading(config_of({}, {"rope_theta": 5e5}))
+    null = config_of({}, {"rope_parameters": ROPE5, "rope_theta": None})
+    assert our_reading(raw) == our_reading(null)
 
 
 @pytest.mark.parametrize(

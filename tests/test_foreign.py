@@ -155,6 +155,22 @@ def test_a_set_that_is_partly_there_never_gives_way(folder, export):
     assert f"{lost.name}.incomplete is there" in refusal("info", folder)
 
 
+def test_a_set_of_which_nothing_is_there_and_no_other(folder, export):
+    index = folder / "model.safetensors.index.json"
+    put(folder, export, index.name, mark=2, time=1_000_000)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    for shard in shards:
+        shard.write_text(POINTER)
+    assert f"{shards[0]} is a Git LFS pointer" in refusal("info", folder)
+    for shard in shards:
+        shard.rename(shard.with_name(shard.name + ".incomplete"))
+    line = refusal("info", folder)
+    assert f"{index} names {shards[0].name}, which is not there (2 of 2 files are missing)" in line
+    assert f"{shards[0].name}.incomplete is there" in line
+    index.write_text(POINTER)
+    assert f"{index} is a Git LFS pointer" in refusal("info", folder)
+
+
 def test_an_incomplete_set_behind_the_one_that_counts_is_said(folder, export, capsys):
     put(folder, export, "model.safetensors", mark=2, time=1_000_000)
     put(folder, export, "pytorch_model.bin.index.json", mark=3, time=1_000_000)
