@@ -31,7 +31,7 @@ import torch
 from common.files import check_replaceable, model_folder, run_cli
 from model_io.adapters import base_folder, language_folder
 from model_io.card import Origin, bases_of, projector_name
-from model_io.export import check_exportable, save_qilin
+from model_io.export import check_exportable, export_limits, save_qilin
 from model_io.gguf import GGUF_KINDS, check_gguf, save_gguf
 from model_io.info import counted, human, info_lines
 from model_io.load import load_qilin, read_checkpoint
@@ -118,6 +118,9 @@ def convert(
         f"{dst}: {human(size)} in {dtype}, {counted(n_shards, 'shard')}, "
         f"{model.config.projector_type} projector; complete its README.md before you share it"
     )
+    limits = export_limits(model.config)
+    if limits is not None:
+        print(f"{dst}: {limits}")
 
 
 def convert_to_gguf(

@@ -571,19 +571,65 @@ class CLIPVisionTower(nn.Module):
 
 
 @dataclass(frozen=True)
+class HfForm:
+    """One way for a projector to lie in a llava-hf folder, whose class computes
+    linear_2(activation(linear_1(features))).
+    """
+
+    # projector_hidden_act of config.json; None: llava-hf has no word for it, the type's own name
+    # stands there, which transformers refuses, and only this project opens the folder
+    activation: str | None
+    # the type's layers -> their names under multi_modal_projector.
+    layers: dict[str, str]
+    # a layer that llava-hf has and the type lacks: it goes out, and must come in, with the weight
+    # that (vision width, text width) give, and a bias of zeros
+    constant_layer: str | None = None
+    constant_weight: Callable[[int, int], Tensor] | None = None
+    # the weight W (C, Cv) lies as [W, -W, 0] (C, C), for which C must be at least 2 Cv
+    is_mirrored: bool = False
+
+
+def mirroring_weight(vision_size: int, text_size: int) -> Tensor:
+    """[I; -I; 0]: x (Cv) -> x, then -x, then zeros (C). For C of at least 2 Cv."""
+    weight = torch.zeros(text_size, vision_size)
+    weight[:vision_size] = torch.eye(vision_size)
+    weight[vision_size : 2 * vision_size] = -torch.eye(vision_size)
+    return weight
+
+
+def identity_weight(vision_size: int, text_size: int) -> Tensor:
+    """I: what is C wide already stays as it is."""
+    return torch.eye(text_size)
+
+
+# GELU(x) - GELU(-x) = x, so that a linear layer is also linear_1 = [I; -I; 0], GELU, and
+# linear_2 = [W, -W, 0] with the bias: transformers and vLLM run that
+MIRRORED = HfForm(
+    activation="gelu",
+    layers={"": "linear_2"},
+    constant_layer="linear_1",
+    constant_weight=mirroring_weight,
+    is_mirrored=True,
+)
+# where there is no room for that, and in folders of before: linear_1 = W, linear_2 = I with a
+# linear activation, which vLLM refuses
+WITH_IDENTITY = HfForm(
+    activation="linear",
+    layers={"": "linear_1"},
+    constant_layer="linear_2",
+    constant_weight=identity_weight,
+)
+
+
+@dataclass(frozen=True)
 class Projector:
     """A row of PROJECTORS: all in which one adapter between tower and words differs from others."""
 
     # (vision width, text width) -> the module; its attributes are the names in original LLaVA files
     build: Callable[[int, int], nn.Module]
-    # its layers -> their names under multi_modal_projector. in a llava-hf folder;
-    # empty: no export can hold it, so that only its projector file may be trained
-    hf_layers: dict[str, str]
-    # projector_hidden_act of config.json; None: llava-hf has no word for it, the type's own name
-    # stands there, which transformers refuses, and only this project opens the folder
-    hf_activation: str | None
-    # a layer that llava-hf has and this type lacks: it goes out, and must come in, as an identity
-    hf_identity: str | None = None
+    # how it lies in llava-hf folders, any of which is read; the first for which there is room is
+    # written. Empty: no export can hold it, so that only its projector file may be trained
+    hf_forms: tuple[HfForm, ...]
 
 
 def build_mlp2x_gelu(vision_size: int, text_size: int) -> nn.Module:
@@ -597,18 +643,11 @@ def build_mlp2x_gelu(vision_size: int, text_size: int) -> nn.Module:
 
 # the adapter of paper section 4.1; a further projector is one row
 PROJECTORS = {
-    # the paper's: one linear layer. llava-hf has no linear projector: ours goes out as linear_1,
-    # and an identity as linear_2
-    "linear": Projector(
-        build=nn.Linear,
-        hf_layers={"": "linear_1"},
-        hf_activation="linear",
-        hf_identity="linear_2",
-    ),
+    # the paper's: one linear layer, for which llava-hf has no class
+    "linear": Projector(build=nn.Linear, hf_forms=(MIRRORED, WITH_IDENTITY)),
     "mlp2x_gelu": Projector(
         build=build_mlp2x_gelu,
-        hf_layers={"0": "linear_1", "2": "linear_2"},
-        hf_activation="gelu",
+        hf_forms=(HfForm(activation="gelu", layers={"0": "linear_1", "2": "linear_2"}),),
     ),
 }
 
@@ -619,6 +658,11 @@ def projector_row(projector_type: str) -> Projector:
         known = " or ".join(PROJECTORS)
         raise ValueError(f"projector_type {projector_type!r} is unknown: {known}")
     return PROJECTORS[projector_type]
+
+
+def hf_forms(projector_type: str) -> tuple[HfForm, ...]:
+    """The forms of a row of PROJECTORS, or one without names, for what no folder can hold."""
+    return projector_row(projector_type).hf_forms or (HfForm(activation=None, layers={}),)
 
 
 def splice_image_embeds(token_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor) -> Tensor:
@@ -825,16 +869,12 @@ def split_projector_name(name: str) -> tuple[str, str]:
     return layer, kind
 
 
-def hf_name(name: str, projector_type: str) -> str:
-    """The llava-hf name of one of our parameters."""
-    if part_of(name) == "mm_projector":
-        layer, kind = split_projector_name(name)
-        hf_layer = PROJECTORS[projector_type].hf_layers[layer]
-        return f"multi_modal_projector.{hf_layer}.{kind}"
+def hf_name(name: str) -> str:
+    """The llava-hf name of a parameter of tower or language model."""
     for ours, theirs in HF_PREFIXES:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
-    raise ValueError(f"{name} is no parameter of a Qilin")
+    raise ValueError(f"{name} has no name in a llava-hf folder")
 
 
 def named_list(names: Iterable[str]) -> str:
@@ -1025,21 +1065,58 @@ def is_same_tensor(files: WeightFiles, one: str, other: str) -> bool:
     return True
 
 
-def identity_tensor(kind: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The "weight" or "bias" of a linear layer that changes nothing."""
-    if kind == "weight":
-        return torch.eye(size, dtype=dtype)
-    return torch.zeros(size, dtype=dtype)
+def is_mirrored(files: WeightFiles) -> bool:
+    """Whether the projector of a checkpoint lies in the form MIRRORED.
+
+    linear_1 = [I; -I; 0], linear_2 = [W, -W, 0], both exactly, with a zero bias in linear_1:
+    anything else has been trained as two layers.
+    """
+    first = "mm_projector.linear_1.weight"
+    first_bias = "mm_projector.linear_1.bias"
+    second = "mm_projector.linear_2.weight"
+    second_bias = "mm_projector.linear_2.bias"
+    if not files.tensors.keys() >= {first, first_bias, second, second_bias}:
+        return False
+    is_float = all(files.dtype(name) in FLOATS for name in (first, first_bias, second))
+    if not is_float or len(files.shape(first)) != 2:
+        return False
+    C, Cv = files.shape(first)
+    if C < 2 * Cv or files.shape(first_bias) != (C,) or files.shape(second) != (C, C):
+        return False
+    want = mirroring_weight(Cv, C)  # (C, Cv)
+    # nearly always this row tells
+    if not torch.equal(files.rows(first, 0, 1).float(), want[:1]):
+        return False
+    if not torch.equal(files.rows(first).float(), want) or files.rows(first_bias).any():
+        return False
+    weight = files.rows(second)  # (C, C)
+    is_negated = torch.equal(weight[:, Cv : 2 * Cv], -weight[:, :Cv])
+    return is_negated and not weight[:, 2 * Cv :].any()
 
 
-def is_identity(files: WeightFiles, name: str, size: int) -> bool:
-    """Whether a tensor is the weight or the bias of an identity on `size` numbers."""
-    want = identity_tensor(split_projector_name(name)[1], size)
-    return files.shape(name) == want.shape and torch.equal(files.rows(name).float(), want)
+def hf_form_in(files: WeightFiles, projector_type: str) -> HfForm:
+    """The form in which a projector of this type lies in `files`."""
+    forms = hf_forms(projector_type)
+    is_mirror = is_mirrored(files)
+    alike = [form for form in forms if form.is_mirrored == is_mirror]
+    return (alike or forms)[0]
 
 
-def parameter_for(name: str, files: WeightFiles, config: QilinConfig) -> str | None:
-    """The parameter that a tensor of `files` fills.
+def check_constant(name: str, files: WeightFiles, config: QilinConfig, form: HfForm) -> None:
+    """ValueError unless a tensor of the layer that the type lacks is what its form says."""
+    assert form.constant_weight is not None, "a form with such a layer tells its weight"
+    want = form.constant_weight(config.vision.hidden_size, config.text.hidden_size)
+    if split_projector_name(name)[1] == "bias":
+        want = torch.zeros(len(want))
+    if files.shape(name) != want.shape or not torch.equal(files.rows(name).float(), want):
+        raise ValueError(
+            f"{files.path}: {name} is not as a {config.projector_type} projector with "
+            f"projector_hidden_act {form.activation} has it, so this is none"
+        )
+
+
+def parameter_for(name: str, files: WeightFiles, config: QilinConfig, form: HfForm) -> str | None:
+    """The parameter that a tensor of `files`, whose projector has this form, fills.
 
     None: it is what the model holds elsewhere, which is checked; ValueError when it is not.
     """
@@ -1054,16 +1131,11 @@ def parameter_for(name: str, files: WeightFiles, config: QilinConfig) -> str | N
             )
         return None
     if part_of(name) == "mm_projector":
-        row = PROJECTORS[config.projector_type]
         layer, kind = split_projector_name(name)
-        if layer == row.hf_identity:
-            if not is_identity(files, name, config.text.hidden_size):
-                raise ValueError(
-                    f"{files.path}: {name} is no identity, so this is not a "
-                    f"{config.projector_type} projector"
-                )
+        if layer == form.constant_layer:
+            check_constant(name, files, config, form)
             return None
-        for ours, theirs in row.hf_layers.items():
+        for ours, theirs in form.layers.items():
             if layer == theirs:
                 return ".".join(filter(None, ("mm_projector", ours, kind)))
     return name
@@ -1071,8 +1143,40 @@ def parameter_for(name: str, files: WeightFiles, config: QilinConfig) -> str | N
 
 # of a checkpoint's files those parts that are taken from them
 Sources = list[tuple[WeightFiles, set[str]]]
-# parameter -> the files it comes from, and its name there
-Places = dict[str, tuple[WeightFiles, str]]
+
+
+@dataclass
+class Place:
+    """Where a parameter lies: a tensor of some files, or its first columns."""
+
+    files: WeightFiles
+    # its name there
+    name: str
+    # None: all
+    n_columns: int | None = None
+
+    @property
+    def entry(self) -> Entry:
+        return self.files.tensors[self.name]
+
+    def shape(self) -> tuple[int, ...]:
+        shape = self.files.shape(self.name)
+        if self.n_columns is None:
+            return shape
+        return (shape[0], self.n_columns)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of the parameter, in the file's dtype."""
+        rows = self.files.rows(self.name, start, stop)
+        return rows if self.n_columns is None else rows[:, : self.n_columns]
+
+
+def place_of(name: str, files: WeightFiles, config: QilinConfig, form: HfForm) -> Place:
+    """The Place of a parameter that the tensor `name` of `files` fills."""
+    is_projector_weight = part_of(name) == "mm_projector" and name.endswith(".weight")
+    if is_projector_weight and form.is_mirrored:
+        return Place(files, name, n_columns=config.vision.hidden_size)
+    return Place(files, name)
 
 
 def wanted_shapes(model: nn.Module, fresh: bool) -> dict[str, tuple[int, ...]]:
@@ -1097,7 +1201,7 @@ def layers_that_quantise(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def account(model: Qilin, sources: Sources, fresh: bool = False) -> tuple[Places, str]:
+def account(model: Qilin, sources: Sources, fresh: bool = False) -> tuple[dict[str, Place], str]:
     """(Where each parameter lies, one line that accounts for all tensors), model on meta or not.
 
     sources: of each file the parts named are taken, the tensors of other parts are skipped and
@@ -1105,7 +1209,7 @@ def account(model: Qilin, sources: Sources, fresh: bool = False) -> tuple[Places
     ValueError when a tensor is missing, has another shape, or is left over: names up to ten and how
     many more.
     """
-    found: Places = {}
+    found: dict[str, Place] = {}
     n_skipped = 0
     n_ignored = 0
     for files, parts in sources:
@@ -1113,22 +1217,23 @@ def account(model: Qilin, sources: Sources, fresh: bool = False) -> tuple[Places
         if files.unknown:
             names = named_list(files.unknown)
             raise ValueError(f"{files.path}: tensors that this model has no place for: {names}")
+        form = hf_form_in(files, model.config.projector_type)
         for name in files.tensors:
             if part_of(name) not in parts:
                 n_skipped += 1
                 continue
-            ours = parameter_for(name, files, model.config)
+            ours = parameter_for(name, files, model.config, form)
             if ours is None:
-                # an identity is no tensor of the model's, in or out; a second copy of the head is
+                # a constant layer is none of the model's tensors, a second copy of the head is
                 n_ignored += 1 if name == HEAD else 0
             elif ours in found:
                 entry = files.tensors[name]
-                other = files.tensors[found[ours][1]]
+                other = found[ours].entry
                 raise ValueError(
                     f"{entry.file}: {entry.name} is also in {other.file.name} (as {other.name})"
                 )
             else:
-                found[ours] = (files, name)
+                found[ours] = place_of(name, files, model.config, form)
     check_places(found, wanted_shapes(model, fresh), sources)
     line = (
         f"{len(found)} tensors loaded, {n_skipped} skipped (part given elsewhere), "
@@ -1139,7 +1244,9 @@ def account(model: Qilin, sources: Sources, fresh: bool = False) -> tuple[Places
     return found, line
 
 
-def check_places(found: Places, wanted: dict[str, tuple[int, ...]], sources: Sources) -> None:
+def check_places(
+    found: dict[str, Place], wanted: dict[str, tuple[int, ...]], sources: Sources
+) -> None:
     """ValueError unless what was found is what is wanted, in its shape, and floats."""
     where = ", ".join(str(files.path) for files, _ in sources)
     missing = wanted.keys() - found.keys()
@@ -1149,15 +1256,15 @@ def check_places(found: Places, wanted: dict[str, tuple[int, ...]], sources: Sou
     if left_over:
         names = named_list(left_over)
         raise ValueError(f"{where}: tensors that this model has no place for: {names}")
-    for name, (files, key) in found.items():
-        if files.shape(key) != wanted[name]:
+    for name, place in found.items():
+        if place.shape() != wanted[name]:
             raise ValueError(
-                f"{files.path}: {name} is {files.shape(key)} in the file, {wanted[name]} by the "
+                f"{place.files.path}: {name} is {place.shape()} in the file, {wanted[name]} by the "
                 "config"
             )
-        if files.dtype(key) not in FLOATS:
-            entry = files.tensors[key]
-            raise ValueError(f"{entry.file}: {entry.name} holds {files.dtype(key)}")
+        dtype = place.files.dtype(place.name)
+        if dtype not in FLOATS:
+            raise ValueError(f"{place.entry.file}: {place.entry.name} holds {dtype}")
 
 
 # --- 5c. filling: a model on the meta device gets memory, each rank its rows
@@ -1256,18 +1363,18 @@ def fill_weights(
     found, line = account(model, sources, fresh)
     quantised = layers_that_quantise(model)
     give_memory(model, device)
-    for name, (files, key) in found.items():
+    for name, place in found.items():
         param = model.get_parameter(name)
         if name in quantised:
             # whole on every rank, and of another shape than in the file
-            rows = files.rows(key)
+            rows = place.rows()
         else:
             start, stop = local_rows(param)
             if start == stop:
                 continue
-            rows = files.rows(key, start, stop)
+            rows = place.rows(start, stop)
         if not looks_finite(rows):
-            entry = files.tensors[key]
+            entry = place.entry
             raise ValueError(f"{entry.file}: {entry.name} holds values that are not finite")
         if name in quantised:
             quantised[name].quantize_(rows)
@@ -1295,7 +1402,9 @@ def folder_config(path: str | Path) -> tuple[dict, Path]:
 
 def check_llava(raw: dict, where: Path) -> None:
     """ValueError unless config.json asks for what is implemented between the two halves."""
-    activations = {activation_word(kind) for kind in PROJECTORS if PROJECTORS[kind].hf_layers}
+    activations = set()
+    for kind, row in PROJECTORS.items():
+        activations |= {activation_word(kind, form) for form in row.hf_forms}
     implemented = {
         "model_type": ("llava", "llava_llama", "llama"),
         "vision_feature_select_strategy": ("default",),
@@ -1358,41 +1467,56 @@ def square_mode(raw: dict) -> str:
     return "pad" if word == "pad" else "crop"
 
 
-def activation_word(projector_type: str) -> str:
-    """projector_hidden_act of config.json."""
-    return PROJECTORS[projector_type].hf_activation or projector_type
+def activation_word(projector_type: str, form: HfForm) -> str:
+    """projector_hidden_act of config.json for a type that lies in this form."""
+    return form.activation or projector_type
 
 
 def projector_misfit(
-    projector_type: str, layers: Collection[str], raw: dict, hint: str | None
-) -> tuple[int, int, bool, bool]:
-    """How badly a projector's layers fit a type: the least of all types' is the type.
+    projector_type: str, form: HfForm, layers: Collection[str], word: str | None
+) -> tuple[int, int, bool]:
+    """How badly a projector's layers fit a type that lies in a form: the least is what it is.
 
-    Layers it has no place for; its own that are not there; another word in config.json (where that
-    says nothing, a second layer is taken for a layer, not for an identity); not the one hinted at.
+    Layers the type has no place for; its own that are not there; another word in config.json (where
+    that says nothing, a second layer is taken for a layer, not for an identity).
     """
-    row = PROJECTORS[projector_type]
     with torch.device("meta"):
-        parameters = dict(row.build(1, 1).named_parameters())
-    own = {name.rpartition(".")[0] for name in parameters}
-    ours = {theirs: ours for ours, theirs in row.hf_layers.items()}
-    filled = {ours.get(layer, layer) for layer in layers if layer != row.hf_identity}
-    word = raw.get("projector_hidden_act")
+        parameters = dict(PROJECTORS[projector_type].build(1, 1).named_parameters())
+    own = {split_projector_name(name)[0] for name in parameters}
+    ours = {theirs: ours for ours, theirs in form.layers.items()}
+    filled = {ours.get(layer, layer) for layer in layers if layer != form.constant_layer}
     if word is None:
-        is_other = row.hf_identity in layers
+        is_other = form.constant_layer in layers and not form.is_mirrored
     else:
-        is_other = word != activation_word(projector_type)
-    return len(filled - own), len(own - filled), is_other, projector_type != hint
+        is_other = word != activation_word(projector_type, form)
+    return len(filled - own), len(own - filled), is_other
 
 
 def projector_type_of(files: WeightFiles, raw: dict, hint: str | None = None) -> str:
     """The row of PROJECTORS that the projector's tensors in `files` fit best.
 
     raw: the config.json beside them, or {}. hint: the type to take where they fit several alike.
+    ValueError for a mirrored one under an activation that does not undo the mirroring.
     """
     names = [name for name in files.tensors if part_of(name) == "mm_projector"]
     layers = {split_projector_name(name)[0] for name in names}
-    return min(PROJECTORS, key=lambda kind: projector_misfit(kind, layers, raw, hint))
+    word = raw.get("projector_hidden_act")
+    is_mirror = is_mirrored(files)
+    choices = []
+    for kind in PROJECTORS:
+        choices += [(kind, form) for form in hf_forms(kind) if form.is_mirrored == is_mirror]
+
+    def misfit(choice: tuple[str, HfForm]) -> tuple[int, int, bool, bool]:
+        kind, form = choice
+        return *projector_misfit(kind, form, layers, word), kind != hint
+
+    kind, form = min(choices, key=misfit)
+    if is_mirror and word not in (None, form.activation):
+        raise ValueError(
+            f"{files.path}: its linear_1 is made of I and -I, which goes with "
+            f"projector_hidden_act {form.activation}, but config.json says {word}"
+        )
+    return kind
 
 
 def load_llava_hf(

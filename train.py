@@ -59,7 +59,13 @@ from common.files import (
 )
 from model_io.adapters import base_folder, language_folder
 from model_io.card import Origin, bases_of, names_of_files, projector_name
-from model_io.export import check_exportable, full_tensors, save_qilin, save_tensors
+from model_io.export import (
+    check_exportable,
+    export_limits,
+    full_tensors,
+    save_qilin,
+    save_tensors,
+)
 from model_io.load import Checkpoint, read_checkpoint
 from model_io.lora_export import save_adapter
 from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
@@ -293,6 +299,9 @@ def export(settings: RunSettings, model: Qilin, tokenizer: Tokenizer) -> None:
         export_adapter(settings, model, dtype)
     elif stage.export == "model":
         save_qilin(model, tokenizer, final, dtype, origin_of(settings))
+        limits = export_limits(model.config)
+        if limits is not None:
+            print0(f"{final}: {limits}")
     else:
         save_projector(model, final, stage.final_file, dtype)
 

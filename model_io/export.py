@@ -40,11 +40,12 @@ from qilin_min import (
     HEAD,
     IMAGE_TOKEN,
     PROJECTORS,
+    HfForm,
     Qilin,
     QilinConfig,
     activation_word,
+    hf_forms,
     hf_name,
-    identity_tensor,
     part_of,
     split_projector_name,
 )
@@ -158,26 +159,65 @@ class ShardFiles:
 # --- 2. a model -> a folder ---
 
 
-def hf_tensors(
-    name: str, full: torch.Tensor, projector_type: str, n_rows: int
-) -> dict[str, torch.Tensor]:
+def hf_tensors(name: str, full: torch.Tensor, form: HfForm, n_rows: int) -> dict[str, torch.Tensor]:
     """{name in the file: tensor} of one of our parameters: one, or two where llava-hf's class has
     more layers than ours. The embeddings and the head get n_rows rows."""
-    key = hf_name(name, projector_type)
+    if part_of(name) == "mm_projector":
+        return projector_tensors(name, full, form)
+    key = hf_name(name)
     if name in (EMBED, HEAD):
         filler = full[:1].expand(n_rows - len(full), -1)
         return {key: torch.cat((full, filler))}
-    identity = PROJECTORS[projector_type].hf_identity
-    if part_of(name) == "mm_projector" and identity:
-        kind = split_projector_name(name)[1]
-        second = identity_tensor(kind, len(full), full.dtype)
-        return {key: full, f"multi_modal_projector.{identity}.{kind}": second}
     return {key: full}
+
+
+def projector_tensors(name: str, full: torch.Tensor, form: HfForm) -> dict[str, torch.Tensor]:
+    """{name in the file: tensor} of one of a projector's parameters that goes out in a form: with
+    it goes that of the layer which llava-hf has and ours lacks."""
+    layer, kind = split_projector_name(name)
+    ours = f"multi_modal_projector.{form.layers[layer]}.{kind}"
+    added = f"multi_modal_projector.{form.constant_layer}.{kind}"
+    if form.constant_weight is None:
+        return {ours: full}
+    if kind == "bias":
+        return {ours: full, added: torch.zeros_like(full)}
+    C, Cv = full.shape
+    constant = form.constant_weight(Cv, C).to(full.dtype)
+    if form.is_mirrored:
+        rest = full.new_zeros(C, C - 2 * Cv)
+        full = torch.cat((full, -full, rest), dim=1)  # (C, C)
+    return {ours: full, added: constant}
+
+
+def written_form(config: QilinConfig) -> HfForm:
+    """The form in which a model's projector goes into a llava-hf folder: the first of its type's
+    for which there is room."""
+    has_room = config.text.hidden_size >= 2 * config.vision.hidden_size
+    return next(
+        form for form in hf_forms(config.projector_type) if has_room or not form.is_mirrored
+    )
+
+
+def export_limits(config: QilinConfig) -> str | None:
+    """What a person must know of who opens this model's folder; None where all do."""
+    form = written_form(config)
+    if form.activation is None:
+        return (
+            f"only qilin-min opens this folder: llava-hf has no {config.projector_type} projector, "
+            "and transformers and vLLM refuse it"
+        )
+    if form.activation == "linear":
+        return (
+            "only transformers and qilin-min open this folder, vLLM does not: a linear projector "
+            f"for vLLM needs a text width of twice the tower's, and here are "
+            f"{config.text.hidden_size} and {config.vision.hidden_size}"
+        )
+    return None
 
 
 def check_exportable(projector_type: str) -> None:
     """ValueError when no folder can hold a model with this projector."""
-    if not PROJECTORS[projector_type].hf_layers:
+    if not PROJECTORS[projector_type].hf_forms:
         raise ValueError(
             f"a model with a projector {projector_type} cannot be exported: its row of PROJECTORS "
             "has no names for its layers in a llava-hf folder"
@@ -203,8 +243,8 @@ def save_qilin(
     gathered one at a time and rank 0 writes, beside, reads all of it again, then renames; OSError
     when what lies there is not what was written. The picture token is the first
     id past the tokenizer; rows are padded to a multiple of 64 with copies of <unk>'s. A linear
-    projector has no llava-hf class: it is written as linear_1, an identity as linear_2, and a
-    linear activation, which is equal.
+    projector has no llava-hf class: it is written in one of the forms of its row of PROJECTORS,
+    which compute the same.
     """
     config = model.config
     if any(_is_only_quantised(module) for module in model.modules()):
@@ -222,10 +262,11 @@ def save_qilin(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     shards = ShardFiles(partial)
+    form = written_form(config)
     for name, full in full_tensors(model, dtype=dtype):
         if full is None:
             continue
-        for key, tensor in hf_tensors(name, full, config.projector_type, n_rows).items():
+        for key, tensor in hf_tensors(name, full, form, n_rows).items():
             shards.add(key, tensor)
 
     if _is_rank0():
@@ -233,9 +274,7 @@ def save_qilin(
         dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
         jsons = hf_configs(config, n_token_ids, n_rows, dtype_name) | tokenizer_jsons(tokenizer)
         n_params = sum(param.numel() for param in model.parameters())
-        card = model_card(
-            origin or Origin(), n_params, dtype_name, config.projector_type, tokenizer
-        )
+        card = model_card(origin or Origin(), n_params, dtype_name, config, tokenizer)
         # a name of a file may hold half a surrogate pair, which UTF-8 has no bytes for
         files = {"README.md": card.encode(errors="backslashreplace")} | tokenizer_files(tokenizer)
         write_files(partial, jsons, files)
@@ -277,18 +316,19 @@ def model_card(
     origin: Origin,
     n_params: int,
     dtype_name: str,
-    projector_type: str,
+    config: QilinConfig,
     tokenizer: Tokenizer | None,
 ) -> str:
     """The README.md of an exported folder."""
-    if PROJECTORS[projector_type].hf_activation is None:
-        use = (
-            f"Only qilin-min opens this folder: llava-hf has no {projector_type} projector, and "
-            "transformers and vLLM refuse it.\n"
-            '`python sample.py image.png "图中有什么异常？" --model .`'
-        )
+    if written_form(config).activation is None:
+        use = '`python sample.py image.png "图中有什么异常？" --model .`'
     else:
         use = _card_text("model_card_use.md")
+    limits = export_limits(config)
+    if limits is None:
+        use = f"{use}\n\nFor many users: `vllm serve .`"
+    else:
+        use = f"{limits[0].upper()}{limits[1:]}.\n\n{use}"
     obstacle = fast_tokenizer(tokenizer).obstacle if tokenizer else None
     if tokenizer and obstacle:
         begin = tokenizer.sp.id_to_piece(tokenizer.bos_id)
@@ -298,7 +338,7 @@ def model_card(
         _card_text("model_card.md").format(
             head=card_head(origin),
             how=origin.how,
-            projector=projector_type,
+            projector=config.projector_type,
             n=n_params / 1e9,
             dtype=dtype_name,
             rows=card_rows(origin),
@@ -336,7 +376,7 @@ def _config_json(config, n_token_ids, n_rows, dtype_name):
         "image_token_index": n_token_ids,
         "image_seq_length": config.n_image_tokens,
         "tie_word_embeddings": config.text.tie_word_embeddings,
-        "projector_hidden_act": activation_word(config.projector_type),
+        "projector_hidden_act": activation_word(config.projector_type, written_form(config)),
         "multimodal_projector_bias": True,
         "image_aspect_ratio": config.image_mode,
         "vision_feature_layer": config.vision.select_layer,

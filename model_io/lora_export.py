@@ -16,10 +16,17 @@ from common.files import (
     write_text,
 )
 from model_io.adapters import ADAPTER_CONFIG, ADAPTER_FILES
-from model_io.export import check_exportable, full_tensors, hf_tensors, save_tensors, whole
+from model_io.export import (
+    check_exportable,
+    full_tensors,
+    hf_tensors,
+    save_tensors,
+    whole,
+    written_form,
+)
 from model_io.lowbit import QuantizedLinear, linear_layers
 from model_io.written import check_file, check_json, fingerprint
-from qilin_min import Qilin, activation_word, part_of
+from qilin_min import HfForm, Qilin, QilinConfig, activation_word, folder_config, hf_forms, part_of
 
 # where peft finds our modules in the LlavaForConditionalGeneration of transformers 4.52 and later
 PEFT_BLOCKS = "base_model.model.model.language_model.layers."
@@ -48,7 +55,8 @@ def save_adapter(
         raise ValueError("adapters of quantised weights belong to those: export them merged")
     check_exportable(model.config.projector_type)
     check_replaceable(path, "config.json")
-    tensors = adapter_tensors(model, dtype)
+    form = form_of_base(model.config, base)
+    tensors = adapter_tensors(model, dtype, form)
     # rank 0 has them all
     if tensors:
         path = Path(path)
@@ -57,7 +65,7 @@ def save_adapter(
         partial.mkdir(parents=True)
         configs = {
             ADAPTER_CONFIG: adapter_config(model, alpha, base),
-            "config.json": between_config(model, vision),
+            "config.json": between_config(model, vision, form),
         }
         meant = {key: fingerprint(tensor) for key, tensor in tensors.items()}
         save_tensors(tensors, partial / ADAPTER_FILES[0])
@@ -74,8 +82,20 @@ def save_adapter(
         dist.barrier()
 
 
-def adapter_tensors(model: Qilin, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """{name that peft gives it: whole tensor on CPU}; on ranks but the first empty."""
+def form_of_base(config: QilinConfig, base: str) -> HfForm:
+    """The form that the base's projector has, where it is there and a llava-hf folder: peft puts
+    the adapter's into the same class, and its activation stays. Else what an export has."""
+    if (Path(base) / "config.json").is_file():
+        word = folder_config(base)[0].get("projector_hidden_act")
+        for form in hf_forms(config.projector_type):
+            if word == activation_word(config.projector_type, form):
+                return form
+    return written_form(config)
+
+
+def adapter_tensors(model: Qilin, dtype: torch.dtype, form: HfForm) -> dict[str, torch.Tensor]:
+    """{name that peft gives it: whole tensor on CPU}, the projector in a form; on ranks but the
+    first empty."""
     is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
     tensors = {}
     for name, param in model.named_parameters():
@@ -88,7 +108,7 @@ def adapter_tensors(model: Qilin, dtype: torch.dtype) -> dict[str, torch.Tensor]
     for name, full in full_tensors(model, "mm_projector.", dtype):
         if full is None:
             continue
-        for key, tensor in hf_tensors(name, full, model.config.projector_type, n_rows=0).items():
+        for key, tensor in hf_tensors(name, full, form, n_rows=0).items():
             tensors[PEFT_PROJECTOR + key] = tensor
     return tensors
 
@@ -112,12 +132,12 @@ def adapter_config(model: Qilin, alpha: float, base: str) -> dict[str, Any]:
     }
 
 
-def between_config(model: Qilin, vision: str | None) -> dict[str, Any]:
+def between_config(model: Qilin, vision: str | None, form: HfForm) -> dict[str, Any]:
     """config.json: what no base knows of the place between tower and words."""
     config = model.config
     raw = {
         "model_type": "llava",
-        "projector_hidden_act": activation_word(config.projector_type),
+        "projector_hidden_act": activation_word(config.projector_type, form),
         "vision_feature_layer": config.vision.select_layer,
         "image_aspect_ratio": config.image_mode,
     }

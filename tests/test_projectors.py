@@ -26,7 +26,7 @@ DRIVER = """
 import importlib, signal, sys
 import torch.nn as nn
 from common.files import run_cli
-from qilin_min import PROJECTORS, Projector
+from qilin_min import PROJECTORS, HfForm, Projector
 
 def build(vision_size, text_size):
     return nn.Sequential(
@@ -35,7 +35,9 @@ def build(vision_size, text_size):
         nn.Linear(text_size, text_size),
     )
 
-PROJECTORS["mlp3x_gelu"] = Projector(build, hf_layers={layers}, hf_activation=None)
+layers = {layers}
+forms = (HfForm(None, layers),) if layers else ()
+PROJECTORS["mlp3x_gelu"] = Projector(build, forms)
 name = sys.argv.pop(1)
 sys.argv[0] = name + ".py"
 run_cli(importlib.import_module(name).main)
@@ -55,7 +57,7 @@ def build_mlp3x_gelu(vision_size, text_size):
 @pytest.fixture
 def row(monkeypatch):
     """The row for this process."""
-    added = q.Projector(build_mlp3x_gelu, hf_layers=LAYERS, hf_activation=None)
+    added = q.Projector(build_mlp3x_gelu, (q.HfForm(None, LAYERS),))
     monkeypatch.setitem(q.PROJECTORS, TYPE, added)
     return added
 
@@ -63,7 +65,7 @@ def row(monkeypatch):
 @pytest.fixture
 def nameless(monkeypatch):
     """A row that no export can hold."""
-    added = q.Projector(build_mlp3x_gelu, hf_layers={}, hf_activation=None)
+    added = q.Projector(build_mlp3x_gelu, hf_forms=())
     monkeypatch.setitem(q.PROJECTORS, TYPE, added)
     return added
 
@@ -218,8 +220,8 @@ def test_of_two_types_with_the_same_layers_the_one_asked_for_is_taken(
             nn.Linear(vision_size, text_size), nn.ReLU(), nn.Linear(text_size, text_size)
         )
 
-    layers = q.PROJECTORS["mlp2x_gelu"].hf_layers
-    relu = q.Projector(build, hf_layers=layers, hf_activation="relu")
+    layers = q.PROJECTORS["mlp2x_gelu"].hf_forms[0].layers
+    relu = q.Projector(build, (q.HfForm("relu", layers),))
     monkeypatch.setitem(q.PROJECTORS, "mlp2x_relu", relu)
     tensors = {f"mm_projector.{i}.weight": torch.zeros(64, 64) for i in (0, 2)}
     tensors |= {f"mm_projector.{i}.bias": torch.zeros(64) for i in (0, 2)}
@@ -247,7 +249,7 @@ def test_a_fresh_layer_that_nobody_fills_is_refused(monkeypatch, llama_folder, c
         return nn.Sequential(nn.Conv1d(1, 1, 1), nn.Linear(vision_size, text_size))
 
     for build in (with_norm, with_conv):
-        added = q.Projector(build, hf_layers={}, hf_activation=None)
+        added = q.Projector(build, hf_forms=())
         monkeypatch.setitem(q.PROJECTORS, TYPE, added)
         given = dict(llm=llama_folder, vision=clip_folder, projector_type=TYPE)
         if build is with_norm:
