@@ -231,7 +231,8 @@ def adapter_lines(path: Path, given: str | None) -> Iterator[str]:
     """What a peft adapter changes in which base, and whether the two fit. given: --base."""
     adapter = open_adapter(path)
     yield str(path)
-    yield column("layout", "a peft adapter (LoRA)")
+    kind = "DoRA" if adapter.settings.get("use_dora") else "LoRA"
+    yield column("layout", f"a peft adapter ({kind})")
     is_found = bool(given) or named_folder(adapter.base_name, path) is not None
     base = find_base(adapter, given, llm=None) if is_found else None
     named = adapter.base_name or "none named"
