@@ -4,7 +4,8 @@ sentencepiece joins, of all neighbours that make a piece, those with the best sc
 scores the leftmost. tokenizer.json ranks pairs, no two alike. The two agree where no scores tie, as
 in a vocabulary that was trained whole; where pieces were added afterwards, as public merge scripts
 do (every added piece has score 0), they agree only where some order of the tied pairs always
-happens to take the leftmost. So nobody is told to trust it: what was made is read and compared.
+happens to take the leftmost. A unigram model's scores are added up by both, in float32 and in
+float64. So nobody is told to trust it: what was made is read and compared.
 """
 
 import math
@@ -236,11 +237,33 @@ def _bpe(model: PieceModel) -> dict:
     }
 
 
+def _unigram(model: PieceModel) -> dict:
+    """The library would find control and byte pieces in a text, too: there they cost more than any
+    other way to cut it."""
+    never = min(piece.score for piece in model.pieces) - 1000
+    found = (PieceKind.NORMAL, PieceKind.USER_DEFINED)
+    vocabulary = []
+    for piece in model.pieces:
+        vocabulary.append([piece.text, piece.score if piece.kind in found else never])
+    return {
+        "type": "Unigram",
+        "unk_id": model.unk_id,
+        "vocab": vocabulary,
+        "byte_fallback": bool(model.ids_of(PieceKind.BYTE)),
+    }
+
+
+# kind of model -> its part of tokenizer.json
+MODEL_FORMS = {PieceModelKind.BPE: _bpe, PieceModelKind.UNIGRAM: _unigram}
+
+
 def tokenizer_json(model: PieceModel) -> dict:
     """The content of tokenizer.json. ValueError for a kind of model that it has no form for."""
-    if model.kind is not PieceModelKind.BPE:
+    if model.kind not in MODEL_FORMS:
         raise ValueError(f"a {model.kind.name.lower()} model")
     if model.has_charsmap:
+        # the library's Precompiled replaces what it takes for one character: it leaves three jamo
+        # as they are, of which sentencepiece makes one
         raise ValueError("a model that replaces characters first (its normaliser is not identity)")
     if model.has_blank_behind:
         raise ValueError("a model that puts blanks behind words")
@@ -256,7 +279,7 @@ def tokenizer_json(model: PieceModel) -> dict:
         "normalizer": _normalizer(model),
         "post_processor": _post_processor(model.pieces[model.bos_id].text, model.bos_id),
         "decoder": _decoder(model),
-        "model": _bpe(model),
+        "model": MODEL_FORMS[model.kind](model),
     }
 
 
@@ -270,16 +293,61 @@ def _pattern(said: dict) -> re.Pattern:
     return re.compile(said["Regex"].replace(r"\z", r"\Z"))
 
 
-class RankedReading:
+class Likeliest:
+    """How a unigram model cuts a text: into pieces whose scores have the highest sum."""
+
+    def __init__(self, vocabulary: list[tuple[str, float]]):
+        self.scores = dict(vocabulary)
+        self.unknown = min(self.scores.values()) - 10  # a character that is no piece
+        self.longest = max(map(len, self.scores))
+
+    def cut(self, characters: list[str]) -> list[str]:
+        """The pieces of a text; unknown neighbours are one."""
+        text = "".join(characters)
+        n = len(text)
+        best = [0.0] + [-math.inf] * n  # of the text up to there
+        start = [0] * (n + 1)  # of the last piece of that
+        for i in range(n):
+            last = min(i + self.longest, n)
+            pieces = {end: text[i:end] for end in range(i + 1, last + 1)}
+            scores = {end: self.scores[p] for end, p in pieces.items() if p in self.scores}
+            scores.setdefault(i + 1, self.unknown)
+            for end, score in scores.items():
+                if best[i] + score > best[end]:
+                    best[end] = best[i] + score
+                    start[end] = i
+        return self._pieces(text, start)
+
+    def _pieces(self, text: str, start: list[int]) -> list[str]:
+        pieces = []
+        end = len(text)
+        while end > 0:
+            piece = text[start[end] : end]
+            is_unknown = piece not in self.scores
+            if is_unknown and pieces and pieces[-1] not in self.scores:
+                pieces[-1] = piece + pieces[-1]
+            else:
+                pieces.append(piece)
+            end = start[end]
+        return pieces[::-1]
+
+
+class FileReading:
     """A tokenizer.json as tokenizer_json writes it, applied to texts without control tokens; the
     tests hold it against the tokenizers library."""
 
     def __init__(self, content: dict):
         said = content["model"]
-        self.vocabulary: dict[str, int] = said["vocab"]
-        self.unk_id: int = self.vocabulary[said["unk_token"]]
-        ranked = [(left, right) for left, right in said["merges"]]
-        self.joining = Joining({merge: i for i, merge in enumerate(ranked)})
+        self.vocabulary: dict[str, int]
+        if said["type"] == "BPE":
+            self.vocabulary = said["vocab"]
+            self.unk_id: int = self.vocabulary[said["unk_token"]]
+            ranked = [(left, right) for left, right in said["merges"]]
+            self.cut = Joining({merge: i for i, merge in enumerate(ranked)}).join
+        else:
+            self.vocabulary = {text: i for i, (text, _) in enumerate(said["vocab"])}
+            self.unk_id = said["unk_id"]
+            self.cut = Likeliest([(text, score) for text, score in said["vocab"]]).cut
         self.prefix = ""
         self.replaced: list[tuple[re.Pattern, str]] = []  # before the prefix
         for step in content["normalizer"]["normalizers"]:
@@ -309,7 +377,7 @@ class RankedReading:
 
     def _encode_word(self, word: str) -> list[int]:
         ids = []
-        for symbol in self.joining.join(list(word)):
+        for symbol in self.cut(list(word)):
             found = self._ids_of_symbol(symbol)
             # unknown neighbours count as one
             if found == [self.unk_id] and ids[-1:] == found:
@@ -359,7 +427,7 @@ def trying_texts(model: PieceModel) -> Iterator[str]:
 
 def first_difference(content: dict, sp: SentencePieceProcessor) -> str | None:
     """A text that tokenizer.json cuts otherwise than the model it was made of, or None."""
-    reading = RankedReading(content)
+    reading = FileReading(content)
     texts = trying_texts(read_pieces(sp))
     while True:
         some = list(islice(texts, 10_000))

@@ -11,13 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_qilin
+from conftest import ROOT
 from jinja2.exceptions import TemplateError
 from PIL import Image
-from test_fast_tokenizer import SHANGHAI, merged, trained
+from test_fast_tokenizer import SHANGHAI, UNIGRAM, exported_with, merged, trained
 from transformers import AutoProcessor
 
-from model_io.export import save_qilin
 from model_io.tokens import Tokenizer, encode_conversation, encode_prompt
 from qilin_min import IMAGE_TOKEN_INDEX
 from serving.requests import read_messages
@@ -41,6 +40,7 @@ KINDS = {
     "as LLaMA": {},
     "no dummy prefix": dict(add_dummy_prefix=False),
     "blanks trimmed": dict(remove_extra_whitespaces=True),
+    "unigram": UNIGRAM,
     "no tokenizer.json": None,
 }
 
@@ -50,12 +50,9 @@ def exported(tmp_path, options):
     path = trained(tmp_path, **(options or {}))
     if options is None:
         path = merged(path, SHANGHAI, tmp_path)
-    tokenizer = Tokenizer(path)
-    n = tokenizer.vocab_size
-    sizes = dict(vocab_size=n, hidden_size=16, intermediate_size=16, num_attention_heads=2)
-    save_qilin(make_qilin(text=sizes, n_token_ids=n), tokenizer, tmp_path / "out")
-    assert (tmp_path / "out/tokenizer.json").exists() == (options is not None)
-    return tmp_path / "out"
+    out = exported_with(path, tmp_path)
+    assert (out / "tokenizer.json").exists() == (options is not None)
+    return out
 
 
 @pytest.fixture(scope="module", params=KINDS)
