@@ -4,6 +4,7 @@ in: a folder or file of any layout; out: WeightFiles, and a model with what no f
 """
 
 import math
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,8 +75,13 @@ def open_weights(file: Path) -> dict[str, StoredTensor]:
 
 def open_pickled(file: Path) -> dict[str, StoredTensor]:
     """{name: tensor} of a .bin; ValueError, or whatever torch raises, when it is anything else."""
-    # weights_only: no code runs; mmap, which the oldest format cannot: pages come as they are read
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    # torch wonders aloud at a damaged file before it raises
+    with warnings.catch_warnings(action="ignore"):
+        # weights_only: no code runs; mmap, which the oldest format cannot: pages come as they are
+        # read
+        content = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
     if not isinstance(content, dict):
         raise ValueError("not a dict from names to tensors")
     tensors: dict[str, StoredTensor] = {}

@@ -269,6 +269,8 @@ SPOILT = [
     ("pytorch_model.bin", lambda f: torch.save({"a": Trap()}, f), "objects beside tensors"),
     ("pytorch_model.bin", lambda f: write_legacy(f, {"a": Trap()}), "objects beside tensors"),
     ("pytorch_model.bin", lambda f: torch.save(torch.nn.Linear(2, 2), f), "torch.nn"),
+    # a pickle of a protocol that is none
+    ("pytorch_model.bin", lambda f: f.write_bytes(b"\x80\x19" + bytes(99)), "it is damaged"),
     (
         "pytorch_model.bin",
         lambda f: (write_legacy(f, {"a": torch.ones(9999)}), cut(f, -9000)),
