@@ -198,20 +198,31 @@ def written_form(config: QilinConfig) -> HfForm:
     )
 
 
-def export_limits(config: QilinConfig) -> str | None:
-    """What a person must know of who opens this model's folder; None where all do."""
-    form = written_form(config)
-    if form.activation is None:
+def llava_obstacle(config: QilinConfig) -> str | None:
+    """Why neither transformers nor vLLM opens this model's folder, or None."""
+    if written_form(config).activation is None:
+        return f"llava-hf has no {config.projector_type} projector"
+    return None
+
+
+def vllm_obstacle(config: QilinConfig) -> str | None:
+    """Why vLLM does not open this model's folder, though transformers does, or None."""
+    if written_form(config).activation == "linear":
         return (
-            f"only qilin-min opens this folder: llava-hf has no {config.projector_type} projector, "
-            "and transformers and vLLM refuse it"
-        )
-    if form.activation == "linear":
-        return (
-            "only transformers and qilin-min open this folder, vLLM does not: a linear projector "
-            f"for vLLM needs a text width of twice the tower's, and here are "
+            "a linear projector for vLLM needs a text width of twice the tower's, and here are "
             f"{config.text.hidden_size} and {config.vision.hidden_size}"
         )
+    return None
+
+
+def export_limits(config: QilinConfig) -> str | None:
+    """What a person must know of who opens this model's folder; None where all do."""
+    reason = llava_obstacle(config)
+    if reason:
+        return f"only qilin-min opens this folder: {reason}, and transformers and vLLM refuse it"
+    reason = vllm_obstacle(config)
+    if reason:
+        return f"only transformers and qilin-min open this folder, vLLM does not: {reason}"
     return None
 
 

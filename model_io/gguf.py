@@ -299,13 +299,26 @@ def check_gguf_file(path: Path, planned: list[Planned], checksums: dict[str, int
         raise OSError(errno.EIO, message, str(path))
 
 
+def gguf_obstacle(config: QilinConfig, tokenizer: Tokenizer | None) -> str | None:
+    """Why a model cannot be written for llama.cpp, or None; the package gguf may be absent."""
+    if tokenizer is None:
+        return "a GGUF file holds its vocabulary, and no tokenizer lies beside the weights"
+    try:
+        check_gguf_projector(config.projector_type)
+        check_vocabulary(tokenizer)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def check_gguf(config: QilinConfig, tokenizer: Tokenizer, kind: str, path: str | Path) -> None:
     """ValueError for what cannot be written, before anything is read or written."""
     if kind not in GGUF_KINDS:
         raise ValueError(f"--gguf {kind} is unknown: {' or '.join(GGUF_KINDS)}")
     import_gguf()
-    check_gguf_projector(config.projector_type)
-    check_vocabulary(tokenizer)
+    obstacle = gguf_obstacle(config, tokenizer)
+    if obstacle:
+        raise ValueError(obstacle)
     check_replaceable(path, MODELFILE)
 
 

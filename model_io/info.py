@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
-from model_io.adapters import adapter_folder, find_base, open_adapter
+from model_io.adapters import adapter_folder, find_base, language_folder, open_adapter
+from model_io.export import llava_obstacle, vllm_obstacle
 from model_io.foreign import check_tensors_are_plain
+from model_io.gguf import gguf_obstacle
 from model_io.load import empty_model, folder_of, read_checkpoint, read_config
 from model_io.processor import check_tower_processor
+from model_io.tokenizer_files import fast_tokenizer
 from model_io.tokens import Tokenizer
 from model_io.weights import FoundWeights, find_weights, named_folder, open_weights
 from qilin_min import (
@@ -178,12 +181,43 @@ def whole_model_lines(path: Path, base: str | Path | None = None) -> Iterator[st
     widths = widths_of([tuple(weight.shape) for weight in layers])
     yield column("projector", f"{config.projector_type}: {widths}")
     yield column("complete", accounted)
+    folder = language_folder(path, None, base)
+    tokenizer = Tokenizer(folder) if (folder_of(folder) / "tokenizer.model").is_file() else None
+    yield "  what convert.py makes of it opens in"
+    yield from opens_lines(config, tokenizer)
     yield "  memory to run it (quantised: numbers of the blocks' linear layers, and all others)"
     for need in memory_needs(config):
         yield (
             f"    {need.name:14} {human(need.weights):>10} weights + {human(need.cached)} keys and "
             f"values  {need.remark}"
         )
+
+
+def opens_lines(config: QilinConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Which programs run what convert.py makes of a model, and why another does not."""
+    obstacle = fast_tokenizer(tokenizer).obstacle if tokenizer else None
+    transformers = "yes"
+    if tokenizer is None:
+        transformers = "yes, without a tokenizer: none lies beside the weights"
+    elif obstacle:
+        transformers = f"yes, texts are cut by sentencepiece: {obstacle}"
+    vllm = transformers
+    if obstacle:
+        vllm = "not tried with a tokenizer that has no tokenizer.json"
+    if vllm_obstacle(config):
+        vllm = f"no: {vllm_obstacle(config)}"
+    if llava_obstacle(config):
+        transformers = f"no: {llava_obstacle(config)}"
+        vllm = transformers
+    reason = gguf_obstacle(config, tokenizer)
+    llama_cpp = f"no: {reason}" if reason else "yes, by --gguf"
+    answers = {
+        "transformers 4.57, 5": transformers,
+        "vLLM": vllm,
+        "llama.cpp, ollama": llama_cpp,
+    }
+    for program, answer in answers.items():
+        yield f"    {program:21} {answer}"
 
 
 # what --dtype and --quantize may be: name, both, when they are
