@@ -19,7 +19,9 @@ and qilin-min load, or the GGUF files of llama.cpp and ollama.
 DST gets safetensors shards of at most 5 GB, config.json, generation_config.json, tokenizer,
 processor and chat template, and a README.md to be completed. Weights of one dtype are mapped from
 disk, not held: a 13B model converts in the memory of one shard; what an adapter changes is held.
-DST appears when it is whole; an interrupted run can be repeated.
+DST appears when it is whole and was read again: every byte of its tensors, its configuration, its
+tokenizer (tokenizer.json only where it gives the ids of tokenizer.model). An interrupted run can be
+repeated.
 """
 
 import argparse

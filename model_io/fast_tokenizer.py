@@ -412,11 +412,11 @@ HOSTILE = (
 
 
 def trying_texts(model: PieceModel) -> Iterator[str]:
-    """HOSTILE; each piece alone, behind a newline and a blank, and beside its neighbour; and what
-    ties could cut in two ways."""
-    yield from HOSTILE
+    """What ties could cut in two ways; HOSTILE; each piece alone, behind a newline and a blank, and
+    beside its neighbour."""
     for text in _contested_texts(_merges_by_score(model)):
         yield text.replace("▁", " ")
+    yield from HOSTILE
     kinds = (PieceKind.NORMAL, PieceKind.USER_DEFINED, PieceKind.UNUSED, PieceKind.BYTE)
     words = [model.pieces[i].text.replace("▁", " ") for i in model.ids_of(*kinds)]
     for word, following in zip(words, words[1:] + words[:1], strict=True):

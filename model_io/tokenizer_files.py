@@ -56,7 +56,7 @@ def _fast_tokenizer(model_proto: bytes) -> FastTokenizer:
         return FastTokenizer(None, f"it has no form for {error}")
     text = first_difference(content, sp)
     if text is not None:
-        return FastTokenizer(None, f"its tokenizer.json would cut {text!r} otherwise")
+        return FastTokenizer(None, f"it would cut {text!r} otherwise than tokenizer.model does")
     return FastTokenizer(content, None)
 
 
