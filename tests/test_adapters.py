@@ -370,7 +370,8 @@ def test_training_goes_on_from_it(toy, toy_model, tmp_path, report):
     adapter = write_adapter(toy_model, tmp_path / "adapter", r=4, target_modules=LANGUAGE)
     in_process(convert.main, adapter, tmp_path / "merged", code=0)
     losses = []
-    merged = ("--llm", tmp_path / "merged")
+    # the tower has layers of the same names, which the adapter changes as well
+    merged = ("--llm", tmp_path / "merged", "--vision", tmp_path / "merged")
     changed = ("--llm", toy_model, "--model", adapter)
     for model, ranks in ((merged, 1), (changed, 2)):
         options = (*model, "--max-steps", 1, "--batch-size", 4)
