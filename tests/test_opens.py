@@ -31,13 +31,14 @@ def tokenizer(tmp_path_factory):
     return Tokenizer(folder)
 
 
-def unigram_tokenizer(folder):
-    """One that neither tokenizer.json nor llama.cpp has a form for."""
+def replacing_tokenizer(folder):
+    """One that replaces characters first (nmt_nfkc, the trainer's default): neither tokenizer.json
+    nor llama.cpp has a form for that."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["右肺上叶见结节。", "肝右叶见低密度影。", "A chat."] * 20),
         model_writer=model,
-        model_type="unigram",
+        model_type="bpe",
         vocab_size=300,
         byte_fallback=True,
         hard_vocab_limit=False,
@@ -81,7 +82,7 @@ def test_it_is_so(name, tokenizer, tmp_path):
 
 def test_a_tokenizer_that_others_read_otherwise(tmp_path):
     (tmp_path / "sp").mkdir()
-    folder = written("mlp2x_gelu", unigram_tokenizer(tmp_path / "sp"), tmp_path / "model")
+    folder = written("mlp2x_gelu", replacing_tokenizer(tmp_path / "sp"), tmp_path / "model")
     said = answers(folder)
     assert not (folder / "tokenizer.json").exists()
     assert "cut by sentencepiece" in said["transformers 4.57, 5"]
