@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -70,8 +71,10 @@ def mark_of(model):
 
 
 def refusal(*words):
-    """The one line that a command ends in."""
-    done = in_process(convert.main, *words, code=2)
+    """The one line that a command ends in; a warning would be another."""
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        done = in_process(convert.main, *words, code=2)
+    assert not warned
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and "weights_only" not in lines[0], done.stderr
     return lines[0]
