@@ -34,6 +34,10 @@ META_WEIGHTS = (
 )
 # names of other formats
 FOREIGN_NAMES = (
+    (
+        "model-rank-*-part-*.safetensors",
+        "is vLLM's sharded state, layers fused under its own names: take the folder it was made of",
+    ),
     ("consolidated.*.pth", META_WEIGHTS),
     ("*.gguf", "is GGUF, llama.cpp's format: take the release in safetensors"),
     ("*.msgpack", "holds Flax weights: take the release in safetensors"),

@@ -261,6 +261,14 @@ def test_what_transformers_saved_again(tmp_path):
     assert_same(q.load_llava_hf(tmp_path / "again"), model)
 
 
+def test_what_vllm_saved_is_refused_by_name(tmp_path):
+    """save_sharded_state writes q, k and v as one tensor, under the names of vLLM's own classes."""
+    _, folder = saved(tmp_path / "out")
+    (folder / "model.safetensors").rename(folder / "model-rank-0-part-0.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"rank-0-part-0.safetensors is vLLM's sharded"):
+        load_qilin(folder)
+
+
 def test_transformers_4_reads_it_and_saves_it_again(tmp_path, report):
     target = os.environ.get("TRANSFORMERS_4")
     if not target:
