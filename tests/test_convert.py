@@ -200,7 +200,7 @@ def test_transformers_4_reads_it_as_we_do(world, tmp_path, report):
     for question, row in zip(QUESTIONS, seen["rows"], strict=True):
         ids = torch.tensor([encode_prompt([{"from": "human", "value": question}], tokenizer, 16)])
         assert torch.equal(row["ids"], ids[0].masked_fill(ids[0] == q.IMAGE_TOKEN_INDEX, 32000))
-        pixels = preprocess_image(tmp_path / "image.png", 56)[None].repeat(
+        pixels = preprocess_image(tmp_path / "image.png", 56, model.config.image_mode)[None].repeat(
             question.count("<image>"), 1, 1, 1
         )
         assert len(pixels) == 0 or torch.equal(row["pixels"], pixels)
