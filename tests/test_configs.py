@@ -75,7 +75,7 @@ def our_reading(raw):
 
 @pytest.fixture(scope="module")
 def readings_4():
-    """Of transformers 4.57, of ALIKE, then of DIFFERENT; at once, since it takes seconds to start."""
+    """Of transformers 4.57, of ALIKE, then of DIFFERENT: at once, it takes seconds to start."""
     target = os.environ.get("TRANSFORMERS_4")
     if not target:
         pytest.skip("TRANSFORMERS_4 names no folder with transformers 4.57.6 (tests/run.sh does)")
