@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from common.files import (
     check_replaceable,
@@ -274,7 +275,11 @@ def save_qilin(
         partial.mkdir(parents=True)
     shards = ShardFiles(partial)
     form = written_form(config)
-    for name, full in full_tensors(model, dtype=dtype):
+    # a bar on a terminal, and of several ranks only the first's
+    hidden = None if _is_rank0() else True
+    n_tensors = sum(1 for _ in model.parameters())
+    tensors = full_tensors(model, dtype=dtype)
+    for name, full in tqdm(tensors, "writing", n_tensors, unit="tensor", disable=hidden):
         if full is None:
             continue
         for key, tensor in hf_tensors(name, full, form, n_rows).items():

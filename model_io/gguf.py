@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.files import check_replaceable, removed_on_error, replace_folder, write_text
 from model_io.gguf_tower import Widened, check_gguf_projector, mmproj_tensors, widen
@@ -276,7 +277,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     checksums: dict[str, int] = {}
-    for tensor in planned:
+    for tensor in tqdm(planned, path.name, unit="tensor", disable=None):
         array = encoded(tensor)
         checksums[tensor.name] = zlib.crc32(array.data)
         writer.write_tensor_data(array)

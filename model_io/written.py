@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from common.files import one_line, read_json
 from model_io.load import attach_tokenizer, read_checkpoint
@@ -60,7 +61,7 @@ def check_file(file: Path, expected: dict[str, Fingerprint]) -> None:
                 _refuse(file, f"{named_list(names - expected.keys())} should not be there")
             if expected.keys() - names:
                 _refuse(file, f"{named_list(expected.keys() - names)} not there")
-            for name in sorted(names):
+            for name in tqdm(sorted(names), "reading again", unit="tensor", disable=None):
                 difference = _what_differs(fingerprint(stored.get_tensor(name)), expected[name])
                 if difference:
                     _refuse(file, f"{name}: {difference}")
