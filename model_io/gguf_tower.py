@@ -14,15 +14,18 @@ no mean sees (Scalars). What they add to LayerNorm's variance is a constant, tak
 
     embeddings   CLIP's picture and positions; beside them a WEIGHT so heavy that the norm which
                  follows divides every slot by the same number, and the codes of the slot
-    first norm   only shrinks everything by DELTA
+    first norm   only shrinks everything by SMALL
     block 0      attention: every slot learns from the class token whether that sits first or last.
                  MLP: a table with an entry a slot, which speaks only where the class token sits
                  last: the position of the next slot for that of this one, and "fetch the slot
                  before me" for "fetch me". WEIGHT goes
     block 1      its norm is the first real one: what it sees is CLIP's picture plus position.
                  All heads fetch the slot that is asked for, and CLIP's pre_layrnorm is their
-                 output; what was there before is DELTA times smaller
-    block 2 …    CLIP's
+                 output, GREAT times its size; what was there before is next to nothing beside it
+    block 2 …    CLIP's, which norms make blind to GREAT
+
+Some of llama.cpp's programs (Metal's) round all that enters a product of matrices to float16, also
+what is float32 in the file: the sizes below keep weights and activations within its reach.
 
 Source: arXiv 2103.00020 for CLIP; llama.cpp's tools/mtmd/models/llava.cpp for the order of slots.
 """
@@ -37,16 +40,18 @@ from torch import Tensor
 from model_io.pixels import CLIP_MEAN, CLIP_STD
 from qilin_min import CLIPEncoderLayer, CLIPVisionTower, Qilin, VisionConfig
 
-# how much smaller the stream is before block 1 than after it, where it is added to what stays
-DELTA = 2.0**-14
+# how large the stream is before block 1, where CLIP's is 1, and after it: the one stays under the
+# other. Both in one would leave float16
+SMALL = 2.0**-8
+GREAT = 2.0**6
 # WEIGHT is that many times the longest picture-plus-position
 HEAVY = 128.0
 # differences of scores that leave exp() nothing
 SURE = 48.0
-# an entry of the table in block 0 is two hidden numbers, which read so much where it speaks: gelu
-# leaves both as they are, and what codes are rounded by falls out of their difference
-LOUD = 24.0
-LOW = 8.0
+# an entry of the table in block 0 is two hidden numbers, which read SPEAKS and STEP more where it
+# speaks: gelu leaves both as they are, and what each is rounded by falls out of their difference
+SPEAKS = 12.0
+STEP = 2.0**-4
 
 Tensors = dict[str, Tensor]
 
@@ -102,13 +107,13 @@ class Widened:
 
     @property
     def eps(self) -> float:
-        """LayerNorm's eps in the file: block 1 sees everything DELTA times smaller, and half of
-        CLIP's eps there is the energy of our numbers."""
-        return DELTA**2 * self.width * self.vision.layer_norm_eps / (2 * self.n_channels)
+        """LayerNorm's eps in the file: block 1 sees everything SMALL, and half of CLIP's eps there
+        is the energy of our numbers."""
+        return SMALL**2 * self.width * self.vision.layer_norm_eps / (2 * self.n_channels)
 
     @property
     def flat_sigma(self) -> float:
-        """What a norm divides by while WEIGHT is there, DELTA taken out."""
+        """What a norm divides by while WEIGHT is there, SMALL taken out."""
         return self.heavy * math.sqrt(2 / self.n_channels)
 
     def plus(self, scalar: int) -> int:
@@ -212,11 +217,11 @@ def read_scalar(weight: Tensor, row: int, scalar: int, factor: float, wide: Wide
 
 
 def zero_block(wide: Widened, n_hidden: int) -> Tensors:
-    """A block that changes nothing and whose norms only divide."""
+    """A block that changes nothing, and sees nothing."""
     size = wide.n_channels
     block: Tensors = {}
     for name in ("ln1", "ln2"):
-        block[f"{name}.weight"] = torch.ones(size)
+        block[f"{name}.weight"] = torch.zeros(size)
         block[f"{name}.bias"] = torch.zeros(size)
     for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
         block[f"{name}.weight"] = torch.zeros(size, size)
@@ -226,6 +231,13 @@ def zero_block(wide: Widened, n_hidden: int) -> Tensors:
     block["ffn_down.weight"] = torch.zeros(size, n_hidden)
     block["ffn_down.bias"] = torch.zeros(size)
     return block
+
+
+def see_scalars(norm: Tensor, factor: float, wide: Widened) -> None:
+    """Let a norm's weight (D',) show all our numbers but WEIGHT, which float16 may not hold."""
+    norm[wide.plus(0) :] = factor
+    weight = wide.plus(wide.scalars.weight)
+    norm[weight : weight + 2] = 0
 
 
 # --- 2. the embeddings and the first norm ---
@@ -255,7 +267,7 @@ def embedding_tensors(tower: CLIPVisionTower, wide: Widened) -> Tensors:
         "v.patch_embd.weight": with_mean(kernel, wide),
         "v.class_embd": class_token,
         "v.position_embd.weight": table.T.contiguous(),
-        "v.pre_ln.weight": torch.full((wide.n_channels,), DELTA * wide.flat_sigma),
+        "v.pre_ln.weight": torch.full((wide.n_channels,), SMALL * wide.flat_sigma),
         "v.pre_ln.bias": torch.zeros(wide.n_channels),
     }
 
@@ -267,27 +279,28 @@ def order_block(tower: CLIPVisionTower, wide: Widened) -> Tensors:
     """Block 0: which order is it; where the class token is last, other positions and wishes."""
     scalars = wide.scalars
     block = zero_block(wide, 2 * wide.n_slots)
-    # while WEIGHT is there a norm gives every number divided by flat_sigma: they come back whole
+    # while WEIGHT is there a norm divides all numbers alike: codes come back of length 1
     for name in ("ln1.weight", "ln2.weight"):
-        block[name] *= wide.flat_sigma
+        see_scalars(block[name], wide.flat_sigma / wide.code_size, wide)
+    mark = wide.mark_size / wide.code_size
 
     # every slot asks alike, the class token alone answers: with the place it sits at
     block["attn_q.bias"][0] = SURE * math.sqrt(wide.head_size)
-    read_scalar(block["attn_k.weight"], 0, scalars.is_class, 1 / wide.mark_size, wide)
-    read_scalar(block["attn_v.weight"], 0, scalars.place, 1 / wide.mark_size, wide)
-    put_scalar(block["attn_out.weight"][:, 0], scalars.order, DELTA * wide.mark_size, wide)
+    read_scalar(block["attn_k.weight"], 0, scalars.is_class, 1 / mark, wide)
+    read_scalar(block["attn_v.weight"], 0, scalars.place, STEP / mark, wide)
+    told = SMALL * wide.mark_size / STEP
+    put_scalar(block["attn_out.weight"][:, 0], scalars.order, told, wide)
 
-    # entry j reads LOUD and LOW in slot j, and SURE less elsewhere or where the class is first
+    # entry j speaks in slot j, and reads SURE less elsewhere or where the class is first
     sharpness = SURE / wide.margin
     up = block["ffn_up.weight"]  # (2 (N + 1), D')
     for j, code in enumerate(wide.codes.tolist()):
         for k, scalar in enumerate(scalars.own):
-            read_scalar(up, j, scalar, sharpness * code[k] / wide.code_size, wide)
-        read_scalar(up, j, scalars.order, -SURE / 2 / wide.mark_size, wide)
+            read_scalar(up, j, scalar, sharpness * code[k], wide)
+        read_scalar(up, j, scalars.order, -SURE / 2 / mark, wide)
     up[wide.n_slots :] = up[: wide.n_slots]
-    block["ffn_up.bias"] -= sharpness + SURE / 2
-    block["ffn_up.bias"][: wide.n_slots] += LOUD
-    block["ffn_up.bias"][wide.n_slots :] += LOW
+    block["ffn_up.bias"] += SPEAKS - sharpness - SURE / 2
+    block["ffn_up.bias"][: wide.n_slots] += STEP
 
     positions = tower.embeddings.position_embedding.weight.detach().float()  # (N + 1, Cv)
     positions = positions - positions.mean(dim=1, keepdim=True)
@@ -297,9 +310,9 @@ def order_block(tower: CLIPVisionTower, wide: Widened) -> Tensors:
     written[: wide.width] = next_for_own.T
     for k, scalar in enumerate(scalars.wanted):
         put_scalar(written, scalar, wide.code_size * before_for_own[:, k], wide)
-    written *= DELTA / (LOUD - LOW)
+    written *= SMALL / STEP
     block["ffn_down.weight"] = torch.cat((written, -written), dim=1)  # (D', 2 (N + 1))
-    put_scalar(block["ffn_down.bias"], scalars.weight, -DELTA * wide.heavy, wide)
+    put_scalar(block["ffn_down.bias"], scalars.weight, -SMALL * wide.heavy, wide)
     return block
 
 
@@ -312,24 +325,26 @@ def fetch_block(tower: CLIPVisionTower, wide: Widened) -> Tensors:
     # own x wanted - ONE x ONE is 0 for the right slot and less for all others, whatever sigma is
     most = (wide.longest**2 + width * wide.vision.layer_norm_eps) / wide.n_channels
     sharpness = math.sqrt(SURE * math.sqrt(wide.head_size) * most / wide.margin) / wide.code_size
+    see_scalars(block["ln1.weight"], sharpness, wide)
+    block["ln1.weight"][:width] = 1
     for head in range(wide.vision.num_attention_heads):
         first = head * wide.head_size
         for k in range(scalars.n_codes):
             row = first + k
-            read_scalar(block["attn_q.weight"], row, scalars.wanted[k], sharpness, wide)
-            read_scalar(block["attn_k.weight"], row, scalars.own[k], sharpness, wide)
+            read_scalar(block["attn_q.weight"], row, scalars.wanted[k], 1, wide)
+            read_scalar(block["attn_k.weight"], row, scalars.own[k], 1, wide)
         row = first + scalars.n_codes
-        read_scalar(block["attn_q.weight"], row, scalars.one, sharpness, wide)
-        read_scalar(block["attn_k.weight"], row, scalars.one, -sharpness, wide)
+        read_scalar(block["attn_q.weight"], row, scalars.one, 1, wide)
+        read_scalar(block["attn_k.weight"], row, scalars.one, -1, wide)
 
     block["attn_v.weight"][:width, :width] = torch.eye(width)
     norm = tower.pre_layrnorm
-    scale = norm.weight.detach().float() * math.sqrt(width / wide.n_channels)
+    scale = GREAT * norm.weight.detach().float() * math.sqrt(width / wide.n_channels)
     written = with_mean(torch.diag(scale), wide)  # (D', Cv)
     block["attn_out.weight"] = with_nothing(written, wide.n_channels, wide.n_channels)
-    block["attn_out.bias"] = with_mean(norm.bias.detach().float(), wide)
+    block["attn_out.bias"] = with_mean(GREAT * norm.bias.detach().float(), wide)
     # what CLIP's blocks need for their eps: that of the file is smaller by far
-    missing = width * wide.vision.layer_norm_eps - wide.n_channels * wide.eps
+    missing = GREAT**2 * width * wide.vision.layer_norm_eps - wide.n_channels * wide.eps
     put_scalar(block["attn_out.bias"], scalars.weight, math.sqrt(missing / 2), wide)
     return block
 
@@ -359,12 +374,11 @@ def clip_block(layer: CLIPEncoderLayer, wide: Widened) -> Tensors:
     n_hidden = first.out_features
     block["ffn_up.weight"] = with_nothing(first.weight.detach().float(), n_hidden, size)
     block["ffn_up.bias"] = first.bias.detach().float()
-    out = attention.out_proj
-    written = with_mean(out.weight.detach().float(), wide)  # (D', Cv)
-    block["attn_out.weight"] = with_nothing(written, size, size)
-    block["attn_out.bias"] = with_mean(out.bias.detach().float(), wide)
-    block["ffn_down.weight"] = with_mean(layer.mlp.fc2.weight.detach().float(), wide)
-    block["ffn_down.bias"] = with_mean(layer.mlp.fc2.bias.detach().float(), wide)
+    for name, linear in (("attn_out", attention.out_proj), ("ffn_down", layer.mlp.fc2)):
+        written = with_mean(GREAT * linear.weight.detach().float(), wide)  # (D', …)
+        n_columns = size if name == "attn_out" else n_hidden
+        block[f"{name}.weight"] = with_nothing(written, size, n_columns)
+        block[f"{name}.bias"] = with_mean(GREAT * linear.bias.detach().float(), wide)
     return block
 
 
@@ -428,6 +442,6 @@ def mmproj_tensors(model: Qilin, wide: Widened) -> tuple[Tensors, Tensors]:
         add(clip_block(layer, wide), f"v.blk.{i + len(front)}.")
     projector = GGUF_PROJECTORS[model.config.projector_type](model.mm_projector)
     first = projector["mm.0.weight"]  # (n, Cv)
-    projector["mm.0.weight"] = with_nothing(first, len(first), wide.n_channels)
+    projector["mm.0.weight"] = with_nothing(first / GREAT, len(first), wide.n_channels)
     add(projector, "")
     return exact, rounded

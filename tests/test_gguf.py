@@ -97,12 +97,21 @@ TOWERS = {
 }
 
 
+def round_matrices(model):
+    """To float16, as the file has them: what random blocks make of that rounding is not ours."""
+    for module in (model.vision_tower, model.mm_projector):
+        for name, param in module.named_parameters():
+            if param.ndim > 1 and "position" not in name:
+                param.copy_(param.half())
+
+
 @pytest.mark.parametrize("class_first", [False, True])
 @pytest.mark.parametrize("kind", TOWERS)
 @torch.no_grad()
 def test_pictures_are_ours_in_both_orders(kind, class_first, toy_tokenizer, tmp_path, report):
     projector_type, vision = TOWERS[kind]
     model = small_qilin(toy_tokenizer, projector_type, vision=vision)
+    round_matrices(model)
     save_gguf(model, toy_tokenizer, tmp_path / "m", "f32")
     pixels = pictures(3, size=model.config.vision.image_size)
     # of one colour, dark, and with patches of little contrast
@@ -110,6 +119,18 @@ def test_pictures_are_ours_in_both_orders(kind, class_first, toy_tokenizer, tmp_
     pixels[2, :, :28] *= 0.01
     found = simulated_embeddings(tmp_path / "m" / "mmproj-m-f16.gguf", pixels, class_first)
     report(f"embeddings, {kind}", worst(found, model.encode_images(pixels)), ROUNDING)
+
+
+@pytest.mark.parametrize("class_first", [False, True])
+@torch.no_grad()
+def test_products_in_float16_are_enough(class_first, toy_tokenizer, tmp_path, report):
+    """As in llama.cpp's program for Metal, which rounds all that is multiplied, float32 too."""
+    model = small_qilin(toy_tokenizer, vision=TOWERS["many patches"][1])
+    save_gguf(model, toy_tokenizer, tmp_path / "m", "f16")
+    pixels = pictures(2, size=model.config.vision.image_size)
+    mmproj = tmp_path / "m" / "mmproj-m-f16.gguf"
+    found = simulated_embeddings(mmproj, pixels, class_first, rounds_products=True)
+    report("embeddings, products in f16", worst(found, model.encode_images(pixels)), ROUNDING)
 
 
 @torch.no_grad()
@@ -183,6 +204,45 @@ def test_ids_of_real_vocabularies_are_ours(name, request, tmp_path, toy):
     texts = [*HOSTILE, *toy_texts(toy), "".join(pieces), " ".join(pieces), SYSTEM]
     for text in texts:
         assert server.tokenize(text) == tokenizer.encode(text), text
+    server.close()
+
+
+def trained_tokenizer(folder, **change):
+    """Of a few words."""
+    words = "肺部 CT 显示 结节 abc 123 主动脉瘤 未见 异常"
+    kinds = dict(
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 50),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        minloglevel=3,
+        **kinds | change,
+    )
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def test_a_vocabulary_without_a_blank_in_front_is_ours(tmp_path):
+    tokenizer = trained_tokenizer(tmp_path, add_dummy_prefix=False)
+    model = small_qilin(tokenizer, vision=dict(num_hidden_layers=1))
+    save_gguf(model, tokenizer, tmp_path / "m", "f16")
+    server = Server(tmp_path / "m")
+    assert tokenizer.encode("肺部")[0] != tokenizer.encode(" 肺部")[0]
+    for text in HOSTILE:
+        assert server.tokenize(text) == tokenizer.encode(text), text
+    n = model.config.n_image_tokens
+    conversation, n_pictures = as_conversation(CHATS["turns"])
+    prompt = server.render(as_messages(CHATS["turns"], a_picture(56)))
+    wanted = encode_prompt(conversation, tokenizer, n, n_images=n_pictures)
+    assert ids_of_prompt(server, prompt, tokenizer, n) == wanted
     server.close()
 
 
@@ -411,6 +471,14 @@ def test_what_cannot_be_written_is_one_line(model_folder, tmp_path, monkeypatch)
     refused("pip install gguf==0.19.0", model_folder, out, "f16")
 
 
+def test_a_model_of_cropped_pictures_says_that_llama_cpp_pads(toy_tokenizer, tmp_path):
+    model = small_qilin(toy_tokenizer, vision=dict(num_hidden_layers=1))
+    assert save_gguf(model, toy_tokenizer, tmp_path / "padded", "f16") == []
+    model.config.image_mode = "crop"
+    (line,) = save_gguf(model, toy_tokenizer, tmp_path / "cropped", "f16")
+    assert "llama.cpp pads them" in line
+
+
 def test_a_number_too_large_for_f16_is_named(toy_tokenizer, model_folder, tmp_path):
     model = small_qilin(toy_tokenizer)
     with torch.no_grad():
@@ -460,23 +528,5 @@ def test_what_was_not_written_as_it_should_be_is_seen(toy_tokenizer, tmp_path, m
     ],
 )
 def test_a_vocabulary_that_llama_cpp_reads_otherwise_is_refused(change, words, tmp_path):
-    text = "\n".join("肺部 CT 显示 结节 abc 123 主动脉瘤 未见 异常" for _ in range(50))
-    kinds = dict(
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-    )
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.split("\n")),
-        model_writer=model,
-        vocab_size=300,
-        hard_vocab_limit=False,
-        minloglevel=3,
-        **kinds | change,
-    )
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(model.getvalue())
     with pytest.raises(ValueError, match=words):
-        check_vocabulary(Tokenizer(path))
+        check_vocabulary(trained_tokenizer(tmp_path, **change))

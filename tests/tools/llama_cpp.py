@@ -109,10 +109,11 @@ def picture_part(picture):
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png(picture)}"}}
 
 
-def simulated_embeddings(path, pixels, class_first):
+def simulated_embeddings(path, pixels, class_first, rounds_products=False):
     """float32 (M, N, C) of pixels (M, 3, H, W), by the graph of llama.cpp's models/llava.cpp.
 
-    class_first: as its pull request 25844 has it; else as it is.
+    class_first: as its pull request 25844 has it; else as it is. rounds_products: what is
+    multiplied is rounded to float16 before, as on Metal.
     """
     reader = gguf.GGUFReader(path)
     tensors = {t.name: torch.from_numpy(np.array(t.data)).float() for t in reader.tensors}
@@ -121,8 +122,14 @@ def simulated_embeddings(path, pixels, class_first):
     n_heads = sizes["clip.vision.attention.head_count"]
     (n_blocks,) = sizes["clip.vision.feature_layer"]
 
+    def rounded(x):
+        if not rounds_products:
+            return x
+        assert x.abs().max() < 65504, "too large for float16"
+        return x.half().float()
+
     def linear(x, name):
-        return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+        return F.linear(rounded(x), rounded(tensors[f"{name}.weight"]), tensors[f"{name}.bias"])
 
     def norm(x, name):
         return F.layer_norm(
@@ -146,7 +153,9 @@ def simulated_embeddings(path, pixels, class_first):
         block = f"v.blk.{i}"
         normed = norm(x, f"{block}.ln1")
         q, k, v = (split(linear(normed, f"{block}.attn_{name}")) for name in "qkv")
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        scores = rounded(q) @ rounded(k).transpose(2, 3) / q.shape[-1] ** 0.5
+        attended = rounded(scores.softmax(-1)) @ rounded(v)  # (M, H, T, D)
+        attended = attended.transpose(1, 2).reshape(x.shape)
         x = x + linear(attended, f"{block}.attn_out")
         hidden = activate(linear(norm(x, f"{block}.ln2"), f"{block}.ffn_up"))
         x = x + linear(hidden, f"{block}.ffn_down")
