@@ -4,7 +4,8 @@ and qilin-min load, or the GGUF files of llama.cpp and ollama.
     python convert.py info PATH
         layout, sizes, dtype, vocabulary, memory to run it, what an adapter changes; headers only
     python convert.py SRC DST
-        original LLaVA or Qilin release, llava-hf of any age, a train.py --out folder
+        original LLaVA or Qilin release, llava-hf of any age, a train.py --out folder; a linear
+        projector of an older export, which vLLM refuses, leaves in the form that it runs
     python convert.py DST --llm DIR --vision DIR --projector FILE
         from parts; beside SRC, a part given so takes the place of SRC's own
     python convert.py ADAPTER DST [--base DIR]

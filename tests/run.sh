@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything proven against the references. On a fresh machine: makes .venv (or uses the active one) and installs tests/requirements.txt.
 #   bash tests/run.sh                          ruff, the type checker, all tests
-#   bash tests/run.sh --long                   also 20 kills in place of 3, the smoke run, slower measurements, both demos
+#   bash tests/run.sh --long                   also 20 kills in place of 3, the smoke run, slower measurements, both demos, llama.cpp and vLLM asked
 #   bash tests/run.sh tests/test_stages.py     one file; what else is given goes to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
