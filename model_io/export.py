@@ -240,6 +240,23 @@ def _is_only_quantised(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLinear) and not hasattr(module, "lora_A")
 
 
+def gather_shards(model: Qilin, folder: Path, dtype: torch.dtype | None, n_rows: int) -> ShardFiles:
+    """The tensors of a model on their way into `folder`, of which the last file is still open; on
+    ranks but the first none."""
+    shards = ShardFiles(folder)
+    form = written_form(model.config)
+    # a bar on a terminal, and of several ranks only the first's
+    hidden = None if _is_rank0() else True
+    n_tensors = sum(1 for _ in model.parameters())
+    tensors = full_tensors(model, dtype=dtype)
+    for name, full in tqdm(tensors, "writing", n_tensors, unit="tensor", disable=hidden):
+        if full is None:
+            continue
+        for key, tensor in hf_tensors(name, full, form, n_rows).items():
+            shards.add(key, tensor)
+    return shards
+
+
 def save_qilin(
     model: Qilin,
     tokenizer: Tokenizer | None,
@@ -273,18 +290,7 @@ def save_qilin(
     if _is_rank0():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    shards = ShardFiles(partial)
-    form = written_form(config)
-    # a bar on a terminal, and of several ranks only the first's
-    hidden = None if _is_rank0() else True
-    n_tensors = sum(1 for _ in model.parameters())
-    tensors = full_tensors(model, dtype=dtype)
-    for name, full in tqdm(tensors, "writing", n_tensors, unit="tensor", disable=hidden):
-        if full is None:
-            continue
-        for key, tensor in hf_tensors(name, full, form, n_rows).items():
-            shards.add(key, tensor)
-
+    shards = gather_shards(model, partial, dtype, n_rows)
     if _is_rank0():
         written = shards.finish()
         dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
