@@ -1054,6 +1054,13 @@ def shards_of(place: Path) -> list[Path]:
 # --- 5b. accounting: every parameter has its tensor, every tensor its parameter
 
 
+def check_all_known(files: WeightFiles) -> None:
+    """ValueError that names the tensors whose names are of no form that we know."""
+    if files.unknown:
+        names = named_list(files.unknown)
+        raise ValueError(f"{files.path}: tensors that this model has no place for: {names}")
+
+
 def is_same_tensor(files: WeightFiles, one: str, other: str) -> bool:
     """Whether two tensors of a checkpoint are equal, some thousand rows at a time."""
     if files.shape(one) != files.shape(other):
@@ -1214,9 +1221,7 @@ def account(model: Qilin, sources: Sources, fresh: bool = False) -> tuple[dict[s
     n_ignored = 0
     for files, parts in sources:
         n_ignored += len(files.ignored)
-        if files.unknown:
-            names = named_list(files.unknown)
-            raise ValueError(f"{files.path}: tensors that this model has no place for: {names}")
+        check_all_known(files)
         form = hf_form_in(files, model.config.projector_type)
         for name in files.tensors:
             if part_of(name) not in parts:
@@ -1410,6 +1415,7 @@ def check_llava(raw: dict, where: Path) -> None:
         "vision_feature_select_strategy": ("default",),
         "mm_vision_select_feature": ("patch",),
         "projector_hidden_act": sorted(activations),
+        "multimodal_projector_bias": (True,),
         "mm_use_im_start_end": (False,),
         "image_aspect_ratio": ("pad", "square", "crop"),
         "mm_patch_merge_type": ("flat",),
@@ -1440,8 +1446,11 @@ def inner_config(raw: dict, where: Path) -> Any:
 
 
 def feature_layer(raw: dict, where: Path | None, tower: VisionConfig) -> int:
-    """Which block of the tower gives the features."""
+    """Which block of the tower gives the features. ValueError for several, and for none of its."""
     layer = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2))
+    if isinstance(layer, list) and len(layer) == 1:
+        # transformers joins the features of a list's layers: of one there is nothing to join
+        layer = layer[0]
     n_layers = tower.num_hidden_layers
     if type(layer) is not int or not -n_layers - 1 <= layer <= n_layers:
         raise ValueError(f"{where}: vision_feature_layer = {layer!r} is not a layer of this tower")

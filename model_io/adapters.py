@@ -24,6 +24,7 @@ from qilin_min import (
     Sources,
     StoredTensor,
     WeightFiles,
+    check_all_known,
     folder_config,
     is_finite,
     named_list,
@@ -225,9 +226,7 @@ def open_adapter(path: Path) -> Adapter:
         return whole
 
     whole = WeightFiles(path, files, open_whole)
-    if whole.unknown:
-        names = named_list(whole.unknown)
-        raise ValueError(f"{path}: tensors that this model has no place for: {names}")
+    check_all_known(whole)
     check_tensors_are_plain(whole, set(PARTS))
     between = {}
     if (path / "config.json").is_file():

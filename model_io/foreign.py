@@ -17,7 +17,10 @@ from qilin_min import DTYPES, FLOATS, Entry, WeightFiles, check_no_pointer, part
 # --- 1. files that hold something else ---
 
 N_BEGINNING = 64  # bytes
-WEB_PAGE = "is a web page: the download was answered by one (a login, a licence to accept?)"
+WEB_PAGE = (
+    "is a web page or a server's error: the download was answered by it (a login, a licence to "
+    "accept?)"
+)
 # how the file of another format begins, and what it is; no header of safetensors begins so, whose
 # length in 8 bytes is small
 BEGINNINGS = (
@@ -25,6 +28,9 @@ BEGINNINGS = (
     (b"<!doc", WEB_PAGE),
     (b"<!DOC", WEB_PAGE),
     (b"<html", WEB_PAGE),
+    (b"<?xml", WEB_PAGE),
+    (b"<Error", WEB_PAGE),
+    (b'{"error', WEB_PAGE),
     (b"\x89HDF", "holds Keras weights: take the release in safetensors"),
     (bytes(N_BEGINNING), "begins with zeros only: the download was interrupted; fetch it again"),
 )
@@ -51,6 +57,8 @@ STRAY_NAMES = (
     ("*.safetensors", "has a name of its own: give this file in place of the folder"),
     ("pytorch_model*.bin", "has a name of its own: give this file in place of the folder"),
 )
+# where a model lies in a folder of the hub's cache, of a trainer, or of several models
+DEEPER = ("snapshots/*/config.json", "checkpoint-*/config.json", "*/config.json")
 # what programs add to the name of a file that they have not finished
 UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
 
@@ -67,7 +75,8 @@ def check_is_weights(file: Path) -> None:
     for beginning, what in BEGINNINGS:
         if start.startswith(beginning):
             raise ValueError(f"{file} {what}")
-    if file.stat().st_size == len(start) and start.isascii():
+    is_text = start.isascii() and b"\0" not in start
+    if file.stat().st_size == len(start) and is_text:
         raise ValueError(f"{file} holds only the text {start.decode()!r}: fetch it again")
     # aria2 gives a file its whole size at once
     if file.with_name(file.name + ".aria2").exists():
@@ -145,7 +154,18 @@ def first_like(folder: Path, names: tuple[tuple[str, str], ...]) -> str:
     an error; or ""."""
     for pattern, what in names:
         for file in sorted(folder.glob(pattern)):
-            return f"; {file.name} {what}"
+            if file.is_symlink() and not file.exists():
+                return f"; {file.name} is a link to what is not there: fetch it again"
+            if file.is_file():
+                return f"; {file.name} {what}"
+    return ""
+
+
+def deeper_in(folder: Path) -> str:
+    """Where a model lies inside a folder that is none, to stand behind an error; or ""."""
+    for pattern in DEEPER:
+        for file in sorted(folder.glob(pattern)):
+            return f"; a model lies deeper: give {file.parent}"
     return ""
 
 

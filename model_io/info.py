@@ -23,6 +23,7 @@ from qilin_min import (
     QilinConfig,
     WeightFiles,
     account,
+    check_all_known,
     inner_config,
     named_list,
     part_of,
@@ -325,10 +326,9 @@ def info_lines(path: Path, base: str | None = None) -> Iterator[str]:
 
     if has_llm and (has_projector or has_tower):
         yield from whole_model_lines(path)
-    elif files.unknown:
-        unknown = ", ".join(sorted(files.unknown)[:10])
-        raise ValueError(f"{path}: tensors that this model has no place for: {unknown}")
-    elif not has_llm and not has_tower:
+        return
+    check_all_known(files)
+    if not has_llm and not has_tower:
         yield projector_line(files, raw)
     else:
         yield "  one part of a model: give it as --llm or --vision"

@@ -24,6 +24,7 @@ from model_io.foreign import (
     FOREIGN_NAMES,
     check_is_unpacked,
     check_tensors_are_plain,
+    deeper_in,
     first_like,
 )
 from model_io.lowbit import quantize_linears
@@ -38,6 +39,7 @@ from qilin_min import (
     TextConfig,
     VisionConfig,
     WeightFiles,
+    check_all_known,
     check_llava,
     count_token_ids,
     feature_layer,
@@ -63,17 +65,21 @@ def read_config(path: Path) -> tuple[dict, Path]:
     if path.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"no config.json in {folder}: it tells the sizes of the model"
-            f"{first_like(folder, FOREIGN_NAMES)}"
+            f"{first_like(folder, FOREIGN_NAMES)}{deeper_in(folder)}"
         )
     raw, where = folder_config(path)
     check_is_unpacked(raw, where)
     return raw, where
 
 
-def tower_config(files: WeightFiles) -> VisionConfig:
-    """VisionConfig by the shapes of a tower whose config.json is nowhere.
+# of OpenAI's towers the widest; what no shape tells, heads of 64 and quick_gelu, holds up to there
+OPENAI_WIDTH = 1024
 
-    Heads of 64, as in every CLIP.
+
+def tower_config(files: WeightFiles, name: str) -> VisionConfig:
+    """VisionConfig by the shapes of a tower whose config.json is nowhere, but for its `name`.
+
+    ValueError where it is none of OpenAI's: heads and activation are in no tensor.
     """
     start = "vision_tower.encoder.layers."
     layers = {name.split(".")[3] for name in files.tensors if name.startswith(start)}
@@ -90,11 +96,19 @@ def tower_config(files: WeightFiles) -> VisionConfig:
     hidden_size, _, _, patch_size = files.shape("vision_tower." + patches)
     n_positions, _ = files.shape("vision_tower." + positions)
     intermediate_size, _ = files.shape("vision_tower." + first_mlp)
+    is_openai = hidden_size <= OPENAI_WIDTH and hidden_size % 64 == 0
+    if not is_openai or name.lower().startswith("laion"):
+        raise ValueError(
+            f"{files.path}: which heads and activation its vision tower {name!r} (width "
+            f"{hidden_size}) has is in no tensor: put that tower's own config.json into "
+            f"{Path('weights') / (Path(name).name or 'NAME')}/"
+            " and let mm_vision_tower of config.json name it"
+        )
     return VisionConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=len(layers),
-        num_attention_heads=max(1, hidden_size // 64),
+        num_attention_heads=hidden_size // 64,
         image_size=math.isqrt(n_positions - 1) * patch_size,
         patch_size=patch_size,
     )
@@ -190,13 +204,14 @@ def vision_part(located: Located, inside: WeightFiles | None) -> VisionConfig | 
     near = [folder_of(inside.path)]
     if located.adapter is not None:
         near.append(located.adapter.path)
-    folder = named_folder(str(raw.get("mm_vision_tower", "")), *near)
+    name = str(raw.get("mm_vision_tower", ""))
+    folder = named_folder(name, *near)
     if folder is not None:
         if not is_inside:
             located.places["vision_tower"] = folder
         return vision_config(*read_config(folder))
     if is_inside:
-        return tower_config(inside)
+        return tower_config(inside, name)
     if "mm_vision_tower" in raw:
         names_it = located.where
         if located.adapter is not None and "mm_vision_tower" in located.adapter.between:
@@ -278,6 +293,8 @@ def take_parts(located: Located, files: dict[Path, WeightFiles]) -> Sources:
     for path, opened in files.items():
         parts = {part for part, place in located.places.items() if place == path}
         check_tensors_are_plain(opened, parts)
+        # before a part is missed that is there under another name
+        check_all_known(opened)
         sources.append((opened, parts))
     if located.adapter is None:
         return sources

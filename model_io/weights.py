@@ -19,6 +19,7 @@ from model_io.foreign import (
     FOREIGN_NAMES,
     STRAY_NAMES,
     check_is_weights,
+    deeper_in,
     first_like,
     interrupted_in,
     reason_of,
@@ -227,6 +228,7 @@ def find_weights(path: Path) -> FoundWeights:
     raise FileNotFoundError(
         f"no weights in {path}: neither model.safetensors nor pytorch_model.bin, nor an index of "
         f"shards{first_like(path, FOREIGN_NAMES + STRAY_NAMES)}{interrupted_in(path)}"
+        f"{deeper_in(path)}"
     )
 
 

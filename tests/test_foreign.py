@@ -231,6 +231,32 @@ def test_another_format_without_a_config(name, said, tmp_path):
     assert not (tmp_path / "dst").exists()
 
 
+def test_a_link_to_what_is_not_there(folder, tmp_path):
+    """What is left of the hub's cache where its blobs were not copied."""
+    (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / "4d7a")
+    for words in (("info", folder), (folder, tmp_path / "dst")):
+        assert "model.safetensors is a link to what is not there" in refusal(*words)
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("inside", ["snapshots/8c6d", "checkpoint-500", "llava"])
+def test_a_model_that_lies_deeper(inside, export, tmp_path):
+    """A folder of the hub's cache, what a trainer leaves, or a folder of models."""
+    deeper = tmp_path / "src" / inside
+    shutil.copytree(export, deeper)
+    for words in (("info", tmp_path / "src"), (tmp_path / "src", tmp_path / "dst")):
+        assert f"a model lies deeper: give {deeper}" in refusal(*words)
+
+
+@pytest.mark.parametrize("start", ["module.", "_orig_mod.", "_fsdp_wrapped_module."])
+def test_names_that_a_wrapper_left(start, folder, export, tmp_path):
+    tensors = load_file(export / "model.safetensors")
+    renamed = {start + name: tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors")
+    for words in (("info", folder), (folder, tmp_path / "dst")):
+        assert f"no place for: {start}" in refusal(*words)
+
+
 # --- 2. files that are no weights ---
 
 
@@ -268,6 +294,8 @@ SPOILT = [
     ("pytorch_model.bin", lambda f: f.write_bytes(bytes(5000)), "zeros only"),
     ("model.safetensors", lambda f: f.write_text("<!doctype html><p>Log in"), "is a web page"),
     ("pytorch_model.bin", lambda f: f.write_text("Entry not found"), "text 'Entry not found'"),
+    ("model.safetensors", lambda f: f.write_text("<?xml version='1.0'?>" * 9), "server's error"),
+    ("model.safetensors", lambda f: f.write_text('{"error": "gated"}' * 9), "server's error"),
     ("model.safetensors", lambda f: f.write_bytes(b"GGUF" + bytes(99)), "is GGUF"),
     ("pytorch_model.bin", lambda f: torch.save({"a": Trap()}, f), "objects beside tensors"),
     ("pytorch_model.bin", lambda f: write_legacy(f, {"a": Trap()}), "objects beside tensors"),

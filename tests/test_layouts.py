@@ -184,6 +184,27 @@ def test_original_that_names_its_tower(place, reference, tmp_path, report, monke
     )
 
 
+@pytest.mark.parametrize("width, name", [(96, "x"), (1280, "x"), (128, "laion/CLIP-ViT-L-14")])
+def test_a_tower_of_which_only_shapes_are_known(width, name, tmp_path, reference):
+    """Its heads and activation are OpenAI's, or to be told by its config.json."""
+    vision = dict(VISION, hidden_size=width, num_hidden_layers=1, hidden_act="gelu")
+    vision["num_attention_heads"] = 8
+    export = tmp_path / "export"
+    save_qilin(make_qilin(reference[3], TEXT, vision, n_token_ids=320), None, export)
+    tensors = load_file(export / "model.safetensors")
+    other = (export, tensors, None, reference[3])
+    folder = write_original(tmp_path / "ckpt", other, True, name)
+    edit_json(folder / "config.json", mm_vision_select_layer=-1)
+    with pytest.raises(ValueError, match="own config.json"):
+        load_qilin(folder)
+    raw = json.loads((export / "config.json").read_text())["vision_config"]
+    (folder / name).mkdir(parents=True)
+    (folder / name / "config.json").write_text(json.dumps(raw))
+    model = load_qilin(folder)
+    assert model.config.vision.num_attention_heads == 8
+    assert model.config.vision.hidden_act == "gelu"
+
+
 def test_a_given_tower_overrides_the_one_inside(reference, tmp_path):
     folder = write_original(tmp_path / "ckpt", reference, True, "nowhere")
     hf_clip(hidden_size=128, num_attention_heads=2, seed=9).save_pretrained(tmp_path / "other")

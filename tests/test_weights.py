@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import edit_json, hf_llama, make_qilin
+from conftest import ROWS, edit_json, hf_ids, hf_llama, make_qilin, pictures
 from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 import qilin_min as q
 from model_io.export import save_qilin
@@ -329,6 +330,7 @@ def test_tied_head_on_disk(tmp_path, clip):
         (dict(model_type="bert"), "bert"),
         (dict(vision_feature_layer=[-2, -3]), "vision_feature_layer"),
         (dict(vision_feature_layer=9), "vision_feature_layer"),
+        (dict(multimodal_projector_bias=False), "multimodal_projector_bias"),
         (dict(text_config=3), "config.json"),
         (dict(vision_config=[]), "config.json"),
     ],
@@ -338,6 +340,19 @@ def test_refused_whole_models(change, culprit, tmp_path):
     edit_json(tmp_path / "out/config.json", **change)
     with pytest.raises(ValueError, match=culprit):
         load_qilin(tmp_path / "out")
+
+
+def test_a_list_of_one_layer_is_that_layer(tmp_path, report):
+    save_qilin(make_qilin(text=dict(num_key_value_heads=4)), None, tmp_path / "out")
+    edit_json(tmp_path / "out/config.json", vision_feature_layer=[-3])
+    theirs = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
+    ids = torch.tensor([ROWS[1]])
+    with torch.no_grad():
+        want = theirs(input_ids=hf_ids(ids, theirs), pixel_values=pictures(1)).logits
+        got = load_qilin(tmp_path / "out")(ids, pictures(1))
+    report("features of a list of one layer", (got - want).abs().max(), 1e-4)
 
 
 def test_files_are_readable_like_their_folder(tmp_path):
