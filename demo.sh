@@ -64,7 +64,7 @@ train --stage 1 --model $OUT/language --projector fresh --data $TOY/alignment.js
     --out $OUT/stage1 --batch-size 32 --lr 5e-3
 step "4/6 stage 2: projector and language model learn to answer"
 train --stage 2 --model $OUT/language --projector $OUT/stage1/final/projector.safetensors --data $TOY/instruction.json --images $TOY/images \
-    --val-data $TOY/heldout.json --out $OUT/stage2 --batch-size 16 --lr 2e-3 --epochs 2
+    --val-data $TOY/heldout.json --out $OUT/stage2 --batch-size 16 --lr 1.5e-3 --epochs 2
 step "5/6 questions about unseen pictures, with and without the picture"
 python evaluate.py $TOY/heldout.json --images $TOY/images --model $OUT/stage2 --out $OUT/eval
 step "6/6 one question to sample.py"

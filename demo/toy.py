@@ -359,7 +359,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, default, what in (
         ("--language", 2800, "text-only dialogs"),
         ("--alignment", 2400, "pictures with captions, stage 1"),
-        ("--instruction", 4400, "pictures with questions, stage 2"),
+        ("--instruction", 5600, "pictures with questions, stage 2"),
         ("--heldout", 120, "unseen pictures, 5 questions each"),
     ):
         add(
