@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import check_replaceable, model_folder, run_cli
+from common.files import model_folder, run_cli
 from model_io.adapters import base_folder, language_folder
 from model_io.card import Origin, bases_of, projector_name
 from model_io.export import check_exportable, export_limits, save_qilin
@@ -39,6 +39,7 @@ from model_io.gguf import GGUF_KINDS, check_gguf, save_gguf
 from model_io.info import counted, human, info_lines
 from model_io.load import load_qilin, read_checkpoint
 from model_io.tokens import Tokenizer
+from model_io.written import check_place
 from qilin_min import WeightFiles, check_finite, part_of
 
 
@@ -87,11 +88,11 @@ def convert(
     """Load without copying, write DST."""
     checkpoint = read_checkpoint(src, llm=llm, vision=vision, projector=projector, base=base)
     check_exportable(checkpoint.config.projector_type)
-    check_replaceable(dst, "config.json")
     found = base_folder(src, llm, base)
     read = [path for path in (src, llm, vision, found) if path is not None]
     # a tower, or an adapter's base, may have been found by its name
     check_is_no_source(dst, read + [files.path for files, _ in checkpoint.sources])
+    check_place(dst)
     stored = stored_dtype(checkpoint.sources)
     # what is merged is rounded once, to what DST holds; what is not is mapped as it lies on disk
     loaded = stored if found is None else dtype or stored

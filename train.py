@@ -349,8 +349,8 @@ def save_projector(model: Qilin, final: Path, name: str, dtype: torch.dtype) -> 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         meant = {key: fingerprint(tensor) for key, tensor in tensors.items()}
-        save_tensors(tensors, folder / name)
         with removed_on_error(folder):
+            save_tensors(tensors, folder / name)
             check_file(folder / name, meant)
         replace_folder(folder, final)
     dist.barrier()

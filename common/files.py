@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -140,25 +140,38 @@ def removed_on_error(partial: Path) -> Iterator[None]:
         raise
 
 
-def check_replaceable(path: str | Path, mark: str) -> None:
-    """ValueError when `path` is there and is no folder of the kind that holds a file `mark`,
-    which alone may be replaced."""
+def check_replaceable(path: str | Path, mark: str, known: Collection[str] = ()) -> None:
+    """ValueError when `path` cannot be made, or is there and is no folder of the kind that holds a
+    file `mark`, which alone may be replaced. known: patterns of the names of all that such a folder
+    holds, where it may hold nothing else (): whatever it likes."""
     path = Path(path)
-    if not _is_replaceable(path, mark):
+    above = [*path.absolute().parents, Path("/")]
+    parent = next(folder for folder in above if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} is no folder that can be written to: {path} cannot be made")
+    if not _is_replaceable(path, mark, known):
         raise ValueError(
             f"{path} is there and holds something else: give another name, or remove it"
         )
 
 
-def _is_replaceable(path: Path, mark: str) -> bool:
+def _is_replaceable(path: Path, mark: str, known: Collection[str]) -> bool:
     if not path.name or path.is_symlink():
         return False
     if not path.exists():
         return True
     if not path.is_dir():
         return False
-    is_marked = (path / mark).is_file()
+    is_marked = (path / mark).is_file() and (not known or holds_only(path, known))
     return is_marked or not any(path.iterdir())
+
+
+def holds_only(folder: Path, known: Collection[str]) -> bool:
+    """Whether all that lies in a folder are files whose names are like one of these patterns."""
+    for file in folder.iterdir():
+        if file.is_dir() or not any(file.match(pattern) for pattern in known):
+            return False
+    return True
 
 
 def model_folder(path: str | Path) -> Path:

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common.files import (
-    check_replaceable,
     one_line,
     removed_on_error,
     replace_folder,
@@ -33,6 +32,7 @@ from model_io.written import (
     check_bytes,
     check_json,
     check_loads,
+    check_place,
     check_shards,
     fingerprint,
 )
@@ -279,7 +279,7 @@ def save_qilin(
     if any(_is_only_quantised(module) for module in model.modules()):
         raise ValueError("a quantised model cannot be saved: load it without quantize")
     check_exportable(config.projector_type)
-    check_replaceable(path, "config.json")
+    check_place(path)
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     n_token_ids = tokenizer.vocab_size if tokenizer else config.n_token_ids
@@ -290,21 +290,24 @@ def save_qilin(
     if _is_rank0():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    shards = gather_shards(model, partial, dtype, n_rows)
-    if _is_rank0():
-        written = shards.finish()
-        dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-        jsons = hf_configs(config, n_token_ids, n_rows, dtype_name) | tokenizer_jsons(tokenizer)
-        n_params = sum(param.numel() for param in model.parameters())
-        card = model_card(origin or Origin(), n_params, dtype_name, config, tokenizer)
-        # a name of a file may hold half a surrogate pair, which UTF-8 has no bytes for
-        files = {"README.md": card.encode(errors="backslashreplace")} | tokenizer_files(tokenizer)
-        write_files(partial, jsons, files)
-        with removed_on_error(partial):
+    # a full disk, too: what is half written would only take more of its room
+    with removed_on_error(partial):
+        shards = gather_shards(model, partial, dtype, n_rows)
+        if _is_rank0():
+            written = shards.finish()
+            dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
+            jsons = hf_configs(config, n_token_ids, n_rows, dtype_name) | tokenizer_jsons(tokenizer)
+            n_params = sum(param.numel() for param in model.parameters())
+            card = model_card(origin or Origin(), n_params, dtype_name, config, tokenizer)
+            # a name of a file may hold half a surrogate pair, which UTF-8 has no bytes for
+            readme = card.encode(errors="backslashreplace")
+            files = {"README.md": readme} | tokenizer_files(tokenizer)
+            write_files(partial, jsons, files)
             check_shards(partial, written)
             check_json(partial, jsons)
             check_bytes(partial, files)
             check_loads(partial, config, n_rows, tokenizer)
+    if _is_rank0():
         replace_folder(partial, path)
         tell_of_tokenizer(path, tokenizer)
     if dist.is_initialized():

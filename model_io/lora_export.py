@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from common.files import (
-    check_replaceable,
     removed_on_error,
     replace_folder,
     write_json,
@@ -25,7 +24,7 @@ from model_io.export import (
     written_form,
 )
 from model_io.lowbit import QuantizedLinear, linear_layers
-from model_io.written import check_file, check_json, fingerprint
+from model_io.written import check_file, check_json, check_place, fingerprint
 from qilin_min import HfForm, Qilin, QilinConfig, activation_word, folder_config, hf_forms, part_of
 
 # where peft finds our modules in the LlavaForConditionalGeneration of transformers 4.52 and later
@@ -54,7 +53,7 @@ def save_adapter(
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("adapters of quantised weights belong to those: export them merged")
     check_exportable(model.config.projector_type)
-    check_replaceable(path, "config.json")
+    check_place(path)
     form = form_of_base(model.config, base)
     tensors = adapter_tensors(model, dtype, form)
     # rank 0 has them all
@@ -68,13 +67,13 @@ def save_adapter(
             "config.json": between_config(model, vision, form),
         }
         meant = {key: fingerprint(tensor) for key, tensor in tensors.items()}
-        save_tensors(tensors, partial / ADAPTER_FILES[0])
-        for file, content in configs.items():
-            write_json(partial / file, content)
         template = Path(__file__).with_name("adapter_card.md").read_text(encoding="utf-8")
         card = template.format(made_from=made_from, base=Path(base).name)
-        write_text(partial / "README.md", card)
         with removed_on_error(partial):
+            save_tensors(tensors, partial / ADAPTER_FILES[0])
+            for file, content in configs.items():
+                write_json(partial / file, content)
+            write_text(partial / "README.md", card)
             check_file(partial / ADAPTER_FILES[0], meant)
             check_json(partial, configs)
         replace_folder(partial, path)

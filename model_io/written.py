@@ -16,10 +16,40 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from common.files import one_line, read_json
+from common.files import check_replaceable, holds_only, one_line, read_json
 from model_io.load import attach_tokenizer, read_checkpoint
 from model_io.tokens import Tokenizer
 from qilin_min import Qilin, QilinConfig, account, named_list
+
+# all that an export or an adapter's folder holds, and what an interrupted one leaves behind
+EXPORTED = (
+    *("config.json", "generation_config.json", "README.md"),
+    *("preprocessor_config.json", "processor_config.json", "chat_template.jinja"),
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("adapter_model.safetensors", "adapter_config.json"),
+)
+UNFINISHED_EXPORT = (*EXPORTED, "shard-*", "*.partial")
+
+
+def check_place(path: str | Path) -> None:
+    """ValueError unless an export may take this name: what lies there, or beside it under the names
+    that it needs meanwhile, is nothing, empty, or an earlier export."""
+    path = Path(path)
+    # what tells an export from the folder of a language model
+    mark = "preprocessor_config.json"
+    if (path / "adapter_config.json").is_file():
+        mark = "adapter_config.json"
+    check_replaceable(path, mark, EXPORTED)
+    for end in (".partial", ".old"):
+        beside = path.with_name(path.name + end)
+        if not beside.exists():
+            continue
+        if not beside.is_dir() or not holds_only(beside, UNFINISHED_EXPORT):
+            raise ValueError(
+                f"{beside} is there and holds something else, and {path} is made by way of it: "
+                "give another name, or remove it"
+            )
 
 
 @dataclass(frozen=True)

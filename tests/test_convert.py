@@ -341,6 +341,53 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(delay, world, tmp
     same_weights(folder / "original", tmp_path / "dst")
 
 
+THESIS = {"mine/thesis.txt": "years"}
+WEIGHTS = {"mine/config.json": "{}", "mine/model.safetensors": "years"}
+# a name that is given, what lies there before, what must be said
+TAKEN = [
+    ("mine", THESIS, "something else"),
+    # config.json is the name of many things
+    ("mine", {"mine/config.json": "{}"} | THESIS, "something else"),
+    # a language model, whole
+    ("mine", WEIGHTS, "something else"),
+    # an export to which somebody added
+    ("mine", WEIGHTS | {"mine/preprocessor_config.json": "{}"} | THESIS, "something else"),
+    ("mine", WEIGHTS | {"mine/preprocessor_config.json": "{}", "mine/a/b": ""}, "something else"),
+    # names that are needed meanwhile
+    ("new", {"new.partial/thesis.txt": "years"}, "new.partial is there"),
+    ("new", {"new.old/thesis.txt": "years"}, "new.old is there"),
+    ("new", {"new.partial": "years"}, "new.partial is there"),
+    # a file in the way
+    ("mine/new", {"mine": "years"}, "mine is no folder that can be written to"),
+    ("/", {}, "something else"),
+    ("..", {}, "something else"),
+]
+
+
+@pytest.mark.parametrize("name, files, said", TAKEN)
+def test_nothing_of_others_gives_way(name, files, said, world, tmp_path):
+    _, folder = world
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    done = call(folder / "original", tmp_path / name)
+    assert done.returncode == 2 and said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    left = {str(f.relative_to(tmp_path)): f.read_text() for f in tmp_path.rglob("*") if f.is_file()}
+    assert left == files
+
+
+def test_an_earlier_export_gives_way(world, tmp_path):
+    """As does what an interrupted one left."""
+    _, folder = world
+    for name in ("shard-0", "README.md", "model-00001-of-00002.safetensors"):
+        (tmp_path / "dst.partial").mkdir(exist_ok=True)
+        (tmp_path / "dst.partial" / name).write_text("x")
+    for _ in range(2):
+        assert call(folder / "original", tmp_path / "dst").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

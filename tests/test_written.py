@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import edit_json, in_process, make_qilin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -192,6 +193,17 @@ def test_a_command_says_it_in_one_line(folder, tmp_path, monkeypatch):
     assert "lm_head" in done.stderr
     assert len([line for line in done.stderr.splitlines() if "meant" in line]) == 1
     assert not (tmp_path / "dst").exists() and not (tmp_path / "dst.partial").exists()
+
+
+def test_a_full_disk_keeps_nothing_half_written(folder, tmp_path, monkeypatch):
+    def save_file(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", save_file)
+    done = in_process(convert.main, folder, tmp_path / "dst", code=1)
+    assert "could not be written" in done.stderr
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_what_is_right_passes(tmp_path):
