@@ -1280,15 +1280,22 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
-def looks_finite(rows: Tensor) -> bool:
-    """Whether rows hold neither inf nor nan, as far as a look tells.
+def flaw_of(rows: Tensor) -> str | None:
+    """What is wrong with the rows of a weight, as far as a look tells; None: nothing.
 
     Of a large tensor a sample is looked at, since what is mapped need not be read yet; generate()
     and convert.py find the rest.
     """
     if rows.numel() > 65536 and rows.is_contiguous():
-        rows = rows.flatten()[:: 1 + rows.numel() // 4096]
-    return is_finite(rows)
+        sample = rows.flatten()[:: 1 + rows.numel() // 4096]
+    else:
+        sample = rows
+    if not is_finite(sample):
+        return "values that are not finite"
+    # no training ends in a matrix of zeros, but a download does whose file had its size at once
+    if rows.ndim > 1 and not sample.any():
+        return "only zeros (an interrupted download?): fetch the file again"
+    return None
 
 
 @torch.no_grad()
@@ -1362,7 +1369,7 @@ def fill_weights(
     """Give a model on the meta device (sharded or not, any dtype) memory, and fill its parameters.
 
     -> the line of account(), whose errors come before any memory is taken.
-    ValueError as well when a tensor holds no finite floats.
+    ValueError as well when a tensor holds no finite floats, and when a matrix is all zeros.
     fresh: no file holds the projector, which the caller fills.
     """
     found, line = account(model, sources, fresh)
@@ -1378,9 +1385,10 @@ def fill_weights(
             if start == stop:
                 continue
             rows = place.rows(start, stop)
-        if not looks_finite(rows):
+        flaw = flaw_of(rows)
+        if flaw is not None:
             entry = place.entry
-            raise ValueError(f"{entry.file}: {entry.name} holds values that are not finite")
+            raise ValueError(f"{entry.file}: {entry.name} holds {flaw}")
         if name in quantised:
             quantised[name].quantize_(rows)
         else:
@@ -1419,6 +1427,9 @@ def check_llava(raw: dict, where: Path) -> None:
         "mm_use_im_start_end": (False,),
         "image_aspect_ratio": ("pad", "square", "crop"),
         "mm_patch_merge_type": ("flat",),
+        # of later LLaVAs: fewer features a picture; pictures at several sizes
+        "mm_resampler_type": ("identity",),
+        "s2": (False,),
     }
     for key, allowed in implemented.items():
         if raw.get(key) not in (None, *allowed):

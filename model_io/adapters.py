@@ -25,6 +25,7 @@ from qilin_min import (
     StoredTensor,
     WeightFiles,
     check_all_known,
+    check_no_pointer,
     folder_config,
     is_finite,
     named_list,
@@ -198,6 +199,7 @@ def open_adapter(path: Path) -> Adapter:
     """The Adapter in a folder. ValueError or FileNotFoundError names the file, and the tensor or
     setting that is not implemented here."""
     where = path / ADAPTER_CONFIG
+    check_no_pointer(where)
     settings = read_json(where)
     check_settings(settings, where)
     for place in weight_sets(path):

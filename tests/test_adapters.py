@@ -488,6 +488,8 @@ def test_folders_that_are_refused(plain, tmp_path, clip_folder):
     (adapter / "model.safetensors").unlink()
     (adapter / "adapter_model.safetensors").unlink()
     check_refused(adapter, tmp_path, "adapter_model.bin")
+    (adapter / "adapter_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    check_refused(adapter, tmp_path, "adapter_config.json is a Git LFS pointer")
     for options in (("--llm", good), ("--base", good)):
         done = in_process(convert.main, good, tmp_path / "out", *options, code=2)
         assert f"{good} is an adapter" in done.stderr

@@ -325,6 +325,21 @@ def test_a_file_that_is_no_weights(name, spoil, said, folder, export, tmp_path):
     assert not (tmp_path / "dst").exists() and not os.path.exists(TRACE)
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_of_which_the_rest_was_never_written(kind, folder, export, tmp_path):
+    """Its whole size was taken at once, as some programs do that fetch files."""
+    tensors = load_file(export / "model.safetensors")
+    name = "vision_tower.vision_model.encoder.layers.2.mlp.fc2.weight"
+    tensors[name] = torch.zeros_like(tensors[name])
+    if kind.endswith(".bin"):
+        torch.save(tensors, folder / kind)
+    else:
+        save_file(tensors, folder / kind)
+    line = refusal(folder, tmp_path / "dst")
+    assert f"{kind}: {name} holds only zeros" in line
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
 def test_small_files_that_are_pointers(name, folder, export):
     put(folder, export, "model.safetensors", mark=2, time=1_000_000)

@@ -163,6 +163,8 @@ def test_other_pixels_are_refused(change, culprit, folder):
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio = 'anyres'"),
         ({"image_aspect_ratio": "anyres_max_9"}, "anyres_max_9"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type = 'spatial_unpad'"),
+        ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type = 'spatial_pool'"),
+        ({"s2": True}, "s2 = True"),
     ],
 )
 def test_layouts_of_later_llavas_are_refused(change, culprit, folder):
