@@ -3,7 +3,7 @@ chat, pictures prepared as we do and as llama.cpp does. Exit 1 where fewer than 
 to prepared pictures are ours.
 
 bash demo.sh && python tests/tools/check_gguf.py out/demo
-    trains the other projector first, some two minutes
+    trains the other projector first, some three minutes
 """
 
 import json
@@ -44,7 +44,9 @@ def train_other(demo):
         *("--images", toy / "images"),
         *("--out", out),
         *("--batch-size", 16),
-        *("--lr", "2e-3"),
+        # as demo.sh's stage 2
+        *("--lr", "1.5e-3"),
+        *("--epochs", 2),
         *("--workers", 0),
         *("--log-every", 100),
     ]
