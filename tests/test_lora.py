@@ -164,7 +164,9 @@ def test_train_py_trains_adapters_and_merges(toy, tmp_path, options, ranks):
     ][-1]
     tokenizer, total, n = Tokenizer(toy / "llama"), 0.0, 0
     for row in json.loads((toy / "mixed.json").read_text()):
-        ids, labels = encode_conversation(row["conversations"], tokenizer, 16)
+        ids, labels = encode_conversation(
+            row["conversations"], tokenizer, after.config.n_image_tokens
+        )
         pixels = [preprocess_image(path, 64) for path in row_pictures(row, toy / "images")]
         with torch.no_grad():
             logits = after(torch.tensor([ids]), torch.stack(pixels) if pixels else None)[
