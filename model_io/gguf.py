@@ -9,7 +9,10 @@ written a tensor at a time; the picture half, 0.7 GB of a 13B model, is held.
 """
 
 import errno
+import filecmp
+import glob
 import math
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
@@ -28,6 +31,7 @@ from model_io.gguf_tower import Widened, check_gguf_projector, mmproj_tensors, w
 from model_io.gguf_vocabulary import add_vocabulary, check_vocabulary, modelfile
 from model_io.pixels import CLIP_MEAN, CLIP_STD
 from model_io.tokens import Tokenizer
+from model_io.written import check_way
 from qilin_min import EMBED, HEAD, Qilin, QilinConfig, TextConfig, is_finite, named_list
 
 
@@ -320,15 +324,24 @@ def check_gguf(config: QilinConfig, tokenizer: Tokenizer, kind: str, path: str |
     obstacle = gguf_obstacle(config, tokenizer)
     if obstacle:
         raise ValueError(obstacle)
-    check_replaceable(path, MODELFILE)
+    name = Path(path).name
+    own = [MODELFILE]
+    for each in GGUF_KINDS:
+        own += [glob.escape(file) for file in file_names(name, each)]
+    check_replaceable(path, MODELFILE, own)
+    check_way(Path(path), [*own, "*.partial"])
+
+
+def file_names(name: str, kind: str) -> tuple[str, str]:
+    """The files of a model called `name`: language model, picture half."""
+    return f"{name}-{kind}.gguf", f"mmproj-{name}-f16.gguf"
 
 
 def write_folder(
     model: Qilin, tokenizer: Tokenizer, folder: Path, name: str, kind: str
 ) -> list[Planned]:
     """The files of a model called `name`, into `folder`. -> the language model's tensors."""
-    text_file = f"{name}-{kind}.gguf"
-    mmproj_file = f"mmproj-{name}-f16.gguf"
+    text_file, mmproj_file = file_names(name, kind)
     text = plan_text(model, kind)
     describe = partial(describe_text, name=name, config=model.config, tokenizer=tokenizer)
     write_gguf(folder / text_file, "llama", GGUF_KINDS[kind].file_type, describe, text)
@@ -339,6 +352,26 @@ def write_folder(
     write_gguf(folder / mmproj_file, "clip", "MOSTLY_F16", describe, pictures)
     write_text(folder / MODELFILE, modelfile(text_file, mmproj_file, tokenizer))
     return text
+
+
+def keep_other_kinds(path: Path, folder: Path, kind: str) -> None:
+    """Take over, into `folder`, which is to replace `path`, the kinds that were written before.
+
+    ValueError when their picture half is another, so that they are of another model.
+    """
+    for other in GGUF_KINDS:
+        text_file, mmproj_file = file_names(path.name, other)
+        if other == kind or not (path / text_file).is_file():
+            continue
+        if not filecmp.cmp(path / mmproj_file, folder / mmproj_file, shallow=False):
+            raise ValueError(
+                f"{path} holds {text_file} of another model: give another name, or remove it"
+            )
+        try:
+            os.link(path / text_file, folder / text_file)
+        # a file system without links
+        except OSError:
+            shutil.copyfile(path / text_file, folder / text_file)
 
 
 @torch.no_grad()
@@ -355,6 +388,7 @@ def save_gguf(model: Qilin, tokenizer: Tokenizer, path: str | Path, kind: str) -
     partial_path.mkdir(parents=True)
     with removed_on_error(partial_path):
         text = write_folder(model, tokenizer, partial_path, path.name, kind)
+        keep_other_kinds(path, partial_path, kind)
     replace_folder(partial_path, path)
     lines = []
     uneven = uneven_rows_line(text, kind)

@@ -7,6 +7,7 @@ out: nothing, or an OSError (exit code 1) that says what is wrong
 import errno
 import json
 import zlib
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,17 @@ def check_place(path: str | Path) -> None:
     if (path / "adapter_config.json").is_file():
         mark = "adapter_config.json"
     check_replaceable(path, mark, EXPORTED)
+    check_way(path, UNFINISHED_EXPORT)
+
+
+def check_way(path: Path, known: Collection[str]) -> None:
+    """ValueError unless the names beside `path` by way of which a folder is made and replaced are
+    free, or hold what an interrupted run of ours left. known: patterns of all that this may be."""
     for end in (".partial", ".old"):
         beside = path.with_name(path.name + end)
         if not beside.exists():
             continue
-        if not beside.is_dir() or not holds_only(beside, UNFINISHED_EXPORT):
+        if not beside.is_dir() or not holds_only(beside, known):
             raise ValueError(
                 f"{beside} is there and holds something else, and {path} is made by way of it: "
                 "give another name, or remove it"

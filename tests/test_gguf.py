@@ -64,11 +64,11 @@ def toy_tokenizer(toy):
     return Tokenizer(toy / "llama")
 
 
-def small_qilin(tokenizer, projector_type="linear", text=None, vision=None):
+def small_qilin(tokenizer, projector_type="linear", text=None, vision=None, seed=3):
     """A random model with that tokenizer's ids, and filler rows behind them."""
     n = tokenizer.vocab_size
     sizes = dict(vocab_size=n + 20, num_key_value_heads=2, rope_theta=5000.0) | (text or {})
-    return make_qilin(projector_type, sizes, vision, n_token_ids=n)
+    return make_qilin(projector_type, sizes, vision, n_token_ids=n, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -438,7 +438,9 @@ def test_the_command_writes_a_folder_and_replaces_only_its_own(model_folder, tmp
     # equal weights, equal bytes
     assert {file.name: file.read_bytes() for file in out.iterdir()} == first
     in_process(convert.main, model_folder, out, "--gguf", "f16", code=0)
-    assert (out / "qilin-f16.gguf").exists() and not (out / "qilin-q8_0.gguf").exists()
+    # kinds of one model lie side by side
+    assert (out / "qilin-f16.gguf").exists()
+    assert (out / "qilin-q8_0.gguf").read_bytes() == first["qilin-q8_0.gguf"]
 
     named = (out / "Modelfile").read_text()
     assert "FROM ./qilin-f16.gguf\nFROM ./mmproj-qilin-f16.gguf\n" in named
@@ -452,6 +454,22 @@ def refused(words, source, out, *options):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert words in done.stderr
     assert sorted(out.parent.rglob("*")) == before
+
+
+def test_kinds_of_another_model_and_what_others_wrote_stay(model_folder, toy_tokenizer, tmp_path):
+    out = tmp_path / "out" / "qilin"
+    in_process(convert.main, model_folder, out, "--gguf", "q8_0", code=0)
+    other = tmp_path / "other"
+    save_qilin(small_qilin(toy_tokenizer, seed=9), toy_tokenizer, other)
+    refused("of another model", other, out, "f16")
+    # in place of its own kind it may come
+    in_process(convert.main, other, out, "--gguf", "q8_0", code=0)
+    (out / "notes.txt").write_text("mine")
+    refused("holds something else", model_folder, out, "q8_0")
+    beside = out.with_name("m.partial")
+    beside.mkdir()
+    (beside / "notes.txt").write_text("mine")
+    refused("by way of it", model_folder, out.with_name("m"), "q8_0")
 
 
 def test_what_cannot_be_written_is_one_line(model_folder, tmp_path, monkeypatch):
