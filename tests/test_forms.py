@@ -121,7 +121,7 @@ def test_convert_rewrites_an_older_export(tmp_path):
     as_before(saved(tmp_path / "old")[1])
     assert_same(load_qilin(tmp_path / "old"), model)
     done = in_process(convert.main, tmp_path / "old", tmp_path / "dst", code=0)
-    assert "open" not in done.stdout
+    assert "open this folder" not in done.stdout
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "dst" / name).read_bytes() == (folder / name).read_bytes()
 

@@ -54,15 +54,15 @@ def test_a_line_a_step(toy, tmp_path):
             and float(line[1]) == pytest.approx(row["loss"], abs=1e-4)
             and float(line[5]) == pytest.approx(100 * row["mfu"], abs=0.06)
         )
-    sizes = count_sizes(
-        read_checkpoint(llm=toy / "llama", vision=toy / "clip").config, ("mm_projector", "llm")
-    )
+    config = read_checkpoint(llm=toy / "llama", vision=toy / "clip").config
+    n = config.n_image_tokens
+    sizes = count_sizes(config, ("mm_projector", "llm"))
     tokenizer, data = Tokenizer(toy / "llama"), json.loads((toy / "mixed.json").read_text())
     lengths = np.array(
-        [len(encode_conversation(r["conversations"], tokenizer, 16)[0]) for r in data]
+        [len(encode_conversation(r["conversations"], tokenizer, n)[0]) for r in data]
     )
     labels = [
-        sum(x != -100 for x in encode_conversation(r["conversations"], tokenizer, 16)[1][1:])
+        sum(x != -100 for x in encode_conversation(r["conversations"], tokenizer, n)[1][1:])
         for r in data
     ]
     work = flops(sizes, lengths, 14 + 2, sum(labels))  # 14 rows of one picture and one of two
