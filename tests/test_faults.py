@@ -178,6 +178,7 @@ def test_kills_at_random_moments_change_nothing(toy, tmp_path, untouched):
     )
 
 
+@pytest.mark.skipif(not LONG, reason="--long")
 def test_torchrun_restarts_by_itself(toy, tmp_path, untouched):
     """--max-restarts: one rank killed, all start again and go on from the newest checkpoint."""
     out = tmp_path / "out"

@@ -180,6 +180,7 @@ def test_train_py_trains_adapters_and_merges(toy, tmp_path, options, ranks):
     assert json.loads((tmp_path / "out/run.json").read_text())["parameters"]["trained"] < 200_000
 
 
+@pytest.mark.skipif(not os.environ.get("LONG"), reason="--long")
 def test_one_process_and_two_train_the_same_adapters(toy, tmp_path, report):
     runs = [
         run(toy, tmp_path / str(ranks), "--lora", 4, "--batch-size", 7, ranks=ranks)

@@ -28,12 +28,14 @@ def test_ranks_and_micro_batches_do_not_matter(toy, tmp_path, report):
     options = "--batch-size", 7, "--max-grad-norm", 0
     losses, norms = run(toy, tmp_path / "a", *options)
     assert len(losses) == 4 and losses[-1] != losses[0]
-    for name, more, ranks in (
+    others = [
         ("2 processes", (), 2),
-        ("4 processes", (), 4),
         ("micro-batches of 2", ("--micro-batch-size", 2), 1),
         ("2 processes, micro-batches of 1", ("--micro-batch-size", 1), 2),
-    ):
+    ]
+    if os.environ.get("LONG"):
+        others.append(("4 processes", (), 4))
+    for name, more, ranks in others:
         other, other_norms = run(toy, tmp_path / name, *options, *more, ranks=ranks)
         report(f"train: losses of {name} and of 1", abs(other - losses).max(), 1e-4)
         report(
@@ -279,22 +281,23 @@ def test_a_full_disk_is_one_line_and_exit_code_1(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, words, ranks",
     [
-        (("--llm", "gone"), "gone"),
-        (("--images", "gone"), "gone"),
-        (("--batch-size", 0), "--batch-size"),
-        (("--projector", "gone"), "gone"),
-        (("--lr", "nan"), "--lr"),
-        (("--max-grad-norm", -1), "--max-grad-norm"),
-        (("--out", "/dev/null"), "/dev/null"),
+        (("--llm", "gone"), "gone", 2),
+        (("--images", "gone"), "gone", 1),
+        (("--batch-size", 0), "--batch-size", 1),
+        (("--projector", "gone"), "gone", 1),
+        (("--lr", "nan"), "--lr", 2),
+        (("--max-grad-norm", -1), "--max-grad-norm", 1),
+        (("--out", "/dev/null"), "/dev/null", 2),
     ],
 )
-def test_bad_options_stop_with_one_line(toy, tmp_path, options, words):
-    done = run(toy, tmp_path / "out", *options, ranks=2, check=False)
+def test_bad_options_stop_with_one_line(toy, tmp_path, options, words, ranks):
+    """Exit code 2, which torchrun turns into its own 1."""
+    done = run(toy, tmp_path / "out", *options, ranks=ranks, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert (
-        done.returncode == 1
+        done.returncode == (1 if ranks > 1 else 2)
         and len(lines) == 1
         and words in lines[0]
         and 'train.py", line' not in done.stderr
