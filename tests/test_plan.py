@@ -90,9 +90,10 @@ def test_memory_of_one_step_of_8_gpus(
         report(f"plan: tracked {got:.1f} GiB, in the trial {trial}", abs(trial / got - 1), 0.05)
 
 
+@pytest.mark.skipif(not LONG, reason="--long")
 @pytest.mark.parametrize(
     "stage, rows, tokens, n_checkpointed, kept",
-    [(2, 8, 512, 6, 0), (2, 4, 256, 0, 1), (1, 8, 512, 3, 0)][: None if LONG else 1],
+    [(2, 8, 512, 6, 0), (2, 4, 256, 0, 1), (1, 8, 512, 3, 0)],
 )
 def test_memory_of_a_small_model_on_real_tensors(report, stage, rows, tokens, n_checkpointed, kept):
     """Within 15 % of the same tracker on 2 processes."""
