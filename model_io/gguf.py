@@ -28,7 +28,12 @@ from tqdm import tqdm
 
 from common.files import check_replaceable, removed_on_error, replace_folder, write_text
 from model_io.gguf_tower import Widened, check_gguf_projector, mmproj_tensors, widen
-from model_io.gguf_vocabulary import add_vocabulary, check_vocabulary, modelfile
+from model_io.gguf_vocabulary import (
+    add_vocabulary,
+    check_vocabulary,
+    modelfile,
+    other_ends,
+)
 from model_io.pixels import CLIP_MEAN, CLIP_STD
 from model_io.tokens import Tokenizer
 from model_io.written import check_way
@@ -311,6 +316,7 @@ def gguf_obstacle(config: QilinConfig, tokenizer: Tokenizer | None) -> str | Non
     try:
         check_gguf_projector(config.projector_type)
         check_vocabulary(tokenizer)
+        other_ends(tokenizer, config.end_ids)
     except ValueError as error:
         return str(error)
     return None

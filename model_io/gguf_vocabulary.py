@@ -45,6 +45,18 @@ def control_name(piece: str) -> str:
     return f"<|{piece}|>"
 
 
+def other_ends(tokenizer: Tokenizer, end_ids: list[int]) -> list[int]:
+    """The ids beside the tokenizer's own in which an answer may end, of those that are ever said:
+    at most two, which llama.cpp calls end of turn and end of message. ValueError for more."""
+    others = [i for i in end_ids if i != tokenizer.eos_id and i < tokenizer.vocab_size]
+    if len(others) > 2:
+        raise ValueError(
+            f"llama.cpp has places for 3 ids that end an answer, this model has {1 + len(others)} "
+            f"({tokenizer.eos_id}, {', '.join(map(str, others))})"
+        )
+    return others
+
+
 def end_of_text(tokenizer: Tokenizer) -> str:
     """What the end id is called in the file."""
     return control_name(tokenizer.sp.id_to_piece(tokenizer.eos_id))
@@ -68,10 +80,11 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, end_ids: list[int]) -> Non
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_unk_token_id(model.unk_id)
     writer.add_pad_token_id(model.unk_id)
-    # an answer may end in others as well, which llama.cpp calls end of turn and end of message
-    others = [i for i in end_ids if i != tokenizer.eos_id]
-    for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
-        add(i)
+    others = other_ends(tokenizer, end_ids)
+    if len(others) > 0:
+        writer.add_eot_token_id(others[0])
+    if len(others) > 1:
+        writer.add_eom_token_id(others[1])
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(model.has_dummy_prefix)

@@ -100,7 +100,7 @@ def test_transformers_5_reads_alike(outer, inner):
 
 
 def test_transformers_4_reads_alike(readings_4):
-    for case, theirs in zip(ALIKE, readings_4, strict=False):
+    for case, theirs in zip(ALIKE, readings_4[: len(ALIKE)], strict=True):
         assert agree(our_reading(config_of(*case)), theirs), case
 
 

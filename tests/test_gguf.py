@@ -416,6 +416,22 @@ def test_llama_cpp_runs_each_kind(kind, least, toy_tokenizer, tmp_path):
     server.close()
 
 
+def test_an_answer_ends_where_it_does_here(toy_tokenizer, tmp_path):
+    model = small_qilin(toy_tokenizer, vision=dict(num_hidden_layers=1))
+    n = toy_tokenizer.vocab_size
+    # the last is none of the tokenizer's, and is never said
+    model.config.text.more_end_ids = (300, 301, n + 3)
+    save_gguf(model, toy_tokenizer, tmp_path / "m", "f16")
+    server = Server(tmp_path / "m")
+    for i, why in ((toy_tokenizer.eos_id, "eos"), (300, "eos"), (301, "eos"), (302, "limit")):
+        reply = server.complete("你好", n_predict=3, logit_bias=[[i, 1000]])
+        assert reply["stop_type"] == why, i
+    server.close()
+    model.config.text.more_end_ids = (300, 301, 302)
+    with pytest.raises(ValueError, match="places for 3 ids"):
+        save_gguf(model, toy_tokenizer, tmp_path / "more", "f16")
+
+
 # --- 5. the command -------------------------------------------------------------------------------
 
 
