@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model_io.pieces import PieceKind, PieceModel, PieceModelKind, read_pieces
+from model_io.tokenizer_files import control_pieces, filled_template
 from model_io.tokens import SYSTEM, Tokenizer
 
 # --- 1. what llama.cpp reads as sentencepiece does ------------------------------------------------
@@ -94,14 +95,8 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, end_ids: list[int]) -> Non
 def llama_cpp_template(model: PieceModel) -> str:
     """tokenizer_files.chat_template for llama.cpp, which joins a message's texts and pictures to
     one text before, each picture a marker <__media_…__>, and puts the begin id in front itself."""
-    text = Path(__file__).with_name("chat_template_llama_cpp.jinja").read_text(encoding="utf-8")
-    template = "".join(line.strip() for line in text.splitlines())
-    control = sorted({model.unk_id, model.bos_id, model.eos_id})
-    names = [control_name(model.pieces[i].text) for i in control]
-    # where sentencepiece puts a blank in front of an answer, it stands in the text here
-    blank = " " if model.has_dummy_prefix else ""
-    template = template.replace("SYSTEM", SYSTEM.replace("'", "\\'"))
-    return template.replace("CONTROL_TOKENS", repr(names)).replace("BLANK", blank)
+    control = [control_name(piece) for piece in control_pieces(model)]
+    return filled_template("chat_template_llama_cpp.jinja", model, control)
 
 
 def modelfile(text_file: str, mmproj_file: str, tokenizer: Tokenizer) -> str:

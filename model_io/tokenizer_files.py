@@ -24,17 +24,24 @@ def chat_template(model: PieceModel) -> str:
     on a line above the first question, since what trained the model had our own sentence. <image>
     in a content that is one text is a picture, as in a data file. What no prompt of ours can hold
     is refused: control tokens in a text, empty messages, roles out of turn.
-
-    chat_template.jinja without its line ends and indents, which would stand in the prompt.
     """
-    text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    return filled_template("chat_template.jinja", model, control_pieces(model))
+
+
+def control_pieces(model: PieceModel) -> list[str]:
+    """The control tokens' texts."""
+    return [model.pieces[i].text for i in sorted({model.unk_id, model.bos_id, model.eos_id})]
+
+
+def filled_template(file: str, model: PieceModel, control: list[str]) -> str:
+    """A Jinja template of this folder with what a tokenizer decides, and without its line ends and
+    indents, which would stand in the prompt. control: what a text may not hold."""
+    text = Path(__file__).with_name(file).read_text(encoding="utf-8")
     template = "".join(line.strip() for line in text.splitlines())
-    control = sorted({model.unk_id, model.bos_id, model.eos_id})
     # where sentencepiece puts a blank in front of an answer, it stands in the text here
     blank = " " if model.has_dummy_prefix else ""
     template = template.replace("SYSTEM", SYSTEM.replace("'", "\\'"))
-    template = template.replace("CONTROL_TOKENS", repr([model.pieces[i].text for i in control]))
-    template = template.replace("BLANK", blank)
+    template = template.replace("CONTROL_TOKENS", repr(control)).replace("BLANK", blank)
     return template.replace("\\n", "\n")
 
 
