@@ -27,7 +27,9 @@ repeated.
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +39,7 @@ from model_io.card import Origin, bases_of, projector_name
 from model_io.export import check_exportable, export_limits, save_qilin
 from model_io.gguf import GGUF_KINDS, check_gguf, save_gguf
 from model_io.info import counted, human, info_lines
-from model_io.load import load_qilin, read_checkpoint
+from model_io.load import Checkpoint, load_qilin, read_checkpoint
 from model_io.tokens import Tokenizer
 from model_io.written import check_place
 from qilin_min import WeightFiles, check_finite, part_of
@@ -75,44 +77,65 @@ def find_tokenizer(folder: str | Path) -> Tokenizer | None:
         return None
 
 
-def convert(
-    src: str | None,
-    dst: Path,
-    *,
-    llm: str | None,
-    vision: str | None,
-    projector: str | None,
-    base: str | None,
-    dtype: str | None,
-) -> None:
+@dataclass(frozen=True)
+class Given:
+    """What a model is to be made of: SRC and the parts beside it."""
+
+    src: str | None
+    llm: str | None
+    vision: str | None
+    projector: str | None
+    base: str | None
+
+    def check_apart(self, dst: Path, checkpoint: Checkpoint) -> None:
+        """ValueError where DST is one of what is read."""
+        named = [path for path in (self.src, self.llm, self.vision) if path is not None]
+        # a tower, or an adapter's base, may have been found by its name
+        found = [files.path for files, _ in checkpoint.sources]
+        merged_into = self.merged_into()
+        if merged_into is not None:
+            found.append(merged_into)
+        check_is_no_source(dst, named + found)
+
+    def merged_into(self) -> Path | None:
+        """The base of SRC, where that is an adapter."""
+        return base_folder(self.src, self.llm, self.base)
+
+    def language_folder(self) -> Path:
+        """Where the tokenizer lies."""
+        return language_folder(self.src, self.llm, self.base)
+
+    def parts(self) -> dict[str, Any]:
+        """What read_checkpoint and load_qilin take, by their names for it."""
+        return {
+            "model": self.src,
+            "llm": self.llm,
+            "vision": self.vision,
+            "projector": self.projector,
+            "base": self.base,
+        }
+
+
+def convert(given: Given, dst: Path, dtype: str | None) -> None:
     """Load without copying, write DST."""
-    checkpoint = read_checkpoint(src, llm=llm, vision=vision, projector=projector, base=base)
+    checkpoint = read_checkpoint(**given.parts())
     check_exportable(checkpoint.config.projector_type)
-    found = base_folder(src, llm, base)
-    read = [path for path in (src, llm, vision, found) if path is not None]
-    # a tower, or an adapter's base, may have been found by its name
-    check_is_no_source(dst, read + [files.path for files, _ in checkpoint.sources])
+    given.check_apart(dst, checkpoint)
     check_place(dst)
     stored = stored_dtype(checkpoint.sources)
+    found = given.merged_into()
     # what is merged is rounded once, to what DST holds; what is not is mapped as it lies on disk
     loaded = stored if found is None else dtype or stored
-    model = load_qilin(
-        src,
-        llm=llm,
-        vision=vision,
-        projector=projector,
-        base=base,
-        dtype=getattr(torch, loaded),
-    )
+    model = load_qilin(**given.parts(), dtype=getattr(torch, loaded))
     dtype = dtype or stored
     check_finite(model, getattr(torch, dtype))
 
-    folder = language_folder(src, llm, base)
+    folder = given.language_folder()
     tokenizer = find_tokenizer(folder)
     origin = Origin(
         how="converted from what is named below",
-        bases=bases_of(found, folder, src, vision),
-        projector=projector_name(projector),
+        bases=bases_of(found, folder, given.src, given.vision),
+        projector=projector_name(given.projector),
     )
     save_qilin(model, tokenizer, dst, getattr(torch, dtype), origin)
 
@@ -127,35 +150,17 @@ def convert(
         print(f"{dst}: {limits}")
 
 
-def convert_to_gguf(
-    src: str | None,
-    dst: Path,
-    kind: str,
-    *,
-    llm: str | None,
-    vision: str | None,
-    projector: str | None,
-    base: str | None,
-) -> None:
+def convert_to_gguf(given: Given, dst: Path, kind: str) -> None:
     """Load without copying, write the files of llama.cpp."""
-    checkpoint = read_checkpoint(src, llm=llm, vision=vision, projector=projector, base=base)
+    checkpoint = read_checkpoint(**given.parts())
     # a GGUF file holds its vocabulary: without a tokenizer there is none
-    tokenizer = Tokenizer(language_folder(src, llm, base))
+    tokenizer = Tokenizer(given.language_folder())
     check_gguf(checkpoint.config, tokenizer, kind, dst)
-    found = base_folder(src, llm, base)
-    read = [path for path in (src, llm, vision, found) if path is not None]
-    # a tower, or an adapter's base, may have been found by its name
-    check_is_no_source(dst, read + [files.path for files, _ in checkpoint.sources])
-    stored = stored_dtype(checkpoint.sources)
-    model = load_qilin(
-        src,
-        llm=llm,
-        vision=vision,
-        projector=projector,
-        base=base,
-        # what is merged is rounded once, to what DST holds
-        dtype=getattr(torch, stored) if found is None else torch.float32,
-    )
+    given.check_apart(dst, checkpoint)
+    # what is merged is rounded once, to what DST holds
+    is_merged = given.merged_into() is not None
+    loaded = "float32" if is_merged else stored_dtype(checkpoint.sources)
+    model = load_qilin(**given.parts(), dtype=getattr(torch, loaded))
     remarks = save_gguf(model, tokenizer, dst, kind)
     for file in sorted(dst.glob("*.gguf")):
         print(f"{file}: {human(file.stat().st_size)}")
@@ -185,30 +190,20 @@ def main() -> None:
     has_parts = args.llm and args.vision and args.projector
     if n_paths > 2 or (n_paths == 1 and not has_parts):
         raise ValueError("give `info PATH`, `SRC DST`, or DST with --llm, --vision and --projector")
-    src = args.paths[0] if n_paths == 2 else None
-    dst = Path(args.paths[-1])
-    if args.gguf:
-        if args.dtype:
-            raise ValueError("--dtype is of a llava-hf folder; --gguf names the kind of its own")
-        convert_to_gguf(
-            src,
-            dst,
-            args.gguf,
-            llm=args.llm,
-            vision=args.vision,
-            projector=args.projector,
-            base=args.base,
-        )
-        return
-    convert(
-        src,
-        dst,
+    given = Given(
+        src=args.paths[0] if n_paths == 2 else None,
         llm=args.llm,
         vision=args.vision,
         projector=args.projector,
         base=args.base,
-        dtype=args.dtype,
     )
+    dst = Path(args.paths[-1])
+    if args.gguf:
+        if args.dtype:
+            raise ValueError("--dtype is of a llava-hf folder; --gguf names the kind of its own")
+        convert_to_gguf(given, dst, args.gguf)
+        return
+    convert(given, dst, args.dtype)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ class Adapter:
     @property
     def base_name(self) -> str:
         """The base by a path or hub name; "" where it names none."""
-        return str(self.settings.get("base_model_name_or_path") or "")
+        return base_name_in(self.settings)
 
     @property
     def projector(self) -> WeightFiles:
@@ -195,13 +195,25 @@ def adapter_folder(path: str | Path) -> Path | None:
     return folder if (folder / ADAPTER_CONFIG).is_file() else None
 
 
-def open_adapter(path: Path) -> Adapter:
-    """The Adapter in a folder. ValueError or FileNotFoundError names the file, and the tensor or
-    setting that is not implemented here."""
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder. ValueError names the setting that is not implemented."""
     where = path / ADAPTER_CONFIG
     check_no_pointer(where)
     settings = read_json(where)
     check_settings(settings, where)
+    return settings
+
+
+def base_name_in(settings: dict[str, Any]) -> str:
+    """The base that an adapter names by a path or hub name; "" where it names none."""
+    return str(settings.get("base_model_name_or_path") or "")
+
+
+def open_adapter(path: Path) -> Adapter:
+    """The Adapter in a folder. ValueError or FileNotFoundError names the file, and the tensor or
+    setting that is not implemented here."""
+    where = path / ADAPTER_CONFIG
+    settings = read_adapter_config(path)
     for place in weight_sets(path):
         raise ValueError(
             f"{path} holds an adapter and weights of its own ({place.name}): remove one, or give "
@@ -338,23 +350,22 @@ def read_change(
 # --- 3. its base ----------------------------------------------------------------------------------
 
 
-def find_base(adapter: Adapter, given: str | Path | None, llm: str | Path | None) -> Path:
-    """The folder that an adapter is merged into: the one given, else the one that it names, else
-    the language model that is given.
+def find_base(path: Path, given: str | Path | None, llm: str | Path | None) -> Path:
+    """The folder that the adapter in `path` is merged into: the one given, else the one that it
+    names, else the language model that is given. None of its tensors is looked at.
 
     ValueError says what to give; FileNotFoundError when what is given is not there.
     """
+    base_name = base_name_in(read_adapter_config(path))
     place = given
     if place is None:
-        place = named_folder(adapter.base_name, adapter.path) or llm
+        place = named_folder(base_name, path) or llm
     if place is None:
-        if adapter.base_name:
-            reason = f"of {adapter.base_name!r}, which is neither beside it, here nor in weights/"
+        if base_name:
+            reason = f"of {base_name!r}, which is neither beside it, here nor in weights/"
         else:
             reason = f"whose {ADAPTER_CONFIG} names no base"
-        raise ValueError(
-            f"{adapter.path} is an adapter {reason}: give --base DIR, what it was trained on"
-        )
+        raise ValueError(f"{path} is an adapter {reason}: give --base DIR, what it was trained on")
     folder = model_folder(place)
     if adapter_folder(folder) is not None:
         raise ValueError(f"{folder} is an adapter itself: merge it first (convert.py {folder} DST)")
@@ -366,7 +377,7 @@ def base_folder(
 ) -> Path | None:
     """What `model` is merged into; None: it is no adapter. Errors as of find_base."""
     folder = None if model is None else adapter_folder(model)
-    return None if folder is None else find_base(open_adapter(folder), base, llm)
+    return None if folder is None else find_base(folder, base, llm)
 
 
 def brings_tokenizer(folder: Path) -> bool:
@@ -387,7 +398,7 @@ def language_folder(
         return Path(model)
     if brings_tokenizer(folder):
         return folder
-    return find_base(open_adapter(folder), base, llm)
+    return find_base(folder, base, llm)
 
 
 def has_own_projector(adapter: Adapter, base: WeightFiles | None) -> bool:

@@ -269,7 +269,7 @@ def adapter_lines(path: Path, given: str | None) -> Iterator[str]:
     kind = "DoRA" if adapter.settings.get("use_dora") else "LoRA"
     yield column("layout", f"a peft adapter ({kind})")
     is_found = bool(given) or named_folder(adapter.base_name, path) is not None
-    base = find_base(adapter, given, llm=None) if is_found else None
+    base = find_base(path, given, llm=None) if is_found else None
     named = adapter.base_name or "none named"
     yield column("base", f"{named}: {base or 'not found, give --base DIR'}")
 

@@ -157,7 +157,7 @@ def locate_parts(
     folder = None if model is None else adapter_folder(model)
     if folder is not None:
         adapter = open_adapter(folder)
-        model = find_base(adapter, base, llm)
+        model = find_base(folder, base, llm)
     elif base is not None:
         raise ValueError(f"--base {base} is for an adapter, and {model} is none")
     if model is None:
