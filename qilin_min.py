@@ -1280,8 +1280,9 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
-def flaw_of(rows: Tensor) -> str | None:
-    """What is wrong with the rows of a weight, as far as a look tells; None: nothing.
+def flaw_of(rows: Tensor, is_whole: bool) -> str | None:
+    """What is wrong with a weight, or with a rank's rows of it, as far as a look tells; None:
+    nothing.
 
     Of a large tensor a sample is looked at, since what is mapped need not be read yet; generate()
     and convert.py find the rest.
@@ -1292,8 +1293,9 @@ def flaw_of(rows: Tensor) -> str | None:
         sample = rows
     if not is_finite(sample):
         return "values that are not finite"
-    # no training ends in a matrix of zeros, but a download does whose file had its size at once
-    if rows.ndim > 1 and not sample.any():
+    # no training ends in a matrix of zeros, but a download does whose file had its size at once;
+    # some of its rows may well be zeros, as those that fill a vocabulary up
+    if is_whole and rows.ndim > 1 and not sample.any() and not rows.any():
         return "only zeros (an interrupted download?): fetch the file again"
     return None
 
@@ -1377,15 +1379,15 @@ def fill_weights(
     give_memory(model, device)
     for name, place in found.items():
         param = model.get_parameter(name)
-        if name in quantised:
-            # whole on every rank, and of another shape than in the file
-            rows = place.rows()
-        else:
+        n_rows = place.shape()[0]
+        start, stop = 0, n_rows
+        # a quantised one is whole on every rank, and of another shape than in the file
+        if name not in quantised:
             start, stop = local_rows(param)
-            if start == stop:
-                continue
-            rows = place.rows(start, stop)
-        flaw = flaw_of(rows)
+        if start == stop:
+            continue
+        rows = place.rows(start, stop)
+        flaw = flaw_of(rows, is_whole=stop - start == n_rows)
         if flaw is not None:
             entry = place.entry
             raise ValueError(f"{entry.file}: {entry.name} holds {flaw}")
