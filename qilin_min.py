@@ -1379,15 +1379,15 @@ def fill_weights(
     give_memory(model, device)
     for name, place in found.items():
         param = model.get_parameter(name)
-        n_rows = place.shape()[0]
-        start, stop = 0, n_rows
-        # a quantised one is whole on every rank, and of another shape than in the file
-        if name not in quantised:
+        if name in quantised:
+            # whole on every rank, and of another shape than in the file
+            rows = place.rows()
+        else:
             start, stop = local_rows(param)
-        if start == stop:
-            continue
-        rows = place.rows(start, stop)
-        flaw = flaw_of(rows, is_whole=stop - start == n_rows)
+            if start == stop:
+                continue
+            rows = place.rows(start, stop)
+        flaw = flaw_of(rows, is_whole=len(rows) == place.shape()[0])
         if flaw is not None:
             entry = place.entry
             raise ValueError(f"{entry.file}: {entry.name} holds {flaw}")
