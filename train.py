@@ -32,7 +32,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import math
 import re
-import shutil
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -51,9 +50,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from common.files import (
     USER_ERRORS,
     check_replaceable,
+    folder_beside,
     one_line,
-    removed_on_error,
-    replace_folder,
     run_cli,
     say_once,
 )
@@ -345,14 +343,10 @@ def save_projector(model: Qilin, final: Path, name: str, dtype: torch.dtype) -> 
     for ours, full in full_tensors(model, "mm_projector.", dtype):
         tensors["model." + ours] = full
     if dist.get_rank() == 0:
-        folder = final.with_name("final.partial")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         meant = {key: fingerprint(tensor) for key, tensor in tensors.items()}
-        with removed_on_error(folder):
+        with folder_beside(final) as folder:
             save_tensors(tensors, folder / name)
             check_file(folder / name, meant)
-        replace_folder(folder, final)
     dist.barrier()
 
 

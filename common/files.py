@@ -140,6 +140,18 @@ def removed_on_error(partial: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which takes its name, and its place, when all that is done
+    within went well; else nothing is left of it."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with removed_on_error(partial):
+        yield partial
+    replace_folder(partial, path)
+
+
 def check_replaceable(path: str | Path, mark: str, known: Collection[str] = ()) -> None:
     """ValueError when `path` cannot be made, or is there and is no folder of the kind that holds a
     file `mark`, which alone may be replaced. known: patterns of the names of all that such a folder

@@ -67,7 +67,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _is_rank0() -> bool:
+def is_rank0() -> bool:
+    """Whether this process is the one that writes: alone, or the first of several ranks."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -105,7 +106,7 @@ def full_tensors(
             full = merged_weight(layer).to(dtype or torch.float32)
         else:
             full = whole(param, dtype or param.dtype)
-        yield name, full.cpu().contiguous() if _is_rank0() else None
+        yield name, full.cpu().contiguous() if is_rank0() else None
 
 
 SHARD_BYTES = 5_000_000_000
@@ -246,7 +247,7 @@ def gather_shards(model: Qilin, folder: Path, dtype: torch.dtype | None, n_rows:
     shards = ShardFiles(folder)
     form = written_form(model.config)
     # a bar on a terminal, and of several ranks only the first's
-    hidden = None if _is_rank0() else True
+    hidden = None if is_rank0() else True
     n_tensors = sum(1 for _ in model.parameters())
     tensors = full_tensors(model, dtype=dtype)
     for name, full in tqdm(tensors, "writing", n_tensors, unit="tensor", disable=hidden):
@@ -287,13 +288,13 @@ def save_qilin(
     n_rows = -(-(n_token_ids + 1) // 64) * 64
     n_rows = max(config.text.vocab_size, n_rows)
 
-    if _is_rank0():
+    if is_rank0():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     # a full disk, too: what is half written would only take more of its room
     with removed_on_error(partial):
         shards = gather_shards(model, partial, dtype, n_rows)
-        if _is_rank0():
+        if is_rank0():
             written = shards.finish()
             dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
             jsons = hf_configs(config, n_token_ids, n_rows, dtype_name) | tokenizer_jsons(tokenizer)
@@ -307,7 +308,7 @@ def save_qilin(
             check_json(partial, jsons)
             check_bytes(partial, files)
             check_loads(partial, config, n_rows, tokenizer)
-    if _is_rank0():
+    if is_rank0():
         replace_folder(partial, path)
         tell_of_tokenizer(path, tokenizer)
     if dist.is_initialized():

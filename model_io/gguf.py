@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import check_replaceable, removed_on_error, replace_folder, write_text
+from common.files import check_replaceable, folder_beside, write_text
 from model_io.gguf_tower import Widened, check_gguf_projector, mmproj_tensors, widen
 from model_io.gguf_vocabulary import (
     add_vocabulary,
@@ -389,13 +389,9 @@ def save_gguf(model: Qilin, tokenizer: Tokenizer, path: str | Path, kind: str) -
     """
     check_gguf(model.config, tokenizer, kind, path)
     path = Path(path)
-    partial_path = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial_path, ignore_errors=True)
-    partial_path.mkdir(parents=True)
-    with removed_on_error(partial_path):
-        text = write_folder(model, tokenizer, partial_path, path.name, kind)
-        keep_other_kinds(path, partial_path, kind)
-    replace_folder(partial_path, path)
+    with folder_beside(path) as folder:
+        text = write_folder(model, tokenizer, folder, path.name, kind)
+        keep_other_kinds(path, folder, kind)
     lines = []
     uneven = uneven_rows_line(text, kind)
     if uneven:

@@ -1,24 +1,19 @@
 """What train.py --lora learnt, without its base -> a folder that peft loads onto a llava-hf model,
 and that every command here takes as --model."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from common.files import (
-    removed_on_error,
-    replace_folder,
-    write_json,
-    write_text,
-)
+from common.files import folder_beside, write_json, write_text
 from model_io.adapters import ADAPTER_CONFIG, ADAPTER_FILES
 from model_io.export import (
     check_exportable,
     full_tensors,
     hf_tensors,
+    is_rank0,
     save_tensors,
     whole,
     written_form,
@@ -58,10 +53,6 @@ def save_adapter(
     tensors = adapter_tensors(model, dtype, form)
     # rank 0 has them all
     if tensors:
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         configs = {
             ADAPTER_CONFIG: adapter_config(model, alpha, base),
             "config.json": between_config(model, vision, form),
@@ -69,14 +60,13 @@ def save_adapter(
         meant = {key: fingerprint(tensor) for key, tensor in tensors.items()}
         template = Path(__file__).with_name("adapter_card.md").read_text(encoding="utf-8")
         card = template.format(made_from=made_from, base=Path(base).name)
-        with removed_on_error(partial):
-            save_tensors(tensors, partial / ADAPTER_FILES[0])
+        with folder_beside(Path(path)) as folder:
+            save_tensors(tensors, folder / ADAPTER_FILES[0])
             for file, content in configs.items():
-                write_json(partial / file, content)
-            write_text(partial / "README.md", card)
-            check_file(partial / ADAPTER_FILES[0], meant)
-            check_json(partial, configs)
-        replace_folder(partial, path)
+                write_json(folder / file, content)
+            write_text(folder / "README.md", card)
+            check_file(folder / ADAPTER_FILES[0], meant)
+            check_json(folder, configs)
     if dist.is_initialized():
         dist.barrier()
 
@@ -95,13 +85,12 @@ def form_of_base(config: QilinConfig, base: str) -> HfForm:
 def adapter_tensors(model: Qilin, dtype: torch.dtype, form: HfForm) -> dict[str, torch.Tensor]:
     """{name that peft gives it: whole tensor on CPU}, the projector in a form; on ranks but the
     first empty."""
-    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
     tensors = {}
     for name, param in model.named_parameters():
         if part_of(name) != "lora":
             continue
         full = whole(param, torch.float32)
-        if is_rank0:
+        if is_rank0():
             key = PEFT_BLOCKS + name.removeprefix("model.layers.") + ".weight"
             tensors[key] = full.cpu().contiguous()
     for name, full in full_tensors(model, "mm_projector.", dtype):

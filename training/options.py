@@ -105,6 +105,7 @@ def training_parser(
     parser.add_argument("--stage", type=int, metavar=f"{{{numbers}}}", help="; ".join(goals))
     add_data_options(parser, stages)
     add_learning_options(parser, stages, lora)
+    add_adapter_options(parser, stages)
     add_fitting_options(parser, stages)
     add_resuming_options(parser, stages)
     add_watching_options(parser)
@@ -265,6 +266,11 @@ def add_learning_options(
         default=0,
         help="of the order of samples and of what starts fresh (default %(default)s)",
     )
+
+
+def add_adapter_options(parser: argparse.ArgumentParser, stages: dict[int, Stage]) -> None:
+    """Less than all weights, in less than all bits."""
+    add = parser.add_argument_group("adapters and low bits").add_argument
     add(
         "--lora",
         action=InRange,
