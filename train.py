@@ -192,7 +192,7 @@ def shard_model(
     """Freeze what is not trained and shard in place with FSDP2: each decoder layer, then the rest
     in one group.
 
-    trained: freeze.WORDS. compute_dtype: bf16 on CUDA, float32 on CPU. Trained parameters are
+    trained: freeze.WORDS. compute_dtype: bf16 or float32. Trained parameters are
     float32 and cast when gathered, frozen ones are kept in compute_dtype: no gradient, no moments,
     half the memory. Gradients are summed over ranks in float32. replicate: copies of the sharded
     weights, along the first dimension of the mesh (HSDP). is_kept: a block stays gathered until its
@@ -232,6 +232,13 @@ def shard_model(
     return model
 
 
+def compute_dtype_of(settings: RunSettings, device: torch.device) -> torch.dtype:
+    """--dtype; auto: bf16 on CUDA, float32 on a CPU, which has no fast bf16."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def build_model(
     settings: RunSettings, checkpoint: Checkpoint, device: torch.device, is_kept: bool = False
 ) -> tuple[Qilin, str]:
@@ -250,7 +257,7 @@ def build_model(
         model,
         device,
         settings.trained,
-        compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        compute_dtype=compute_dtype_of(settings, device),
         replicate=settings.replicate,
         is_kept=is_kept,
         is_compiled=settings.compile,
@@ -287,12 +294,10 @@ def lr_at(step: int, n_steps: int, peak: float, warmup_ratio: float) -> float:
 # --- 4. export ------------------------------------------------------------------------------------
 
 
-def export(settings: RunSettings, model: Qilin, tokenizer: Tokenizer) -> None:
-    """final/: what the next stage and sample.py read. Tensors are gathered one at a time; bf16 when
-    trained on CUDA."""
+def export(settings: RunSettings, model: Qilin, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """final/: what the next stage and sample.py read. Tensors are gathered one at a time."""
     stage = STAGES[settings.stage]
     final = settings.out / "final"
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     if settings.lora_export == "adapter":
         export_adapter(settings, model, dtype)
     elif stage.export == "model":
@@ -521,7 +526,7 @@ def cut_steps(
         settings.trained,
         settings.lora,
         settings.quantize,
-        e=2 if device.type == "cuda" else 4,
+        e=compute_dtype_of(settings, device).itemsize,
     )
     machine = this_machine(
         device,
@@ -853,7 +858,7 @@ def run_training(settings: RunSettings) -> None:
         train(run)
         # first: an export that fails costs nothing then
         run.checkpoints.save(run.progress, wait=True)
-        export(settings, run.model, run.tokenizer)
+        export(settings, run.model, run.tokenizer, compute_dtype_of(settings, run.device))
         look(run, run.n_steps)
         run.log.close()
         line = f"done: {settings.out / 'final'}, {settings.out / 'loss.png'}"

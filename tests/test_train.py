@@ -108,6 +108,18 @@ def test_stage_2_leaves_the_tower_bit_for_bit(toy, tmp_path):
         assert same == name.startswith("vision_tower."), name
 
 
+def test_the_dtype_of_compute_can_be_said(toy, tmp_path):
+    """--dtype bfloat16 on a CPU: losses are float32's but for bf16's 8 bits, the export is bf16."""
+    exact, _ = run(toy, tmp_path / "auto", "--batch-size", 12)
+    rounded, _ = run(toy, tmp_path / "bf16", "--batch-size", 12, "--dtype", "bfloat16")
+    kinds = {}
+    for out in ("auto", "bf16"):
+        tensors = load_file(tmp_path / out / "final/model.safetensors")
+        kinds[out] = {tensor.dtype for tensor in tensors.values()}
+    assert kinds == {"auto": {torch.float32}, "bf16": {torch.bfloat16}}
+    assert 0 < abs(rounded / exact - 1).max() < 0.01
+
+
 def test_text_only_data_trains_on_2_ranks(toy, tmp_path):
     losses, _ = run(toy, tmp_path / "out", "--batch-size", 3, data="text.json", ranks=2)
     assert np.isfinite(losses).all()

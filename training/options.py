@@ -59,6 +59,7 @@ class RunSettings:
     checkpoint_layers: int | None
     reshard: str
     replicate: int
+    dtype: str
     compile: bool
     workers: int | None
 
@@ -348,6 +349,13 @@ def add_fitting_options(parser: argparse.ArgumentParser, stages: dict[int, Stage
         "(default %(default)s)",
     )
     add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="numbers in forward and backward, and in final/; what is trained is kept in float32 "
+        "all the same (default auto: bfloat16 on CUDA, float32 on a CPU)",
+    )
+    add(
         "--compile",
         action="store_true",
         help="torch.compile each block: slower start, one recompilation when lengths vary",
@@ -573,6 +581,8 @@ def check_contradictions(typed: dict[str, Any], stages: dict[int, Stage]) -> Non
             f"--lora-export adapter with --quantize {typed['quantize']}: adapters learnt on "
             "rounded weights belong to those, which no base holds; leave one of the two out"
         )
+    if typed["plan"] and typed["dtype"] == "float32":
+        raise ValueError("--plan reckons with bfloat16: leave --dtype float32 out")
     if typed["quantize"] and is_tuned and not typed["lora"]:
         raise ValueError(
             f"--quantize {typed['quantize']} keeps the language model frozen: add --lora RANK"
