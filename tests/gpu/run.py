@@ -268,6 +268,14 @@ class Runner:
         return results
 
 
+def forget_other_world(out: Path, key: str) -> None:
+    """Remove what steps of other code, or of another machine, made for each other."""
+    mark = out / "world.key"
+    if not mark.is_file() or mark.read_text() != key:
+        shutil.rmtree(out / "world", ignore_errors=True)
+        mark.write_text(key)
+
+
 def stop_at_sigterm(number: int, frame: FrameType | None) -> NoReturn:
     """Leave in an orderly way, so that what was started is ended."""
     sys.exit(143)
@@ -284,6 +292,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop_at_sigterm)
     modes = {"dry": options.dry, "quick": options.quick}
     key = digest_of(machine, modes, digest_of_code())
+    forget_other_world(out, key)
     runner = Runner(out, env, key, {**modes, "limit": options.limit})
     where = machine["gpus"][0]["name"] if machine["gpus"] else "a CPU, tiny sizes"
     runner.say(f"gpu: {len(STEPS)} steps on {where}; torch {machine['torch']}; all goes to {out}")

@@ -16,4 +16,12 @@ class Step:
     about: str
 
 
-STEPS = (Step("machine", "gpu.machine:machine", True, "what this machine is and what it reaches"),)
+STEPS = (
+    Step("machine", "gpu.machine:machine", True, "what this machine is and what it reaches"),
+    Step(
+        "parity",
+        "gpu.parity:parity",
+        True,
+        "logits, gradients, low bits and answers beside transformers and the CPU",
+    ),
+)
