@@ -1,9 +1,9 @@
-"""What a step costs: memory and work by the model's sizes.
+"""What a step costs: memory, traffic between GPUs and work by the model's sizes.
 
 Every figure is a formula of a line or two, in bytes and floating-point operations, that a reader
-can follow; tests hold them to a memory tracker. Only parameters are counted, on the model itself
-without its numbers, so that another projector or another choice of what is trained needs no
-formula.
+can follow; tests hold them to what a step of the real model holds and sends. Only parameters are
+counted, on the model itself without its numbers, so that another projector or another choice of
+what is trained needs no formula.
 
 In the formulas: C hidden size, F MLP width, V vocabulary, L blocks, e bytes of a number in compute
 (2: bf16 on CUDA, 4: float32 on a CPU). slots are the tokens with padding that a GPU holds at one
@@ -57,6 +57,8 @@ class Sizes:
     linear_trained: int  # of the linear layers of all blocks, without adapters
     adapter_trained: int  # of the adapters of all blocks
     block_trained: int  # of the block of which most is trained
+    n_blocks_trained: int  # blocks in which anything is trained
+    root_trained: int  # of embed and projector
     is_head_trained: bool
     n_trained: int
     n_all: int
@@ -144,6 +146,8 @@ def count_sizes(
     projector = count_params(model.mm_projector)
     tower = count_params(model.vision_tower)
     n_all = count_params(model)
+    n_trained = count_params(model, trained_only=True)
+    trained_of_blocks = [count_params(block, trained_only=True) for block in blocks]
     return Sizes(
         config=config,
         lora=lora,
@@ -157,9 +161,11 @@ def count_sizes(
         tower=tower,
         linear_trained=sum(x.weight.numel() for x in linears if x.weight.requires_grad),
         adapter_trained=sum(p.numel() for p in adapters if p.requires_grad),
-        block_trained=max(count_params(block, trained_only=True) for block in blocks),
+        block_trained=max(trained_of_blocks),
+        n_blocks_trained=sum(1 for n in trained_of_blocks if n > 0),
+        root_trained=n_trained - sum(trained_of_blocks),
         is_head_trained=head.weight.requires_grad,
-        n_trained=count_params(model, trained_only=True),
+        n_trained=n_trained,
         n_all=n_all,
     )
 
@@ -342,7 +348,102 @@ def blocks_to_checkpoint(
     return None
 
 
-# --- 3. work --------------------------------------------------------------------------------------
+@dataclass
+class Phases:
+    """Peak bytes of one GPU in each phase of a step, and in what follows some steps."""
+
+    forward: float
+    backward: float
+    clipping: float
+    step: float
+    checkpoint: float
+    export: float
+
+
+def phase_peaks(
+    sizes: Sizes,
+    n_shards: int,
+    slots: int,
+    n_checkpointed: int,
+    *,
+    n_labels: int,
+    is_kept: bool = False,
+    is_accumulating: bool = False,
+) -> Phases:
+    """The peak of each phase; arguments as in step_memory(), which gives the largest by kind."""
+    begin, end, loss = moments(
+        sizes,
+        n_shards,
+        slots,
+        n_checkpointed,
+        n_labels=n_labels,
+        is_accumulating=is_accumulating,
+    )
+    standing = parameter_bytes(sizes, n_shards) + 8 * sizes.n_trained / n_shards
+    working = working_bytes(sizes, slots)
+    computing = standing + gathered_bytes(sizes, is_kept) + working + in_flight_bytes(sizes)
+    # a block that keeps nothing makes three tensors of the MLP's width all the same, when the
+    # logits are not there yet
+    in_block = working if n_checkpointed else 0
+    # clipped and applied in place
+    updating = standing + 4 * sizes.n_trained / n_shards
+    # this rank's rows of the largest matrix, and the whole
+    text = sizes.config.text
+    largest = text.hidden_size * max(text.vocab_size, text.intermediate_size)
+    gathering = sizes.e * largest * (1 + 1 / n_shards)
+    return Phases(
+        forward=computing + loss.total + max(0, in_block - loss.logits),
+        backward=computing + max(begin.total, end.total),
+        clipping=updating,
+        step=updating,
+        # copied to the host, tensor by tensor
+        checkpoint=standing,
+        export=standing + gathering,
+    )
+
+
+def checkpoint_bytes(sizes: Sizes) -> int:
+    """Of a checkpoint, on the disk and in the memory of all hosts while it is written: what is
+    trained in float32, and both of Adam's moments."""
+    return 12 * sizes.n_trained
+
+
+# --- 3. traffic -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Traffic:
+    """Collectives that a GPU takes part in, and their bytes: those of whole tensors, of which
+    (n_shards - 1) / n_shards come from others."""
+
+    n_gathers: int
+    gathered: float
+    n_sums: int
+    summed: float
+
+
+def micro_batch_traffic(sizes: Sizes, is_kept: bool) -> Traffic:
+    """What forward and backward of one micro-batch move.
+
+    Gathered, in e bytes: the root once, since it stays until backward has passed; each block before
+    its forward and, unless kept, again before its backward: 1 + 2 L all-gathers. Summed, in
+    float32: the gradients of each block and of the root where any is trained, a reduce-scatter
+    each.
+    A step is its micro-batches and three all-reduces of a few numbers: what is to come, the norm
+    of the gradients, the loss.
+    """
+    n_of_blocks = sizes.n_blocks if is_kept else 2 * sizes.n_blocks
+    root = sizes.embed + sizes.projector
+    n_roots_trained = 1 if sizes.root_trained else 0
+    return Traffic(
+        n_gathers=1 + n_of_blocks,
+        gathered=sizes.e * (root + n_of_blocks * sizes.gathered_block),
+        n_sums=sizes.n_blocks_trained + n_roots_trained,
+        summed=4 * sizes.n_trained,
+    )
+
+
+# --- 4. work --------------------------------------------------------------------------------------
 
 
 def flops(sizes: Sizes, lengths: np.ndarray, n_pictures: float, n_labels: float) -> float:
@@ -376,7 +477,7 @@ def flops(sizes: Sizes, lengths: np.ndarray, n_pictures: float, n_labels: float)
     return linears + attention + adapters + head + tower + projector
 
 
-# --- 4. machine -----------------------------------------------------------------------------------
+# --- 5. machine -----------------------------------------------------------------------------------
 
 
 @dataclass

@@ -12,7 +12,7 @@ asks the same formulas, step by step, how many blocks must recompute their activ
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,11 @@ from training.costs import (
     Memory,
     Sizes,
     blocks_to_checkpoint,
+    checkpoint_bytes,
     count_sizes,
     flops,
+    micro_batch_traffic,
+    phase_peaks,
     step_memory,
 )
 from training.ranks import gather, together
@@ -185,8 +188,9 @@ def try_fit(
     # seconds a token and block, at half of the peak
     per_token = 2 * sizes.linear * sizes.passes / (0.5 * machine.flops)
     # seconds a micro-batch, for gathered weights and gradients
-    gathered = sizes.e * L * sizes.gathered_block * (1 if is_kept else 2)
-    moved = (gathered + 4 * sizes.n_trained) * (n_shards - 1) / n_shards / machine.bandwidth
+    traffic = micro_batch_traffic(sizes, is_kept)
+    from_others = (traffic.gathered + traffic.summed) * (n_shards - 1) / n_shards
+    moved = from_others / machine.bandwidth
 
     fit = Fit(micro_batch_size, is_kept)
     again = 0.0
@@ -403,7 +407,32 @@ def peak_lines(plan: Plan) -> list[str]:
         f"peak {peak:.1f} GiB a GPU of {there:.0f}; "
         f"about {RESERVE_GIB:.0f} for CUDA context, NCCL and fragmentation; {verdict}"
     )
-    return lines + [f"  would fit: {change}" for change in plan.would_fit]
+    lines += [f"  would fit: {change}" for change in plan.would_fit]
+    return [*lines, phases_line(plan, slots, n_checkpointed)]
+
+
+def phases_line(plan: Plan, slots: int, n_checkpointed: int) -> str:
+    """The peak of each phase of the largest step, and of what follows some steps."""
+    peaks = phase_peaks(
+        plan.sizes,
+        plan.machine.n_shards,
+        slots,
+        n_checkpointed,
+        n_labels=LOSS_CHUNK,
+        is_kept=plan.shown.is_kept,
+        is_accumulating=plan.n_per_gpu > plan.shown.micro_batch_size,
+    )
+    parts = [f"{name} {peak / GIB:.1f}" for name, peak in asdict(peaks).items()]
+    return f"by phase, GiB: {', '.join(parts)}"
+
+
+def traffic_line(plan: Plan) -> str:
+    """What the GPUs gather and sum in a micro-batch."""
+    traffic = micro_batch_traffic(plan.sizes, plan.shown.is_kept)
+    return (
+        f"a micro-batch gathers {traffic.gathered / GIB:.1f} GiB in {traffic.n_gathers} "
+        f"all-gathers and sums {traffic.summed / GIB:.1f} GiB in {traffic.n_sums} reduce-scatters"
+    )
 
 
 def largest_step(plan: Plan) -> tuple[int, int, Memory]:
@@ -445,7 +474,7 @@ def largest_step(plan: Plan) -> tuple[int, int, Memory]:
 
 
 def work_lines(plan: Plan) -> list[str]:
-    """Steps, padding, operations, hours."""
+    """Steps, padding, operations, hours, traffic."""
     sizes = plan.sizes
     machine = plan.machine
     batches = plan.batches
@@ -484,13 +513,16 @@ def work_lines(plan: Plan) -> list[str]:
     if plan.shown.deepest:
         more = plan.shown.recomputed / sizes.passes
         hours_line += f", about {more:.0%} more for what is recomputed"
-    return [steps_line, padding_line, work_line, hours_line]
+    lines = [steps_line, padding_line, work_line, hours_line]
+    if machine.n_shards > 1:
+        lines.append(traffic_line(plan))
+    return lines
 
 
 def disk_line(plan: Plan) -> str:
     """Checkpoints and final weights on disk, and what writing one takes of the host's memory."""
     sizes = plan.sizes
-    one = 12 * sizes.n_trained  # float32: the weights and both of Adam's moments
+    one = checkpoint_bytes(sizes)
     n_exported = sizes.projector if plan.export == "projector" else sizes.n_all
     final = sizes.e * n_exported
     disk = (plan.keep + 1) * one + final
