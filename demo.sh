@@ -14,7 +14,7 @@ if python - <<'PY'
 import sys
 from importlib.metadata import PackageNotFoundError, version
 try:
-    sys.exit(any(version(name).split("+")[0] != want for name, want in (line.split("==") for line in open("requirements.txt").read().split())))
+    sys.exit(any(version(name).split("+")[0] != want for name, want in (line.split("==") for line in open("requirements.txt").read().split("\n") if "==" in line)))
 except PackageNotFoundError:
     sys.exit(1)
 PY
@@ -23,6 +23,7 @@ else echo "installing requirements.txt into $VIRTUAL_ENV"; python -m pip install
 fi
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false  # two processes on two cores
+export CUDA_VISIBLE_DEVICES=  # a CPU, whatever else there is: two processes do not start on one GPU, and what the demo is known to end with is a CPU's
 START=$SECONDS
 train() { torchrun --nproc_per_node 2 train.py --workers 0 --log-every 50 "$@"; }
 step() { printf '\n=== %s (%d s)\n' "$*" $((SECONDS - START)); }

@@ -57,6 +57,7 @@ from common.files import (
 )
 from model_io.adapters import base_folder, language_folder
 from model_io.card import Origin, bases_of, names_of_files, projector_name
+from model_io.devices import check_torch, choose_training_device
 from model_io.export import (
     check_exportable,
     export_limits,
@@ -169,6 +170,9 @@ def read_settings(argv: list[str] | None = None) -> RunSettings | None:
     check_stages(STAGES)
     parser = training_parser(__doc__, STAGES, LORA)
     typed = parser.parse_args(argv)
+    check_torch()
+    if not typed.plan:
+        choose_training_device(typed.device)
     if typed.smoke:
         return None
     if typed.stage is None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from common.files import one_line
 from model_io.adapters import language_folder
+from model_io.devices import check_torch, chosen_device
 from model_io.load import load_qilin
 from model_io.tokens import Tokenizer
 from qilin_min import Qilin
@@ -72,24 +72,6 @@ def chosen_model(model: str | None, llm: str | None, vision: str | None) -> str 
     return DEFAULT_MODEL
 
 
-def chosen_device(device: str | None) -> str:
-    """--device as given, or the first there is. ValueError where nothing can be computed on it."""
-    if not device:
-        if torch.cuda.is_available():
-            device = "cuda"
-        elif torch.backends.mps.is_available():
-            device = "mps"
-        else:
-            device = "cpu"
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"--device {device}: not to be had here ({one_line(error)[:100]})"
-        ) from None
-    return device
-
-
 def default_dtype(device: str) -> str:
     """The dtype that a kind of device computes fast: float32 on a CPU, else one of 16 bits."""
     kind = torch.device(device).type
@@ -123,6 +105,7 @@ def open_model(
             "--llm and --vision need the projector between them: give --projector FILE "
             "(or fresh: untrained, its answers mean nothing)"
         )
+    check_torch()
     device = chosen_device(device)
     qilin = load_qilin(
         model,

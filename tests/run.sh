@@ -17,6 +17,8 @@ python -m pip install --quiet --disable-pip-version-check --no-deps mistral-comm
 export TRANSFORMERS_4="$VIRTUAL_ENV/transformers-4.57.6"  # an older one beside the pinned one, for what users of 4.57 see
 [ -d "$TRANSFORMERS_4/transformers" ] || python -m pip install --quiet --disable-pip-version-check --target "$TRANSFORMERS_4" transformers==4.57.6 2>&1 | { grep -v -e incompatible -e "dependency resolver" || true; }
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# PyPI's torch is built for GPUs: where there is none it is told so, or train.py would ask for --device cpu
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || export CUDA_VISIBLE_DEVICES=
 targets=(tests)
 for word in "$@"; do
     if [ -e "${word%%::*}" ]; then targets=(); fi

@@ -59,6 +59,7 @@ class RunSettings:
     checkpoint_layers: int | None
     reshard: str
     replicate: int
+    device: str
     dtype: str
     compile: bool
     workers: int | None
@@ -347,6 +348,12 @@ def add_fitting_options(parser: argparse.ArgumentParser, stages: dict[int, Stage
         default=1,
         help="HSDP: so many copies of the sharded weights, one a node: only gradients cross nodes "
         "(default %(default)s)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: the GPUs; a torch built for GPUs that finds none it can use stops and says why",
     )
     add(
         "--dtype",
