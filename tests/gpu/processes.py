@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.table import Context
+from training.options import RunSettings
 from training.smoke import HERE, Started, command_line
 
 
@@ -60,6 +61,16 @@ def train_words(
     words += ["--workers", 0, "--log-every", 10]
     words += ["--out", out]
     return words
+
+
+def has_option(name: str) -> bool:
+    """Whether train.py knows it."""
+    return name in RunSettings.__dataclass_fields__
+
+
+def on_device(kind: str) -> list[object]:
+    """The option of train.py that says where: "cuda" or "cpu"."""
+    return ["--device", kind] if has_option("device") else []
 
 
 def logged_steps(out: Path) -> list[dict[str, Any]]:

@@ -24,4 +24,10 @@ STEPS = (
         True,
         "logits, gradients, low bits and answers beside transformers and the CPU",
     ),
+    Step(
+        "twenty",
+        "gpu.twenty:twenty_steps",
+        True,
+        "20 steps of each stage beside the CPU's: losses, gradient norms, a plot",
+    ),
 )

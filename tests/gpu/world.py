@@ -3,7 +3,7 @@ it."""
 
 from pathlib import Path
 
-from gpu.processes import finish, train_words
+from gpu.processes import finish, on_device, train_words
 from gpu.table import Context
 
 
@@ -36,5 +36,6 @@ def trained_model(context: Context) -> Path:
     start = ("--llm", toy / "llama", "--vision", toy / "clip")
     words = train_words(2, toy, out, data, start)
     words += ["--batch-size", 16, "--lr", 3e-3, "--epochs", 6 if context.is_dry else 3]
+    words += on_device(context.device.type)
     finish(context, out.name, *words)
     return out / "final"
