@@ -29,6 +29,8 @@ STEPS = (
         "gpu.twenty:twenty_steps",
         True,
         "20 steps of each stage beside the CPU's: losses, gradient norms, a plot",
+    ),
+    Step(
         "memory",
         "gpu.memory:memory",
         True,
