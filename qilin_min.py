@@ -665,23 +665,52 @@ def hf_forms(projector_type: str) -> tuple[HfForm, ...]:
     return projector_row(projector_type).hf_forms or (HfForm(activation=None, layers={}),)
 
 
-def splice_image_embeds(token_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor) -> Tensor:
+def count_image_positions(input_ids: Tensor) -> int:
+    """Picture positions of input_ids (B, T); of ids on a GPU this waits for it."""
+    return int((input_ids == IMAGE_TOKEN_INDEX).sum())
+
+
+def count_labels(labels: Tensor) -> int:
+    """Labels of (B, T) that the loss counts: none stands before the first; of labels on a GPU this
+    waits for it."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def places_of(mask: Tensor, n: int) -> Tensor:
+    """int64 (n,): where the n True of a mask bool (B, T) are, among all B * T places.
+
+    mask.nonzero() would make a GPU's host wait to learn n. RuntimeError where n is not how many
+    there are (on a GPU it comes later, and ends the process).
+    """
+    # torch has no public name for it
+    check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+    check(mask.sum() == n, f"told to expect {n} places, but there are others")
+    return torch.nonzero_static(mask.flatten(), size=n)[:, 0]
+
+
+def splice_image_embeds(
+    token_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor, n_places: int | None = None
+) -> Tensor:
     """Token embeddings with every picture position replaced by its patch embedding, in one step.
 
-    token_embeds (B, T, C), image_embeds (M, N, C) in reading order, image_mask bool (B, T)
-    -> (B, T, C).
-    ValueError when image_mask marks other than M * N positions: one picture too many would shift
-    all that follow.
+    token_embeds (B, T, C), image_embeds (M, N, C) in reading order, image_mask bool (B, T), of
+    which n_places are True (None: counted here) -> (B, T, C).
+    ValueError when these are other than M * N positions: one picture too many would shift all that
+    follow.
     Source: LLaVA, arXiv 2304.08485, section 4.1.
     """
     M, N, _ = image_embeds.shape
-    n_places = int(image_mask.sum())
+    if n_places is None:
+        n_places = int(image_mask.sum())
     if n_places != M * N:
         raise ValueError(
             f"input_ids hold {n_places} picture positions, but the pictures give {M} x {N} patches"
         )
-    image_embeds = image_embeds.to(token_embeds.dtype)
-    return token_embeds.masked_scatter(image_mask[..., None], image_embeds)  # (B, T, C)
+    patches = image_embeds.to(token_embeds.dtype).flatten(0, 1)  # (M * N, C)
+    places = places_of(image_mask, n_places)  # (M * N,)
+    # not masked_scatter, whose backward waits for the GPU
+    x = token_embeds.flatten(0, 1).index_copy(0, places, patches)  # (B * T, C)
+    return x.view_as(token_embeds)  # (B, T, C)
 
 
 # labelled positions whose logits exist at one time: 1024 x 55296 x 4 bytes = 216 MiB
@@ -713,16 +742,23 @@ class Qilin(nn.Module):
         weight = next(self.mm_projector.parameters())
         return self.mm_projector(image_features.to(weight.dtype))  # (M, N, C)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        n_image_positions: int | None = None,
+    ) -> Tensor:
         """input_ids (B, T) and their pictures -> what the decoder reads (B, T, C)."""
+        if n_image_positions is None:
+            n_image_positions = count_image_positions(input_ids)
         image_mask = input_ids == IMAGE_TOKEN_INDEX  # (B, T)
         x = self.model.embed_tokens(input_ids.masked_fill(image_mask, 0))  # (B, T, C)
         if pixel_values is not None and len(pixel_values):
-            return splice_image_embeds(x, self.encode_images(pixel_values), image_mask)
-        if image_mask.any():
+            image_embeds = self.encode_images(pixel_values)  # (M, N, C)
+            return splice_image_embeds(x, image_embeds, image_mask, n_image_positions)
+        if n_image_positions:
             raise ValueError(
-                f"input_ids hold {int(image_mask.sum())} picture positions, but there are no "
-                "pictures"
+                f"input_ids hold {n_image_positions} picture positions, but there are no pictures"
             )
         if self.training:
             # under FSDP every rank must run backward through the same layers down to the projector,
@@ -744,6 +780,8 @@ class Qilin(nn.Module):
         reduction: str = "mean",
         cache: KVCache | None = None,
         lengths: Tensor | None = None,
+        n_image_positions: int | None = None,
+        n_labels: int | None = None,
     ) -> Tensor:
         """Logits, or with labels the loss.
 
@@ -756,9 +794,12 @@ class Qilin(nn.Module):
         Without labels -> logits float32 (B, T, V).
         cache: a KVCache, with lengths int64 (B,) = real tokens of each row in this call
         -> logits float32 (B, V) at each row's last real token.
+        n_image_positions, n_labels: what count_image_positions() and count_labels() say, from a
+        caller who counted before ids and labels went to a GPU; None: counted here, for which the
+        GPU is waited for.
         ValueError when picture positions and pictures do not agree.
         """
-        x = self.embed(input_ids, pixel_values)  # (B, T, C)
+        x = self.embed(input_ids, pixel_values, n_image_positions)  # (B, T, C)
         hidden = self.model(x, cache)  # (B, T, C)
         if cache is not None:
             assert lengths is not None, "a cache must be told how many tokens of each row are real"
@@ -769,17 +810,21 @@ class Qilin(nn.Module):
             return self.logits(hidden)  # (B, T, V)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction {reduction!r} is unknown: mean or sum")
-        return self.loss(hidden, labels, reduction)
+        if n_labels is None:
+            n_labels = count_labels(labels)
+        return self.loss(hidden, labels, reduction, n_labels)
 
-    def loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """Cross entropy in float32 of hidden (B, T, C) against labels (B, T).
+    def loss(self, hidden: Tensor, labels: Tensor, reduction: str, n_labels: int) -> Tensor:
+        """Cross entropy in float32 of hidden (B, T, C) against labels (B, T), n_labels of which
+        count.
 
         Logits exist only where a label does, LOSS_CHUNK at a time.
         """
-        targets = labels[:, 1:]
-        counts = targets != IGNORE_INDEX  # (B, T - 1)
-        hidden = hidden[:, :-1][counts]  # (n, C)
-        targets = targets[counts]  # (n,)
+        # of each position the next one's label; the last has none
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T)
+        places = places_of(targets != IGNORE_INDEX, n_labels)  # (n,)
+        hidden = hidden.flatten(0, 1).index_select(0, places)  # (n, C)
+        targets = targets.flatten().index_select(0, places)  # (n,)
         # keeps the graph when this rank has no label at all
         total = hidden.float().sum() * 0.0
         chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
@@ -792,7 +837,7 @@ class Qilin(nn.Module):
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return total if reduction == "sum" else total / max(len(targets), 1)
+        return total if reduction == "sum" else total / max(n_labels, 1)
 
     def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy of hidden (n, C) against targets (n,), summed."""

@@ -749,7 +749,13 @@ def look(run: Run, step: int) -> None:
     # should this end the run, a checkpoint on its way is not lost
     run.checkpoints.finish()
     try:
-        loss = held_out_loss(run.model, held_out, run.cut.fit.micro_batch_size, run.device)
+        loss = held_out_loss(
+            run.model,
+            held_out,
+            run.cut.fit.micro_batch_size,
+            run.settings.workers or 0,
+            run.device,
+        )
         run.log.evaluation(step, loss)
         answer_held_out(
             run.model,
@@ -820,7 +826,7 @@ def train(run: Run) -> None:
         # with them all ranks learn what any one has to say
         parts = [next(stream) for _ in run.micro_batches[step]]
         mine = {**count(parts), **stop.asked(), **run.checkpoints.progress()}
-        n = sum_over_ranks(mine, run.device)
+        n = sum_over_ranks(mine)
         if n["written"] == dist.get_world_size():
             run.checkpoints.finish()
         stop_if_needed(run, n, parts)
@@ -829,9 +835,8 @@ def train(run: Run) -> None:
         step_norm: Any = torch.nn.utils.clip_grad_norm_(trained, max_norm)
         step_norm = step_norm.full_tensor()
         dist.all_reduce(step_loss)
-        # the same numbers on all ranks
-        loss = step_loss.item()
-        grad_norm = step_norm.item()
+        # the same numbers on all ranks; here, and nowhere else in a step, the GPU is waited for
+        loss, grad_norm = torch.stack((step_loss, step_norm)).tolist()
 
         # not when all its pictures were lost: Adam would move the weights all the same
         is_taught = n["targets"] > 0

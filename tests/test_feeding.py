@@ -254,6 +254,19 @@ def test_too_long_samples_lose_the_end_of_their_answer(toy, tmp_path, group):
             assert ids[: min(len(full), limit)] == full[:limit] and full[limit:].count(-200) == 0
 
 
+def test_a_batch_is_counted_before_the_device_has_it(toy, tmp_path, group):
+    """Labels that the loss counts and picture positions, as the model takes them."""
+    data = dialogs(toy, tmp_path, [toy / "mixed.json"])
+    batch = data[[0, 1, 2, 3, 4, 5]]
+    inputs = batches.to_device(batch, torch.device("cpu"))
+    n_labels = 0
+    for row in batch["labels"].tolist():
+        n_labels += sum(label != -100 for label in row[1:])
+    n_positions = sum(row.count(-200) for row in batch["input_ids"].tolist())
+    assert inputs["n_labels"] == batches.count([batch])["targets"] == n_labels > 0
+    assert inputs["n_image_positions"] == n_positions > 0
+
+
 def test_a_run_sees_every_sample_once(toy, tmp_path):
     """2 ranks with worker processes, two files, two epochs: every label of every sample is counted
     twice.

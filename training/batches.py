@@ -28,7 +28,7 @@ from common.files import USER_ERRORS, digest, one_line
 from common.rows import Records, find_rows
 from model_io.pixels import picture_names, preprocess_image, row_pictures
 from model_io.tokens import Tokenizer, encode_conversation
-from qilin_min import IGNORE_INDEX, pad_rows
+from qilin_min import IGNORE_INDEX, count_image_positions, count_labels, pad_rows
 from training.ranks import gather, leave, on_rank0, print0, together
 
 # --- 1. samples -----------------------------------------------------------------------------------
@@ -319,10 +319,14 @@ class Dialogs(torch.utils.data.Dataset):
             all_ids = [[self.tokenizer.bos_id] * 2]
             all_labels = [[IGNORE_INDEX] * 2]
         input_ids = pad_rows(all_ids, 0)  # (B, T)
+        labels = pad_rows(all_labels, IGNORE_INDEX)  # (B, T)
         return {
             "input_ids": input_ids,
-            "labels": pad_rows(all_labels, IGNORE_INDEX),  # (B, T)
+            "labels": labels,
             "pixel_values": torch.stack(pictures) if pictures else None,  # (M, 3, H, W)
+            # here, since of tensors on a GPU it would wait for that
+            "n_image_positions": count_image_positions(input_ids),
+            "n_labels": count_labels(labels),
             "grey": grey,
             "n_tokens": n_tokens,
             "n_slots": input_ids.numel(),
@@ -429,7 +433,7 @@ def count(parts: list[dict[str, Any]]) -> dict[str, int]:
         if "error" in batch:
             n["errors"] += 1
             continue
-        n["targets"] += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        n["targets"] += batch["n_labels"]
         n["tokens"] += batch["n_tokens"]
         n["slots"] += batch["n_slots"]
         n["grey"] += len(batch["grey"])
@@ -438,9 +442,10 @@ def count(parts: list[dict[str, Any]]) -> dict[str, int]:
     return n
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor | None]:
-    """The tensors of a batch that the model takes, by the names of its parameters."""
-    moved = {}
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the model takes of a batch, by the names of its parameters: tensors, copied to the
+    device while the host goes on, and what was counted of them."""
+    moved = {name: batch[name] for name in ("n_image_positions", "n_labels")}
     for name in ("input_ids", "pixel_values", "labels"):
         tensor = batch[name]
         moved[name] = None if tensor is None else tensor.to(device, non_blocking=True)

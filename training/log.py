@@ -378,30 +378,33 @@ def drop_gathered(model: Qilin) -> None:
 
 @torch.no_grad()
 def held_out_loss(
-    model: Qilin, dataset: Dialogs, micro_batch_size: int, device: torch.device
+    model: Qilin, dataset: Dialogs, micro_batch_size: int, workers: int, device: torch.device
 ) -> float | None:
     """Held-out loss: mean over all labelled tokens of the file whose pictures decode; None where
     there is none.
 
-    Every rank takes its share and as many forward passes. ValueError, on all ranks, when a row can
-    no longer be read.
+    workers: processes a rank that decode pictures ahead, as in training. Every rank takes its share
+    and as many forward passes. ValueError, on all ranks, when a row can no longer be read.
     """
     model.eval()
     totals = {"ce_sum": 0.0, "targets": 0.0, "grey": 0.0}
+    # read once, in the end: the GPU is not waited for before
+    ce_sum = torch.zeros((), dtype=torch.float64, device=device)
     order = np.argsort(-dataset.lengths, kind="stable").tolist()
     micro_batches = cut_batch(order, dist.get_rank(), dist.get_world_size(), micro_batch_size)
-    for batch in load_ahead(dataset, micro_batches, 0):
+    for batch in load_ahead(dataset, micro_batches, workers):
         _, failure = agree(check_batches, [batch])
         if failure:
             drop_gathered(model)
             raise ValueError(failure.line)
-        totals["ce_sum"] += float(model(**to_device(batch, device), reduction="sum"))
+        ce_sum += model(**to_device(batch, device), reduction="sum")
         counted = count([batch])
         totals["targets"] += counted["targets"]
         totals["grey"] += counted["grey"]
     drop_gathered(model)
     model.train()
-    totals = sum_over_ranks(totals, device)
+    totals["ce_sum"] = ce_sum.item()
+    totals = sum_over_ranks(totals)
     if totals["grey"]:
         print0(f"    {int(totals['grey'])} held-out samples without their picture are left out")
     if not totals["targets"]:
@@ -450,7 +453,7 @@ def answer_held_out(
     def all_ended(ended):
         # a rank that stopped alone would leave the others waiting in an all-gather
         is_going_on = float(not all(ended))
-        return sum_over_ranks({"going on": is_going_on}, device)["going on"] == 0
+        return sum_over_ranks({"going on": is_going_on})["going on"] == 0
 
     model.eval()
     answers = answer_ids(model, prompts, pixels, max_new_tokens=64, stop=all_ended)

@@ -23,7 +23,7 @@ from training.ranks import setup_distributed
 
 def gradients_of(stage, checkpoint, dtype, batch, device):
     """All gradients of one step in one row, float32, of the whole batch of all ranks."""
-    n_targets = train.sum_over_ranks(train.count([batch]), device)["targets"]
+    n_targets = train.sum_over_ranks(train.count([batch]))["targets"]
     with torch.device("meta"):
         model = Qilin(checkpoint.config)
     model = train.shard_model(model, device, train.STAGES[stage].trained, dtype)

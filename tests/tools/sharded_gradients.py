@@ -33,7 +33,7 @@ def main():
     model, _ = train.build_model(settings, checkpoint, device)
     model.train()
     batches = [data[micro] for micro in train.cut_batch(rows, rank, world_size, 5)]
-    n_targets = train.sum_over_ranks(train.count(batches), device)["targets"]
+    n_targets = train.sum_over_ranks(train.count(batches))["targets"]
     for batch in batches:
         loss = model(**train.to_device(batch, device), reduction="sum") / n_targets
         (loss * world_size).backward()
