@@ -31,6 +31,18 @@ STEPS = (
         "20 steps of each stage beside the CPU's: losses, gradient norms, a plot",
     ),
     Step(
+        "resume",
+        "gpu.resume:resume",
+        True,
+        "killed or stopped and started again: the run that never stopped; export = checkpoint",
+    ),
+    Step(
+        "checkpoint",
+        "gpu.checkpoint:checkpoint",
+        True,
+        "what a checkpoint that is written while training goes on costs",
+    ),
+    Step(
         "memory",
         "gpu.memory:memory",
         True,
