@@ -1,13 +1,34 @@
 """Linear layers changed: weights in 8 or 4 bits, low-rank adapters beside them."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.files import one_line
+from model_io.lowbit_kernels import (
+    can_be_tiled,
+    compiled,
+    from_tiles,
+    gpu_seconds,
+    is_on_gpu,
+    multiply_int8,
+    multiply_tiles,
+    pack_int4,
+    row_times_int4,
+    row_times_int8,
+    scales_and_zeros,
+    to_tiles,
+    unpack_int4,
+)
 from qilin_min import Qilin
+
+# --- 1. the layer ---------------------------------------------------------------------------------
 
 
 class QuantizedLinear(nn.Module):
@@ -16,12 +37,16 @@ class QuantizedLinear(nn.Module):
 
     weight int8 (out, in * bits / 8), at 4 bits two numbers a byte; scale (out, in / group) in the
     model's dtype: one a row at 8 bits, one for every 64 inputs at 4. Symmetric, rounded to nearest:
-    a weight moves by at most half its scale. On a CPU, one token a row is multiplied with the 8-bit
-    numbers as they are, activations in bfloat16: decoding waits for memory, of which this reads a
-    quarter. Elsewhere it saves memory only.
+    a weight moves by at most half its scale.
+    Decoding waits for memory, so that one token a row is multiplied with the numbers as they are
+    where torch has a kernel for it: on a CPU at 8 bits, activations in bfloat16; on CUDA by the
+    fastest of WAYS, once choose_ways() was called. Everything else is widened, which saves memory
+    only.
     """
 
     scale: torch.Tensor
+    # bfloat16 (in / group, out, 2), of a weight in tiles
+    scales_and_zeros: torch.Tensor
     # given by add_lora, else not there
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -41,6 +66,8 @@ class QuantizedLinear(nn.Module):
         # made from the weights anew, in no checkpoint
         scale = torch.empty(out_features, in_features // self.group)
         self.register_buffer("scale", scale, persistent=False)
+        # number of rows -> the fastest of WAYS for it; None: everything is widened on a GPU
+        self.chosen: dict[int, str] | None = None
 
     def quantize_(self, weight: torch.Tensor) -> None:
         """Take over a float weight (out, in)."""
@@ -51,47 +78,58 @@ class QuantizedLinear(nn.Module):
         steps = groups / self.scale.float()[..., None]
         steps.round_().clamp_(-largest, largest)
         numbers = steps.to(torch.int8).flatten(1)  # (out, in)
-        if self.bits == 4:
-            low = numbers[:, ::2] & 15
-            high = numbers[:, 1::2] << 4
-            numbers = low | high  # (out, in / 2)
-        self.weight.copy_(numbers)
+        self.weight.copy_(pack_int4(numbers) if self.bits == 4 else numbers)
+
+    @property
+    def is_tiled(self) -> bool:
+        return self.weight.dtype == torch.int32
+
+    def make_tiled(self) -> None:
+        """Keep the weight as tiles for torch's 4-bit kernel in place of its bytes: as many."""
+        if self.is_tiled:
+            return
+        tiles = to_tiles(self.weight)  # (out / 8, in / 128, 32, 4)
+        self.weight = nn.Parameter(tiles, requires_grad=False)
+        scales = scales_and_zeros(self.scale)  # (in / group, out, 2)
+        self.register_buffer("scales_and_zeros", scales, persistent=False)
+        if self.scale.dtype == scales.dtype:
+            # the same numbers, held once
+            self.scale = scales[..., 0].T  # (out, in / group)
+        if self.chosen is not None:
+            # some read bytes
+            self.chosen.clear()
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as floats (out, in), as close as its bits allow."""
         numbers = self.weight
-        if self.bits == 4:
-            # shifts of int8 keep the sign
-            low = numbers << 4 >> 4
-            high = numbers >> 4
-            numbers = torch.stack((low, high), dim=-1).flatten(1)  # (out, in)
+        if self.is_tiled:
+            numbers = from_tiles(numbers)  # (out, in)
+        elif self.bits == 4:
+            numbers = unpack_int4(numbers)  # (out, in)
         groups = numbers.to(dtype).unflatten(1, (-1, self.group))  # (out, in / group, group)
         # scaled before the sum, which would leave float16's range
         return (groups * self.scale[..., None]).flatten(1)  # (out, in)
 
-    def has_kernel_for(self, x: torch.Tensor) -> bool:
-        """True when multiply_int8 may take x (…, T, in): one token a row, on a CPU, no gradient."""
-        is_decoding = x.shape[-2] == 1 and not torch.is_grad_enabled()
-        # torch's kernel reads 32 inputs at a time, past the end of a row that holds no multiple of
-        # them
-        fits = x.device.type == "cpu" and x.shape[-1] % 32 == 0
-        return self.bits == 8 and is_decoding and fits
-
-    def multiply_int8(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T, (…, 1, in) -> (…, 1, out), from the 8-bit numbers as they are.
-
-        torch has no public name for this kernel; its own quantiser calls it by the same one.
-        """
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()  # (B, in)
-        scale = self.scale.flatten().bfloat16()  # (out,)
-        multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
-        y = multiply(rows, self.weight, scale)  # (B, out)
-        return y.to(x.dtype).reshape(*x.shape[:-1], -1)  # (B, 1, out)
+    def way_of(self, x: torch.Tensor) -> str:
+        """The row of WAYS that multiplies one token a row, x (B, in)."""
+        if is_on_gpu(x):
+            if self.chosen is None:
+                return "widened"
+            if len(x) not in self.chosen:
+                choose_way(self, x)
+            return self.chosen[len(x)]
+        # not measured: the ways differ in the last digits, and an answer must not depend on how
+        # busy this machine is
+        is_int8 = x.device.type == "cpu" and can_multiply_int8(self, x)
+        return "int8" if is_int8 else "widened"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.has_kernel_for(x):
-            return self.multiply_int8(x)
-        return QuantizedProduct.apply(x, self)
+        is_decoding = x.shape[-2] == 1 and not torch.is_grad_enabled()
+        if not is_decoding:
+            return QuantizedProduct.apply(x, self)
+        rows = x.reshape(-1, x.shape[-1])  # (B, in)
+        y = WAYS[self.way_of(rows)].multiply(rows, self)  # (B, out)
+        return y.reshape(*x.shape[:-1], -1)  # (B, 1, out)
 
 
 class QuantizedProduct(torch.autograd.Function):
@@ -106,6 +144,142 @@ class QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad @ ctx.linear.dequantize(grad.dtype), None
+
+
+# --- 2. ways to multiply one token a row ----------------------------------------------------------
+
+
+def multiply_widened(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
+    """x W^T, (B, in) -> (B, out): the weight is written to memory as floats, and read again."""
+    return F.linear(x, linear.dequantize(x.dtype))
+
+
+def multiply_as_int8(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
+    return multiply_int8(x, linear.weight, linear.scale)
+
+
+def multiply_as_tiles(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
+    return multiply_tiles(x, linear.weight, linear.group, linear.scales_and_zeros)
+
+
+def multiply_compiled(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
+    product = row_times_int8 if linear.bits == 8 else row_times_int4
+    return compiled(product)(x, linear.weight, linear.scale)
+
+
+def can_multiply_int8(linear: QuantizedLinear, x: torch.Tensor) -> bool:
+    """On a CPU torch's kernel reads 32 inputs at a time, past the end of a row that holds no
+    multiple of them. On a GPU activations are not rounded for it that were not before."""
+    fits = linear.shape[1] % 32 == 0
+    is_rounded = not is_on_gpu(x) or x.dtype == torch.bfloat16
+    return linear.bits == 8 and fits and is_rounded
+
+
+def can_multiply_tiles(linear: QuantizedLinear, x: torch.Tensor) -> bool:
+    fits = can_be_tiled(*linear.shape, linear.group)
+    return linear.bits == 4 and fits and is_on_gpu(x) and x.dtype == torch.bfloat16
+
+
+def can_compile(linear: QuantizedLinear, x: torch.Tensor) -> bool:
+    """For one row: what it would read again for a second one is the weight."""
+    return len(x) == 1 and not linear.is_tiled and is_on_gpu(x)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to multiply one token a row by a quantised layer."""
+
+    # whether it may be tried: what torch then refuses here is left out
+    may_take: Callable[[QuantizedLinear, torch.Tensor], bool]
+    multiply: Callable[[torch.Tensor, QuantizedLinear], torch.Tensor]
+    # the weight must lie in tiles
+    needs_tiles: bool = False
+
+
+WAYS = {
+    "widened": Way(may_take=lambda linear, x: True, multiply=multiply_widened),
+    "int8": Way(may_take=can_multiply_int8, multiply=multiply_as_int8),
+    "tiles": Way(may_take=can_multiply_tiles, multiply=multiply_as_tiles, needs_tiles=True),
+    "compiled": Way(may_take=can_compile, multiply=multiply_compiled),
+}
+
+
+@dataclass
+class Choice:
+    """The fastest of WAYS for layers of one shape, and what each took."""
+
+    name: str
+    seconds: dict[str, float]
+    # of those that torch refused: why
+    refused: dict[str, str]
+
+
+# a shape of layer and input -> what was measured for it
+CHOICES: dict[tuple, Choice] = {}
+
+
+def measure_ways(linear: QuantizedLinear, x: torch.Tensor) -> Choice:
+    """Times all of WAYS that may take x (B, in); the layer stays as it is."""
+    seconds = {}
+    refused = {}
+    for name, way in WAYS.items():
+        if not way.may_take(linear, x):
+            continue
+        tried = linear
+        try:
+            if way.needs_tiles and not linear.is_tiled:
+                with torch.device("meta"):
+                    tried = QuantizedLinear(linear.shape[1], linear.shape[0], linear.bits)
+                tried.weight = linear.weight
+                tried.scale = linear.scale
+                tried.make_tiled()
+            seconds[name] = gpu_seconds(partial(way.multiply, x, tried))
+        # no compiler, no Triton, a GPU too old for a kernel: each raises its own kind
+        except Exception as error:
+            refused[name] = one_line(error)[:200]
+    return Choice(min(seconds, key=seconds.__getitem__), seconds, refused)
+
+
+@torch.compiler.disable(recursive=True)
+def choose_way(linear: QuantizedLinear, x: torch.Tensor) -> Choice:
+    """The Choice for this layer and x (B, in), which the layer keeps to; measured the first time
+    that such come."""
+    key = (linear.bits, linear.shape, linear.is_tiled, len(x), x.dtype, x.device)
+    if key not in CHOICES:
+        CHOICES[key] = measure_ways(linear, x)
+    choice = CHOICES[key]
+    if WAYS[choice.name].needs_tiles:
+        linear.make_tiled()
+    assert linear.chosen is not None, "this layer widens"
+    linear.chosen[len(x)] = choice.name
+    return choice
+
+
+def said(choice: Choice) -> str:
+    """What was measured, and why something was not."""
+    times = [f"{name} {1e6 * seconds:.0f} µs" for name, seconds in choice.seconds.items()]
+    times += [f"{name}: {reason}" for name, reason in choice.refused.items()]
+    return f"{choice.name} ({', '.join(times)})"
+
+
+def choose_ways(model: Qilin) -> str | None:
+    """From now on one token a row is multiplied the fastest way there is on this GPU; that of one
+    row is found now. -> a line that says which, None where no layer is quantised, or on no GPU.
+    """
+    parts = {}
+    with torch.no_grad():
+        for _, _, linear in linear_layers(model):
+            if isinstance(linear, QuantizedLinear) and is_on_gpu(linear.weight):
+                linear.chosen = {}
+                n_out, n_in = linear.shape
+                x = linear.scale.new_ones(1, n_in)
+                parts[f"{n_in} to {n_out}"] = said(choose_way(linear, x))
+    if not parts:
+        return None
+    return "; ".join(f"{shape} by {choice}" for shape, choice in parts.items())
+
+
+# --- 3. the layers of a model ---------------------------------------------------------------------
 
 
 def linear_layers(model: Qilin) -> list[tuple[nn.Module, str, Any]]:

@@ -2,6 +2,7 @@
 where, in which numbers."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from model_io.adapters import language_folder
 from model_io.devices import check_torch, chosen_device
 from model_io.load import load_qilin
+from model_io.lowbit import choose_ways
 from model_io.tokens import Tokenizer
 from qilin_min import Qilin
 
@@ -120,4 +122,7 @@ def open_model(
     if is_compiled:
         # in place, so that names stay
         qilin.model.compile(dynamic=True)
+    ways = choose_ways(qilin)
+    if ways is not None:
+        print(f"{quantize}, one token at a time: {ways}", file=sys.stderr)
     return qilin, Tokenizer(language_folder(model, llm, base)), device
