@@ -5,6 +5,7 @@ and in padded batches.
 import pytest
 import torch
 from conftest import edit_json, hf_llama, words
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import qilin_min as q
 from model_io.load import load_qilin
@@ -100,3 +101,26 @@ def test_padded_batch_equals_single_rows(kind, tmp_path, clip_folder, report):
         max((torch.stack((first[i], second[i])) - want[i]).abs().max() for i in range(3)),
         1e-4,
     )
+
+
+@torch.no_grad()
+def test_the_norm_is_llamas_in_float32_and_nearer_in_bfloat16():
+    """Rounded once, where transformers rounds before it multiplies with the weight too."""
+    ours = q.RMSNorm(512, eps=1e-5)
+    theirs = LlamaRMSNorm(512, eps=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(200, 512, generator=generator)
+    ours.weight.normal_(1.0, 0.2, generator=generator)
+    theirs.weight.copy_(ours.weight)
+    assert torch.equal(ours(x), theirs(x))
+
+    x = x.bfloat16()
+    ours.bfloat16()
+    theirs.bfloat16()
+    exact = x.double()
+    exact *= ours.weight.double() * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    off = (ours(x) - exact).norm() / exact.norm()
+    theirs_off = (theirs(x) - exact).norm() / exact.norm()
+    # half a unit in the last of 8 bits, spread evenly: 2^-9 at most, 2^-9 / sqrt(3) and more on
+    # the mean of squares
+    assert off < 2**-9 < theirs_off
