@@ -24,6 +24,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from common.options import InRange
 from evaluation import compare, ranking
 from evaluation.answers import Answered, Predictions
 from evaluation.asking import ask_batch, encode_question
-from evaluation.quantised import quantised_change
+from evaluation.quantised import QuantisedChange, quantised_change
 from evaluation.report import make_report, write_report
 from evaluation.scores import BY_LIKELIHOOD, EXACT_MATCH, judge
 from evaluation.testsets import Question, read_testset
@@ -303,6 +304,21 @@ def add_test_set_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
 
+def change_by_bits(
+    bits: str | None,
+    open_ours: Callable[..., tuple[Qilin, Tokenizer, str]],
+    model: Qilin,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    batch_size: int,
+) -> QuantisedChange | None:
+    """What `bits` did to the logits of a model that was opened with them; None without."""
+    if bits is None:
+        return None
+    plain, _, _ = open_ours(quantize=None)
+    return quantised_change(plain, model, tokenizer, questions, bits=bits, batch_size=batch_size)
+
+
 def run(args: argparse.Namespace) -> int:
     """Asks a test set, and writes the report. -> 0."""
     kind, questions, left_out = read_testset(args.file, args.images, args.skip_bad, args.encoding)
@@ -317,6 +333,7 @@ def run(args: argparse.Namespace) -> int:
         base=args.base,
         device=args.device,
         dtype=args.dtype,
+        is_eager=args.eager,
     )
     model, tokenizer, _ = open_ours(quantize=args.quantize, is_compiled=args.compile)
     questions = that_fit(args.file, questions, model, tokenizer, left_out, args.skip_bad)
@@ -344,12 +361,7 @@ def run(args: argparse.Namespace) -> int:
     if predictions.left_out:
         left_out["picture does not decode"] += len(predictions.left_out)
     questions, rows = predictions.in_order(questions)
-    change = None
-    if args.quantize:
-        plain = open_ours(quantize=None)[0]
-        change = quantised_change(
-            plain, model, tokenizer, questions, bits=args.quantize, batch_size=args.batch_size
-        )
+    change = change_by_bits(args.quantize, open_ours, model, tokenizer, questions, args.batch_size)
     report = make_report(
         questions,
         rows,

@@ -289,7 +289,8 @@ class KVCache:
     k, v (L, B, H_kv, T_max, D), allocated at the first update in that tensor's dtype.
     lengths int64 (B,): real tokens held, row by row, so that rows of different lengths sit in one
     batch without left padding: a row's next token overwrites the padding behind its last.
-    n_positions: an upper bound of lengths, a Python int (no device sync).
+    n_positions: an upper bound of lengths, a Python int (no device sync); so many are attended to.
+    The three tensors are only ever written in place: a step captured as a CUDA graph keeps them.
     """
 
     def __init__(self, n_layers: int, max_length: int):
@@ -320,14 +321,15 @@ class KVCache:
     def add(self, lengths: Tensor) -> None:
         """Count lengths int64 (B,) more tokens as real; what was stored behind them is padding."""
         assert self.lengths is not None, "nothing is stored yet"
-        self.lengths = self.lengths + lengths
+        self.lengths.add_(lengths)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget all but the first lengths int64 (B,) tokens of each row.
 
         What comes next overwrites the rest.
         """
-        self.lengths = lengths
+        assert self.lengths is not None, "nothing is stored yet"
+        self.lengths.copy_(lengths)
         self.n_positions = int(lengths.max())
 
 
@@ -815,6 +817,15 @@ class Qilin(nn.Module):
         if n_labels is None:
             n_labels = count_labels(labels)
         return self.loss(hidden, labels, reduction, n_labels)
+
+    def decode(self, ids: Tensor, cache: KVCache, lengths: Tensor) -> Tensor:
+        """Logits float32 (B, V) after one more token a row.
+
+        ids int64 (B,); lengths int64 (B,): 1, or 0 for a row that has ended. No shape depends on
+        how many tokens the cache holds but through n_positions, and the host waits for nothing, so
+        that this step can be captured as a CUDA graph: model_io.graphs takes its place on CUDA.
+        """
+        return self(ids[:, None], cache=cache, lengths=lengths, n_image_positions=0)
 
     def loss(self, hidden: Tensor, labels: Tensor, reduction: str, n_labels: int) -> Tensor:
         """Cross entropy in float32 of hidden (B, T, C) against labels (B, T), n_labels of which
@@ -1726,6 +1737,16 @@ def check_logits(logits: Tensor, model: Qilin) -> None:
         )
 
 
+def ended_rows(
+    ended: list[bool], new: list[int | None], end_ids: list[int], lengths: list[int], limit: int
+) -> list[bool]:
+    """Of each row: had it ended, does its new id end it, or is it as long as it can be?"""
+    return [
+        end or i in end_ids or length >= limit
+        for end, i, length in zip(ended, new, lengths, strict=True)
+    ]
+
+
 @torch.no_grad()
 def generate(
     model: Qilin,
@@ -1770,6 +1791,7 @@ def generate(
     logits = model(ids, pixel_values, cache=cache, lengths=lengths)  # prefill: (B, V)
     check_logits(logits, model)
     ended = [False] * len(input_ids)
+    going_on = torch.ones_like(lengths)
     for step in range(max_new_tokens):
         logits[:, config.n_token_ids :] = -torch.inf
         ids = sample_next_token(
@@ -1779,14 +1801,13 @@ def generate(
         new = [None if end else i for end, i in zip(ended, ids.tolist(), strict=True)]
         yield new
         lengths = [len(prompt) + step + 1 for prompt in input_ids]
-        ended = [
-            end or i in config.end_ids or length >= limit
-            for end, i, length in zip(ended, new, lengths, strict=True)
-        ]
+        had_ended = ended
+        ended = ended_rows(had_ended, new, config.end_ids, lengths, limit)
         if stop(ended) or step == max_new_tokens - 1:
             return
-        going_on = torch.tensor([int(not end) for end in ended], device=device)
-        logits = model(ids[:, None], cache=cache, lengths=going_on)  # one token a row: (B, V)
+        if ended != had_ended:
+            going_on = torch.tensor([int(not end) for end in ended], device=device)
+        logits = model.decode(ids, cache, going_on)  # one token a row: (B, V)
 
 
 def answer_ids(

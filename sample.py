@@ -591,6 +591,7 @@ def main() -> None:
         dtype=args.dtype,
         quantize=args.quantize,
         is_compiled=args.compile,
+        is_eager=args.eager,
     )
     text = model.config.text
     layers = layers_of(args.heatmap_layers, text.num_hidden_layers)

@@ -170,6 +170,7 @@ def main() -> None:
         dtype=args.dtype,
         quantize=args.quantize,
         is_compiled=args.compile,
+        is_eager=args.eager,
     )
     folder = chosen_model(args.model, args.llm, args.vision) or args.llm
     settings = ServerSettings(

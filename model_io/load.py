@@ -27,6 +27,7 @@ from model_io.foreign import (
     deeper_in,
     first_like,
 )
+from model_io.graphs import capture_decoding
 from model_io.lowbit import quantize_linears
 from model_io.processor import check_tower_processor, picture_mode, read_processors
 from model_io.tokens import Tokenizer
@@ -437,6 +438,7 @@ def load_qilin(
     ("linear" | "mlp2x_gelu") from a fixed seed. Parts given beside `model` override that part.
     quantize: "int8" or "int4" stores the linear layers of the decoder blocks so, each quantised as
     it is read; tower, projector, embeddings and head stay in dtype.
+    On CUDA generate() captures its steps as CUDA graphs; model_io.graphs.launch_singly undoes that.
     ValueError or FileNotFoundError says which file or tensor is wrong: no weight is ever left at
     random.
     """
@@ -452,4 +454,6 @@ def load_qilin(
     )
     qilin = empty_model(checkpoint.config, dtype, quantize)
     load_weights(qilin, checkpoint.sources, device, checkpoint.is_fresh)
+    if torch.device(device).type == "cuda":
+        capture_decoding(qilin)
     return qilin.eval()

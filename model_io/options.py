@@ -9,6 +9,7 @@ import torch
 
 from model_io.adapters import language_folder
 from model_io.devices import check_torch, chosen_device
+from model_io.graphs import launch_singly
 from model_io.load import load_qilin
 from model_io.lowbit import choose_ways
 from model_io.tokens import Tokenizer
@@ -58,6 +59,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="torch.compile the language model: faster on CUDA after a slow first answer; needs a "
         "C++ compiler",
     )
+    add(
+        "--eager",
+        action="store_true",
+        help="on CUDA: launch each token's kernels one by one, not as one captured CUDA graph, and "
+        "widen int8 and int4 instead of looking for the fastest kernel at the start",
+    )
 
 
 def chosen_model(model: str | None, llm: str | None, vision: str | None) -> str | None:
@@ -96,6 +103,7 @@ def open_model(
     dtype: str | None,
     quantize: str | None,
     is_compiled: bool = False,
+    is_eager: bool = False,
 ) -> tuple[Qilin, Tokenizer, str]:
     """(model, tokenizer, device) as the options of the same names say.
 
@@ -122,7 +130,10 @@ def open_model(
     if is_compiled:
         # in place, so that names stay
         qilin.model.compile(dynamic=True)
-    ways = choose_ways(qilin)
-    if ways is not None:
-        print(f"{quantize}, one token at a time: {ways}", file=sys.stderr)
+    if is_eager:
+        launch_singly(qilin)
+    else:
+        ways = choose_ways(qilin)
+        if ways is not None:
+            print(f"{quantize}, one token at a time: {ways}", file=sys.stderr)
     return qilin, Tokenizer(language_folder(model, llm, base)), device
