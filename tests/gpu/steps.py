@@ -73,4 +73,6 @@ STEPS = (
         False,
         "train.py's loop on a model that fills the GPU: MFU, its parts, what waits",
     ),
+    Step("serve", "gpu.commands:serve", True, "one question over HTTP beside sample.py's answer"),
+    Step("smoke", "gpu.commands:smoke", False, "train.py --smoke, a row for each of its checks"),
 )
