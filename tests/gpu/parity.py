@@ -1,5 +1,5 @@
 """Our model beside transformers' on the device: the tower, LLaMA, the whole LLaVA, its gradients,
-8 and 4 bits beside the CPU's, answers of a trained model beside the CPU's."""
+8 and 4 bits beside the CPU's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from common.files import read_json
 from gpu.models import LARGE, TINY, Batch, Shape, batch_for, pixels, save_clip, save_llama, text_ids
 from gpu.table import Context, Row
-from gpu.world import toy_world, trained_model
 from model_io.export import save_qilin
 from model_io.load import load_qilin
-from model_io.pixels import preprocess_image
-from model_io.tokens import Tokenizer, encode_prompt
-from qilin_min import IMAGE_TOKEN_INDEX, Qilin, answer_ids, part_of
+from qilin_min import IMAGE_TOKEN_INDEX, Qilin, part_of
 
 # of float32, largest difference of outputs whose spread is about 1; TF32 is off
 LIMIT = 1e-3
@@ -45,7 +41,6 @@ def parity(context: Context) -> list[Row]:
     rows += [gradient_row(context, shape, stage) for stage in (1, 2)]
     for bits in ("int8", "int4"):
         rows += low_bit_rows(context, shape, bits)
-    rows += answer_rows(context)
     return rows
 
 
@@ -257,46 +252,4 @@ def low_bit_rows(context: Context, shape: Shape, bits: str) -> list[Row]:
             f"{in_bf16:.1e}",
             in_bf16 <= WORSE * noise,
         ),
-    ]
-
-
-# --- 4. answers -----------------------------------------------------------------------------------
-
-
-def answer_rows(context: Context) -> list[Row]:
-    """A trained toy model's answers about unseen pictures, greedy, beside the CPU's."""
-    toy = toy_world(context)
-    folder = trained_model(context)
-    tokenizer = Tokenizer(folder)
-    on_cpu = load_qilin(folder)
-    config = on_cpu.config
-    asked = read_json(toy / "heldout.json")[: 10 if context.is_dry else 200]
-    prompts = []
-    pictures = []
-    for row in asked:
-        prompts.append(encode_prompt(row["conversations"][:1], tokenizer, config.n_image_tokens))
-        pictures.append(preprocess_image(toy / "images" / row["image"], config.vision.image_size))
-    # (n, 3, H, W)
-    pictures = torch.stack(pictures)
-    want = answer_ids(on_cpu, prompts, pictures, max_new_tokens=24)
-    truths = [row["conversations"][1]["value"] for row in asked]
-    n_right = sum(
-        tokenizer.decode(ids).strip() == truth for ids, truth in zip(want, truths, strict=True)
-    )
-    equal = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load_qilin(folder, device=context.device, dtype=dtype)
-        got = answer_ids(model, prompts, pictures, max_new_tokens=24)
-        equal[dtype] = sum(a == b for a, b in zip(got, want, strict=True))
-    n = len(want)
-    kinds = len({tuple(ids) for ids in want})
-    about = f"{n} questions, {kinds} different answers, {n_right} of them right"
-    return [
-        Row(
-            "ids of a trained toy model's answers, float32, beside the CPU's",
-            f"all equal ({about})",
-            f"{equal[torch.float32]} of {n}",
-            equal[torch.float32] == n and kinds > 1,
-        ),
-        Row("the same in bf16", "-", f"{equal[torch.bfloat16]} of {n}", None),
     ]

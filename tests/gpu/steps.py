@@ -22,8 +22,9 @@ STEPS = (
         "parity",
         "gpu.parity:parity",
         True,
-        "logits, gradients, low bits and answers beside transformers and the CPU",
+        "logits, gradients and low bits beside transformers' and the CPU's",
     ),
+    Step("answers", "gpu.answers:answers", True, "a trained model's answers beside the CPU's"),
     Step(
         "twenty",
         "gpu.twenty:twenty_steps",
