@@ -23,7 +23,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train
 from gpu.expected import TRAINED, StepShape
 from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
-from qilin_min import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Qilin, QilinConfig
+from qilin_min import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    Qilin,
+    QilinConfig,
+    count_image_positions,
+    count_labels,
+)
 from training.ranks import setup_distributed
 
 
@@ -90,8 +97,9 @@ def make_batch(shape: StepShape, config: QilinConfig) -> dict[str, Any]:
         "pixel_values": torch.randn(shape.rows, 3, size, size),
     }
     if torch.cuda.is_available():
-        return {name: tensor.pin_memory() for name, tensor in batch.items()}
-    return batch
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    counted = {"n_image_positions": count_image_positions(ids), "n_labels": count_labels(labels)}
+    return {**batch, **counted}
 
 
 @dataclass

@@ -76,4 +76,24 @@ STEPS = (
     ),
     Step("serve", "gpu.commands:serve", True, "one question over HTTP beside sample.py's answer"),
     Step("smoke", "gpu.commands:smoke", False, "train.py --smoke, a row for each of its checks"),
+    Step(
+        "inference_bf16",
+        "gpu.inference:inference_bf16",
+        True,
+        "13B writes: memory, prefill, tokens a second beside the bandwidth, captured or not",
+    ),
+    Step("inference_int8", "gpu.inference:inference_int8", True, "the same in 8 bits"),
+    Step("inference_int4", "gpu.inference:inference_int4", True, "the same in 4 bits"),
+    Step(
+        "inference_compiled",
+        "gpu.inference:inference_compiled",
+        False,
+        "--compile beside captured steps, in bf16",
+    ),
+    Step(
+        "lora_step",
+        "gpu.inference:lora_step",
+        True,
+        "a training step of adapters on 13B in 8 and in 4 bits",
+    ),
 )

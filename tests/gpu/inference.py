@@ -1,0 +1,317 @@
+"""Inference: 13B with random weights, made on the GPU, in bf16, int8 and int4: memory, prefill,
+tokens a second with one row and with eight, beside what reading the weights alone would take; and a
+training step of LoRA on int8 and on int4.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from gpu.expected import (
+    StepShape,
+    config_of,
+    measured_rates,
+    step_parts,
+)
+from gpu.memory import bytes_of_number, memory_row
+from gpu.rig import clean_up, compute_dtype, give_weights, play_ranks, wait_for
+from gpu.table import Context, Row
+from model_io.graphs import N_EAGER_STEPS, GraphDecoder, capture_decoding, launch_singly
+from model_io.lowbit import choose_ways, quantize_linears
+from qilin_min import IMAGE_TOKEN_INDEX, Qilin, QilinConfig, generate
+from training.costs import GIB
+
+BITS = {"bf16": None, "int8": 8, "int4": 4}
+# of the bytes that a token reads, over the measured bandwidth: the goal of bf16
+BOUND_SHARE = 0.75
+# int8 beside bf16, tokens a second
+INT8_GAIN = 1.5
+# of what is counted by sizes: allocations are rounded up
+WITHIN = 0.02
+# beside the weights: what an answer takes, and what else holds the GPU
+SPARE_GIB = 6
+
+
+@dataclass
+class Sizes:
+    """Of what is measured."""
+
+    model: str
+    # tokens of text behind the picture
+    text: int
+    rows: int
+    n_timed: int
+
+
+def sizes_of(context: Context) -> Sizes:
+    """The largest model that this GPU holds in bf16; the same of all kinds: they are compared."""
+    if context.is_dry:
+        return Sizes("tiny", text=8, rows=2, n_timed=3)
+    memory = torch.cuda.get_device_properties(context.device).total_memory
+    names = ("13B", "7B", "3B", "1B")
+    fitting = [name for name in names if weight_bytes(name, "bf16") + SPARE_GIB * GIB < memory]
+    return Sizes(fitting[0], text=64, rows=8, n_timed=32)
+
+
+# --- 1. bytes -------------------------------------------------------------------------------------
+
+
+def empty_model(config: QilinConfig, kind: str, dtype: torch.dtype) -> Qilin:
+    """On the meta device."""
+    with torch.device("meta"):
+        model = Qilin(config)
+        bits = BITS[kind]
+        if bits is not None:
+            quantize_linears(model, bits)
+        return model.to(dtype).eval()
+
+
+def n_bytes(module: torch.nn.Module) -> int:
+    """Of parameters and buffers; what two of them share counts once."""
+    found = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        storage = tensor.untyped_storage()
+        # nothing on the meta device has an address
+        key = storage.data_ptr() or id(tensor)
+        found[key] = storage.nbytes()
+    return sum(found.values())
+
+
+def weight_bytes(name: str, kind: str, dtype: torch.dtype = torch.bfloat16) -> int:
+    """By the model's sizes."""
+    return n_bytes(empty_model(config_of(name), kind, dtype))
+
+
+def token_bytes(model: Qilin, rows: int, n_positions: int) -> int:
+    """What one token a row must read: blocks, head, and keys and values of the positions."""
+    text = model.config.text
+    head = model.model.embed_tokens if model.lm_head is None else model.lm_head
+    e = head.weight.element_size()
+    kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * n_positions * e
+    return n_bytes(model.model.layers) + head.weight.nbytes + rows * kv
+
+
+# --- 2. one answer --------------------------------------------------------------------------------
+
+
+@dataclass
+class Timed:
+    """Of one answer: seconds until the first token, seconds a token after that, and all ids."""
+
+    prefill: float
+    step: float
+    ids: list[list[int | None]]
+
+
+def answer(model: Qilin, rows: int, sizes: Sizes, device: torch.device) -> Timed:
+    """Rows that each ask of one picture. The steps before one is captured are not counted."""
+    config = model.config
+    prompt = [1] + [IMAGE_TOKEN_INDEX] * config.n_image_tokens + [5 + i for i in range(sizes.text)]
+    size = config.vision.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(rows, 3, size, size, generator=generator)
+    n_new = N_EAGER_STEPS + 3 + sizes.n_timed
+    wait_for(device)
+    times = [time.perf_counter()]
+    ids = []
+    for new in generate(model, [prompt] * rows, pixels, max_new_tokens=n_new):
+        # the ids are on the host: the step is done
+        times.append(time.perf_counter())
+        ids.append(new)
+    steps = [end - start for start, end in zip(times[1:-1], times[2:], strict=True)]
+    return Timed(times[1] - times[0], statistics.median(steps[-sizes.n_timed :]), ids)
+
+
+def build(context: Context, kind: str, sizes: Sizes) -> Qilin:
+    """The model with random weights on the device; it never ends an answer."""
+    model = empty_model(config_of(sizes.model), kind, compute_dtype(context.device))
+    torch.manual_seed(0)
+    give_weights(model, context.device)
+    text = model.config.text
+    model.config.n_token_ids = text.vocab_size
+    model.config = replace(model.config, text=replace(text, eos_token_id=-1))
+    return model
+
+
+# --- 3. the steps ---------------------------------------------------------------------------------
+
+
+def memory_of_weights(context: Context, model: Qilin, kind: str, sizes: Sizes) -> Row:
+    """Against the sizes; on a GPU by its allocator."""
+    want = weight_bytes(sizes.model, kind, compute_dtype(context.device))
+    got = n_bytes(model)
+    if context.device.type == "cuda":
+        got = torch.cuda.memory_allocated(context.device)
+    context.figures[f"inference: {kind}: GiB"] = got / GIB
+    return Row(
+        f"memory of {sizes.model} in {kind}",
+        f"{want / GIB:.3g} GiB, within {WITHIN:.0%}",
+        f"{got / GIB:.3g} GiB",
+        abs(got / want - 1) <= WITHIN,
+    )
+
+
+def speed_row(
+    context: Context, model: Qilin, kind: str, way: str, rows: int, timed: Timed, sizes: Sizes
+) -> Row:
+    """Tokens a second beside the bound; a goal for one row that is captured."""
+    n_positions = 1 + model.config.n_image_tokens + sizes.text + len(timed.ids)
+    rate = measured_rates(context.figures).bandwidth
+    bound = rows * rate / token_bytes(model, rows, n_positions)
+    per_second = rows / timed.step
+    share = per_second / bound
+    context.figures[f"inference: {kind}, {way}, {rows}: tokens/s"] = per_second
+    expected = f"at most {bound:.4g} tokens/s (computed)"
+    holds = None
+    if way == "captured" and rows == 1:
+        plain = context.figures.get(f"inference: bf16, {way}, 1: tokens/s")
+        if kind == "bf16":
+            expected = f"{BOUND_SHARE:.0%} of {bound:.4g} tokens/s (computed)"
+            holds = share >= BOUND_SHARE
+        elif plain is not None:
+            gain = INT8_GAIN if kind == "int8" else 1.0
+            expected += f"; more than {gain:g} x {plain:.4g}, bf16"
+            holds = per_second > gain * plain
+    return Row(
+        f"{sizes.model} in {kind}, {rows} at a time, {way}",
+        expected,
+        f"{per_second:.4g} tokens/s, {share:.0%}",
+        # a CPU at tiny sizes is not what the goals are about
+        None if context.is_dry else holds,
+    )
+
+
+def captured_row(context: Context, model: Qilin, kind: str, ids: list, singly: list) -> Row:
+    """Was a step captured, and did it say what the kernels say one by one?"""
+    decoder = model.__dict__["decode"]
+    assert isinstance(decoder, GraphDecoder), "put there before"
+    n_same = sum(a == b for a, b in zip(ids, singly, strict=True))
+    measured = f"{decoder.trouble or 'captured'}; {n_same} of {len(ids)} ids alike"
+    return Row(
+        f"steps in {kind} as CUDA graphs",
+        "captured; ids alike until two are nearly as likely",
+        measured,
+        None if context.is_dry else decoder.trouble is None,
+    )
+
+
+@torch.no_grad()
+def inference(context: Context, kind: str) -> list[Row]:
+    """All rows of one kind of numbers."""
+    sizes = sizes_of(context)
+    model = build(context, kind, sizes)
+    rows = [memory_of_weights(context, model, kind, sizes)]
+    line = choose_ways(model)
+    if line is not None:
+        rows.append(Row(f"{kind}: how one token is multiplied", "-", line, None))
+    # what is made at first use
+    answer(model, 1, sizes, context.device)
+    for n in (1, sizes.rows):
+        launch_singly(model)
+        singly = answer(model, n, sizes, context.device)
+        if n == 1:
+            context.figures[f"inference: {kind}: prefill s"] = singly.prefill
+            n_tokens = 1 + model.config.n_image_tokens + sizes.text
+            rows.append(
+                Row(
+                    f"{sizes.model} in {kind}, until the first token",
+                    "-",
+                    f"{1000 * singly.prefill:.4g} ms, a picture and text: {n_tokens} tokens",
+                    None,
+                )
+            )
+        capture_decoding(model)
+        captured = answer(model, n, sizes, context.device)
+        for way, timed in (("captured", captured), ("one by one", singly)):
+            rows.append(speed_row(context, model, kind, way, n, timed, sizes))
+        if n == 1:
+            rows.append(captured_row(context, model, kind, captured.ids, singly.ids))
+    return rows
+
+
+def inference_bf16(context: Context) -> list[Row]:
+    """In float32 on a CPU."""
+    return inference(context, "bf16")
+
+
+def inference_int8(context: Context) -> list[Row]:
+    return inference(context, "int8")
+
+
+def inference_int4(context: Context) -> list[Row]:
+    return inference(context, "int4")
+
+
+@torch.no_grad()
+def inference_compiled(context: Context) -> list[Row]:
+    """--compile, by itself and captured, beside the rows of bf16."""
+    sizes = sizes_of(context)
+    model = build(context, "bf16", sizes)
+    # on a CPU inductor takes more than a minute
+    backend = "eager" if context.is_dry else "inductor"
+    model.model.compile(dynamic=True, backend=backend)
+    tic = time.perf_counter()
+    answer(model, 1, sizes, context.device)
+    seconds = time.perf_counter() - tic
+    rows = [Row(f"{sizes.model} compiled: first answer", "-", f"{seconds:.0f} s", None)]
+    singly = answer(model, 1, sizes, context.device)
+    rows.append(speed_row(context, model, "bf16", "compiled", 1, singly, sizes))
+    capture_decoding(model)
+    answer(model, 1, sizes, context.device)
+    captured = answer(model, 1, sizes, context.device)
+    way = "compiled and captured"
+    rows.append(speed_row(context, model, "bf16", way, 1, captured, sizes))
+    return rows
+
+
+# --- 4. training on low bits ----------------------------------------------------------------------
+
+
+def lora_shapes(context: Context) -> list[StepShape]:
+    """One picture and 700 tokens of text, adapters of 16 on every linear layer."""
+    name = sizes_of(context).model
+    n_blocks = config_of(name).text.num_hidden_layers
+    n_tokens = 64 if context.is_dry else 1 + config_of(name).n_image_tokens + 700
+    return [
+        StepShape(
+            f"LoRA of 16 on {quantize}, all recomputed",
+            name,
+            trains="lora",
+            rows=1,
+            tokens=n_tokens,
+            n_checkpointed=n_blocks,
+            lora=16,
+            quantize=quantize,
+        )
+        for quantize in ("int8", "int4")
+    ]
+
+
+def lora_step(context: Context) -> list[Row]:
+    """Memory and seconds of a step."""
+    play_ranks(1, context.device)
+    rates = measured_rates(context.figures)
+    e = bytes_of_number(context.device)
+    rows = []
+    for shape in lora_shapes(context):
+        row, measured = memory_row(context, shape, n_shards=1)
+        rows.append(row)
+        if measured is None:
+            continue
+        sizes = shape.sizes(e)
+        # forward, recomputed and backward read the numbers, write them widened and read them
+        widened = 3 * (sizes.quantized + 2 * e * sizes.n_blocks * sizes.linear)
+        at_least = step_parts(shape, rates, 1, e).total + widened / rates.bandwidth
+        rows.append(
+            Row(
+                f"a step of {shape.model}, {shape.what}, 1 x {shape.tokens}",
+                f"at least {at_least:.2g} s (computed)",
+                f"{measured.seconds:.3g} s",
+                None,
+            )
+        )
+        clean_up(context.device)
+    torch.distributed.destroy_process_group()
+    return rows
