@@ -73,6 +73,7 @@ from model_io.weights import load_weights
 from model_io.written import check_file, fingerprint
 from qilin_min import LOSS_CHUNK, Qilin, QilinConfig
 from training.batches import (
+    PREFETCHED,
     Dialogs,
     all_batches,
     check_batches,
@@ -81,8 +82,22 @@ from training.batches import (
     load_ahead,
     to_device,
 )
-from training.checkpoints import Checkpoints, Progress, describe_setup, hold_out
-from training.costs import Machine, Sizes, blocks_to_checkpoint, count_sizes, flops
+from training.checkpoints import (
+    Checkpoints,
+    Earlier,
+    Progress,
+    describe_setup,
+    hold_out,
+    look_back,
+)
+from training.costs import (
+    Machine,
+    Sizes,
+    blocks_to_checkpoint,
+    checkpoint_bytes,
+    count_sizes,
+    flops,
+)
 from training.freeze import freeze, is_llm_tuned, tuned_blocks
 from training.log import Log, answer_held_out, held_out_loss, write_run_json
 from training.options import DEFAULT_WEIGHTS, RunSettings, settle, training_parser
@@ -97,6 +112,14 @@ from training.plan import (
     planned_machine,
     run_plan,
     this_machine,
+)
+from training.preflight import (
+    check_disk,
+    check_host_memory,
+    check_links,
+    choose_bandwidth,
+    n_saves_to_come,
+    workers_that_fit,
 )
 from training.ranks import (
     StopRequest,
@@ -522,9 +545,14 @@ class Cut:
 
 
 def cut_steps(
-    settings: RunSettings, config: QilinConfig, data: RunData, device: torch.device
+    settings: RunSettings,
+    config: QilinConfig,
+    data: RunData,
+    device: torch.device,
+    bandwidth: float,
 ) -> Cut:
-    """The cut that the plan chooses for this machine, but for what the options say."""
+    """The cut that the plan chooses for this machine, but for what the options say. bandwidth: as
+    in Machine."""
     sizes = count_sizes(
         config,
         settings.trained,
@@ -536,6 +564,7 @@ def cut_steps(
         device,
         gpu_memory=settings.gpu_memory,
         gpu_tflops=settings.gpu_tflops,
+        bandwidth=bandwidth,
         replicate=settings.replicate,
     )
     fit = on_rank0(
@@ -562,6 +591,40 @@ def cut_steps(
     )
 
 
+def check_resources(settings: RunSettings, cut: Cut, earlier: Earlier, n_steps: int) -> None:
+    """All ranks stop in one line where the disk or a host's memory is too small for this run."""
+    sizes = cut.sizes
+    one = checkpoint_bytes(sizes)
+    n_to_come = n_saves_to_come(earlier.step, n_steps, settings.save_every)
+    n_at_once = min(settings.keep + 1, earlier.n_kept + n_to_come)
+    n_more = max(0, n_at_once - earlier.n_kept)
+    n_exported = sizes.n_all
+    if settings.lora_export == "adapter":
+        n_exported = sizes.n_trained
+    elif STAGES[settings.stage].export == "projector":
+        n_exported = sizes.projector
+    on_rank0(check_disk, settings.out, one, n_more, sizes.e * n_exported)
+    if n_to_come:
+        together(check_host_memory, n_local_ranks() * one / cut.machine.n_shards)
+
+
+def choose_workers(
+    settings: RunSettings, data: RunData, image_size: int, micro_batches: list[list[list[int]]]
+) -> int:
+    """--workers, or as many as there are spare cores and room in /dev/shm for. micro_batches: of
+    each step, this rank's."""
+    n_pictures = data.dataset.n_pictures
+    most = max(int(n_pictures[part].sum()) for part in chain.from_iterable(micro_batches))
+    # float32, three colours
+    one = most * 3 * image_size**2 * 4
+    return workers_that_fit(settings.workers, spare_workers(), PREFETCHED * one, n_local_ranks())
+
+
+def n_local_ranks() -> int:
+    """Ranks on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def go_on(settings: RunSettings, checkpoints: Checkpoints, data: RunData) -> Progress:
     """Progress of an earlier start, or of a new run, whose pictures are looked for first."""
     progress = checkpoints.resume(settings.resume, settings.allow_changes)
@@ -577,7 +640,7 @@ def go_on(settings: RunSettings, checkpoints: Checkpoints, data: RunData) -> Pro
 
 def spare_workers() -> int:
     """Processes that may decode pictures for this rank: spare cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) // n_local_ranks()
     return min(8, max(0, cores - 1))
 
 
@@ -666,19 +729,28 @@ def start(settings: RunSettings) -> Run | None:
         return None
 
     config = checkpoint.config
+    earlier = on_rank0(look_back, settings.out, settings.resume)
+    measured = check_links(device, world_size // settings.replicate)
+    given = None if settings.gpu_bandwidth is None else settings.gpu_bandwidth * 1e9
+    bandwidth = choose_bandwidth(given, earlier.bandwidth, measured)
     data = load_data(settings, tokenizer, config)
-    cut = cut_steps(settings, config, data, device)
+    cut = cut_steps(settings, config, data, device, bandwidth)
+    check_resources(settings, cut, earlier, len(data.batches))
+    micro_batches = [
+        cut_batch(batch, rank, world_size, cut.fit.micro_batch_size) for batch in data.batches
+    ]
+    workers = together(choose_workers, settings, data, config.vision.image_size, micro_batches)
+    settings = replace(settings, workers=workers)
     model, accounting = together(build_model, settings, checkpoint, device, cut.fit.is_kept)
     optimizer = build_optimizer(model, settings.lr, settings.weight_decay)
     options = {name: getattr(settings, name) for name in DECISIVE_OPTIONS}
     setup = together(
         describe_setup, options, config, tokenizer, checkpoint.sources, data.dataset.digests
     )
-    checkpoints = Checkpoints(settings.out, model, optimizer, setup, n_kept=settings.keep)
+    checkpoints = Checkpoints(
+        settings.out, model, optimizer, setup, n_kept=settings.keep, bandwidth=bandwidth
+    )
     progress = go_on(settings, checkpoints, data)
-    if settings.workers is None:
-        settings = replace(settings, workers=spare_workers())
-
     n_params = {
         "all": sum(param.numel() for param in model.parameters()),
         "trained": sum(param.numel() for param in model.parameters() if param.requires_grad),
@@ -689,14 +761,11 @@ def start(settings: RunSettings) -> Run | None:
         f"parameters trained; {accounting}"
     )
     print0(describe_run(settings, data, cut, device))
-    micro_batch_size = cut.fit.micro_batch_size
     return Run(
         settings=settings,
         device=device,
         data=data,
-        micro_batches=[
-            cut_batch(batch, rank, world_size, micro_batch_size) for batch in data.batches
-        ],
+        micro_batches=micro_batches,
         cut=cut,
         model=model,
         tokenizer=tokenizer,
@@ -947,7 +1016,11 @@ def print_plan(settings: RunSettings) -> None:
         most=stage.micro_batch_size,
         is_kept=IS_KEPT[settings.reshard],
         machine=planned_machine(
-            settings.world_size, settings.gpu_memory, settings.gpu_tflops, settings.replicate
+            settings.world_size,
+            settings.gpu_memory,
+            settings.gpu_tflops,
+            settings.gpu_bandwidth,
+            settings.replicate,
         ),
         keep=settings.keep,
     )

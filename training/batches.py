@@ -391,6 +391,10 @@ def all_batches(
 # --- 3. loading -----------------------------------------------------------------------------------
 
 
+# batches that a worker has ready
+PREFETCHED = 4
+
+
 def stand_apart(_: int) -> None:
     """A worker ends when its rank does (PyTorch sees to that), and not by the signals that the rank
     answers with a checkpoint: those reach whole groups of processes."""
@@ -409,7 +413,7 @@ def load_ahead(
         batch_size=None,
         sampler=micro_batches,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCHED if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=stand_apart,
         # a worker that finds /dev/shm full dies without a word

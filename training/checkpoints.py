@@ -232,6 +232,75 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def paths_in(folder: Path) -> list[Path]:
+    """What lies in a folder, none where it is not there yet."""
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def whole_checkpoints(folder: Path) -> dict[int, Path]:
+    """{step: folder} of the checkpoints of which nothing is missing, oldest first."""
+    found = {}
+    for path in paths_in(folder):
+        step = step_of(path)
+        if step is None:
+            continue
+        try:
+            progress, _ = read_state(path)
+        except USER_ERRORS:
+            continue
+        if progress.step == step:
+            found[step] = path
+    return dict(sorted(found.items()))
+
+
+def clean(folder: Path) -> None:
+    """Remove what an interrupted save or removal left; a step-N that is not whole was damaged by
+    something else and only loses its name."""
+    whole = whole_checkpoints(folder).values()
+    for path in paths_in(folder):
+        if HALF_FOLDER.match(path.name):
+            print0(f"{path} is not whole: removed")
+            shutil.rmtree(path, ignore_errors=True)
+        elif step_of(path) is not None and path not in whole:
+            print0(f"{path} is not whole: renamed to {path.name}.damaged")
+            replace_folder(path, path.with_name(path.name + ".damaged"))
+
+
+@dataclass
+class Earlier:
+    """What an earlier start of a run left on the disk, as far as the next one must know it before
+    its model is there."""
+
+    # steps done
+    step: int = 0
+    # whole checkpoints that stay
+    n_kept: int = 0
+    # Machine.bandwidth that it was cut for, with as many ranks; None where nobody knows
+    bandwidth: float | None = None
+
+
+def look_back(out: Path, choice: str) -> Earlier:
+    """Where the run in --out stands, what an interrupted save left being removed. choice: of
+    --resume; a path with no checkpoint is complained of by resume()."""
+    clean(out / "checkpoints")
+    whole = whole_checkpoints(out / "checkpoints")
+    if choice == "never":
+        return Earlier()
+    path = Path(choice)
+    if choice == "auto":
+        path = whole[max(whole)] if whole else out
+    if not (path / "state.json").is_file():
+        return Earlier()
+    progress, state = read_state(path)
+    is_same_world = state["world_size"] == dist.get_world_size()
+    is_inside = any(folder.samefile(path) for folder in whole.values())
+    return Earlier(
+        step=progress.step,
+        n_kept=sum(1 for step in whole if is_inside and step <= progress.step),
+        bandwidth=state.get("bandwidth") if is_same_world else None,
+    )
+
+
 def fsync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -265,6 +334,7 @@ class Checkpoints:
         setup: dict[str, Any],
         *,
         n_kept: int,
+        bandwidth: float,
     ):
         self.out = out
         self.folder = out / "checkpoints"
@@ -272,6 +342,7 @@ class Checkpoints:
         self.optimizer = optimizer
         self.setup = setup
         self.n_kept = n_kept
+        self.bandwidth = bandwidth
         # its own: on the default group it would meet training's collectives
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         self.writing: Writing | None = None
@@ -294,36 +365,9 @@ class Checkpoints:
             held["rng"] = rng
         return held
 
-    def paths(self) -> list[Path]:
-        """What lies in the folder, none where it is not there yet."""
-        return list(self.folder.iterdir()) if self.folder.is_dir() else []
-
     def whole(self) -> dict[int, Path]:
         """{step: folder} of the checkpoints of which nothing is missing, oldest first."""
-        found = {}
-        for path in self.paths():
-            step = step_of(path)
-            if step is None:
-                continue
-            try:
-                progress, _ = read_state(path)
-            except USER_ERRORS:
-                continue
-            if progress.step == step:
-                found[step] = path
-        return dict(sorted(found.items()))
-
-    def clean(self) -> None:
-        """Remove what an interrupted save or removal left; a step-N that is not whole was damaged
-        by something else and only loses its name."""
-        whole = self.whole().values()
-        for path in self.paths():
-            if HALF_FOLDER.match(path.name):
-                print0(f"{path} is not whole: removed")
-                shutil.rmtree(path, ignore_errors=True)
-            elif step_of(path) is not None and path not in whole:
-                print0(f"{path} is not whole: renamed to {path.name}.damaged")
-                replace_folder(path, path.with_name(path.name + ".damaged"))
+        return whole_checkpoints(self.folder)
 
     def put_aside(self, paths: list[Path], why: str) -> None:
         """Move checkpoints of another course of this run out of the way, to checkpoints.N beside:
@@ -408,6 +452,8 @@ class Checkpoints:
         state = {
             "progress": asdict(writing.progress),
             "world_size": dist.get_world_size(),
+            # the cut follows from it: going on, a run is cut as it was
+            "bandwidth": self.bandwidth,
             "setup": self.setup,
             "files": {path.name: path.stat().st_size for path in partial.iterdir()},
         }
@@ -442,7 +488,7 @@ class Checkpoints:
 
     def find(self, choice: str) -> Path | None:
         """The folder to resume from, or None. choice: "auto", "never" or a path."""
-        self.clean()
+        clean(self.folder)
         if choice == "auto":
             paths = list(self.whole().values())
             return paths[-1] if paths else None

@@ -83,6 +83,7 @@ class RunSettings:
     world_size: int
     gpu_memory: float | None
     gpu_tflops: float | None
+    gpu_bandwidth: float | None
     size: str
     smoke: bool
 
@@ -492,6 +493,17 @@ def add_planning_options(parser: argparse.ArgumentParser) -> None:
         high=10**6,
         default=None,
         help="its peak in bf16 (default: known by its name; for --plan 312, an A100)",
+    )
+    add(
+        "--gpu-bandwidth",
+        action=InRange,
+        type=float,
+        low=0.001,
+        high=10**5,
+        default=None,
+        metavar="GB/S",
+        help="what reaches a GPU from the others in an all-gather (default: measured at the start, "
+        "and kept with the checkpoints; for --plan 200, NVLink of an A100; without NVLink some 20)",
     )
     add(
         "--size",

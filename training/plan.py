@@ -372,6 +372,8 @@ def machine_lines(plan: Plan) -> list[str]:
         f"plan of stage {plan.stage} on {machine.world_size} {gpus} "
         f"of {machine.memory / GIB:.0f} GiB, {machine.flops / 1e12:.0f} TFLOPS ({plan.where})"
     )
+    if machine.bandwidth != Machine.bandwidth:
+        machine_line += f", {machine.bandwidth / 1e9:.0f} GB/s between them"
     trained = f"{sizes.n_trained / 1e9:.2f} of {sizes.n_all / 1e9:.2f} billion parameters trained"
     if sizes.lora:
         trained += f", LoRA of rank {sizes.lora}"
@@ -510,9 +512,14 @@ def work_lines(plan: Plan) -> list[str]:
     n_working = min(machine.world_size, plan.batch_size)
     hours = [work / (share * machine.flops * n_working) / 3600 for share in (0.4, 0.5, 0.6)]
     hours_line = f"hours {hours[0]:.1f} / {hours[1]:.1f} / {hours[2]:.1f} at 40 / 50 / 60 % of peak"
+    more = plan.shown.recomputed / sizes.passes
     if plan.shown.deepest:
-        more = plan.shown.recomputed / sizes.passes
         hours_line += f", about {more:.0%} more for what is recomputed"
+    waiting = plan.shown.seconds / 3600
+    if waiting > 1.1 * hours[1] * (1 + more):
+        hours_line += (
+            f"; with {machine.bandwidth / 1e9:.0f} GB/s between GPUs at least {waiting:.1f}"
+        )
     lines = [steps_line, padding_line, work_line, hours_line]
     if machine.n_shards > 1:
         lines.append(traffic_line(plan))
@@ -723,13 +730,18 @@ PEAK_TFLOPS = {
 
 
 def planned_machine(
-    world_size: int, gpu_memory: float | None, gpu_tflops: float | None, replicate: int
+    world_size: int,
+    gpu_memory: float | None,
+    gpu_tflops: float | None,
+    gpu_bandwidth: float | None,
+    replicate: int,
 ) -> Machine:
-    """The Machine of a plan: A100s of 80 GB, but for what is given."""
+    """The Machine of a plan: A100s of 80 GB with NVLink, but for what is given."""
     return Machine(
         world_size,
         memory=(gpu_memory or DEFAULT_GPU_GIB) * GIB,
         flops=(gpu_tflops or DEFAULT_TFLOPS) * 1e12,
+        bandwidth=gpu_bandwidth * 1e9 if gpu_bandwidth else Machine.bandwidth,
         replicate=replicate,
     )
 
@@ -739,6 +751,7 @@ def this_machine(
     *,
     gpu_memory: float | None,
     gpu_tflops: float | None,
+    bandwidth: float,
     replicate: int,
 ) -> Machine:
     """The Machine of this run: on a CPU all ranks share its memory, a fifth is left to others."""
@@ -760,6 +773,7 @@ def this_machine(
         dist.get_world_size(),
         memory,
         (tflops or DEFAULT_TFLOPS) * 1e12,
+        bandwidth=bandwidth,
         replicate=replicate,
         is_peak_known=tflops is not None,
     )
