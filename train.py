@@ -615,6 +615,9 @@ def choose_workers(
     each step, this rank's."""
     n_pictures = data.dataset.n_pictures
     most = max(int(n_pictures[part].sum()) for part in chain.from_iterable(micro_batches))
+    if data.held_out is not None:
+        # a look at them has as many processes of its own
+        most += max(map(len, micro_batches[0])) * int(data.held_out.n_pictures.max())
     # float32, three colours
     one = most * 3 * image_size**2 * 4
     return workers_that_fit(settings.workers, spare_workers(), PREFETCHED * one, n_local_ranks())

@@ -334,7 +334,7 @@ class Checkpoints:
         setup: dict[str, Any],
         *,
         n_kept: int,
-        bandwidth: float,
+        bandwidth: float | None = None,
     ):
         self.out = out
         self.folder = out / "checkpoints"

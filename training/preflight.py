@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,7 @@ def choose_bandwidth(given: float | None, before: float | None, measured: float 
 
 def gathering_speed(device: torch.device, n_shards: int) -> float:
     """Bytes a second that this rank gets from the others of its n_shards in an all-gather."""
-    group = None
+    group: Any = None
     if n_shards < dist.get_world_size():
         group, _ = dist.new_subgroups(n_shards)
     mine = torch.zeros(GATHERED // n_shards, dtype=torch.uint8, device=device)

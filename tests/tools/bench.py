@@ -368,7 +368,7 @@ def bench_saving(runs):
     setup_distributed()
     model, optimizer = model_to_save()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), model, optimizer, {}, n_kept=1, bandwidth=1)
+        checkpoints = Checkpoints(Path(folder), model, optimizer, {}, n_kept=1)
         seconds = {True: [], False: []}
         step = 0
         for run in range(runs + 1):
