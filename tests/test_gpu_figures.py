@@ -65,6 +65,14 @@ def test_the_model_that_fills_a_gpu(gib, model):
     assert expected.largest_model(gib * GIB) == model
 
 
+def test_the_model_that_a_machine_can_train():
+    """3.1 billion parameters want 50 GB of disk and 37 GB of the host's memory."""
+    assert speed.model_for(80 * GIB, disk=80e9, host=64e9) == "3B"
+    assert speed.model_for(80 * GIB, disk=40e9, host=64e9) == "1B"
+    assert speed.model_for(80 * GIB, disk=80e9, host=32e9) == "1B"
+    assert speed.model_for(80 * GIB, disk=1e9, host=1e9) == "0.3B"
+
+
 # --- operations and time --------------------------------------------------------------------------
 
 
@@ -187,9 +195,11 @@ def test_hours_of_stage_2_by_hand():
 
 def test_rates_are_those_of_the_machine():
     figures = {"gpu_name": "NVIDIA H100 80GB HBM3", "gemm_bf16_tflops": 650.0}
-    rates = expected.measured_rates({**figures, "bandwidth_gb_s": 2900.0})
+    rates = expected.rates_of({**figures, "bandwidth_gb_s": 2900.0}, is_dry=False)
     assert (rates.peak, rates.gemm, rates.bandwidth) == (989e12, 650e12, 2900e9)
-    assert expected.measured_rates({}).peak == 312e12
+    # a dry run's CPU is no machine to expect anything of
+    cpu = {"gpu_name": "CPU", "gemm_bf16_tflops": 0.02, "bandwidth_gb_s": 15.0}
+    assert expected.rates_of(cpu, is_dry=True) == expected.PAPER_RATES["A100"]
 
 
 # --- profiles -------------------------------------------------------------------------------------

@@ -21,12 +21,14 @@ from gpu.expected import (
     Rates,
     block_seconds,
     config_of,
-    measured_rates,
     paper_stage,
+    rates_of,
 )
-from gpu.kernels import ATTENTION, KERNELS, OPERATORS, part_of_kernel, short_name
-from gpu.rig import compute_dtype, wait_for
+from gpu.kernels import ATTENTION, OPERATORS, kernels_of, part_of_kernel, short_name
+from gpu.memory import whose_rates
+from gpu.rig import compute_dtype
 from gpu.table import Context, Row
+from gpu.timing import wait_for
 from qilin_min import LlamaDecoderLayer, rotary_cos_sin
 from training.costs import GIB, count_sizes
 
@@ -39,6 +41,12 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - tic
 
 
+def repeat(n: int, work: Callable[[], object]) -> None:
+    """n times, nothing of it kept."""
+    for _ in range(n):
+        work()
+
+
 # --- 1. attention ---------------------------------------------------------------------------------
 
 
@@ -47,21 +55,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> None:
     F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
 
 
-def queries(context: Context, rows: int, tokens: int) -> list[Tensor]:
-    """q, k, v of 13B's heads, or of a few small ones."""
-    n_heads = 2 if context.is_dry else 40
-    shape = (rows, n_heads, tokens, 16 if context.is_dry else 128)
-    made = [
-        torch.randn(shape, device=context.device, dtype=compute_dtype(context.device))
-        for _ in range(3)
-    ]
+@torch.no_grad()
+def answer(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Forward alone, of one row: what a question goes through before its first word."""
+    F.scaled_dot_product_attention(q[:1], k[:1], v[:1], is_causal=True)
+
+
+def queries(context: Context, tokens: int) -> list[Tensor]:
+    """q, k, v of four rows of 13B's heads, or of a few small ones."""
+    shape = (4, 2, tokens, 16) if context.is_dry else (4, 40, tokens, 128)
+    dtype = compute_dtype(context.device)
+    made = [torch.randn(shape, device=context.device, dtype=dtype) for _ in range(3)]
     return [one.requires_grad_() for one in made]
 
 
-def attending_kernels(context: Context, rows: int, tokens: int) -> list[str]:
+def attending_kernels(context: Context, tokens: int) -> list[str]:
     """Names of what torch chooses by itself."""
     is_cuda = context.device.type == "cuda"
-    qkv = queries(context, rows, tokens)
+    qkv = queries(context, tokens)
     attend(*qkv)
     activities = [ProfilerActivity.CPU]
     if is_cuda:
@@ -69,32 +80,26 @@ def attending_kernels(context: Context, rows: int, tokens: int) -> list[str]:
     with profile(activities=activities) as seen:
         attend(*qkv)
         wait_for(context.device)
-    table = KERNELS if is_cuda else OPERATORS
-    wanted = torch.autograd.DeviceType.CUDA if is_cuda else torch.autograd.DeviceType.CPU
-    names = set()
-    for event in seen.events():
-        is_kernel = is_cuda or event.name.startswith("aten::_")
-        is_there = event.device_type == wanted and is_kernel
-        if is_there and part_of_kernel(event.name, table) == ATTENTION:
-            names.add(short_name(event.name))
-    return sorted(names)
+    if is_cuda:
+        kernels = [name for name, _, _ in kernels_of(seen.events())]
+        attending = [name for name in kernels if part_of_kernel(name) == ATTENTION]
+    else:
+        operators = [event.name for event in seen.events() if event.name.startswith("aten::_")]
+        attending = [name for name in operators if part_of_kernel(name, OPERATORS) == ATTENTION]
+    return sorted({short_name(name) for name in attending})
 
 
 def attention(context: Context) -> list[Row]:
     """Which kernel torch chooses, what it takes, and what the first call of a new length costs:
     each batch of training and each question has another one."""
-    is_cuda = context.device.type == "cuda"
-    rows = 4
-    lengths = [40, 48] if context.is_dry else [691 + 13 * i for i in range(8)]
-    names = attending_kernels(context, rows, lengths[0])
-    chosen = "cuDNN" if any("cudnn" in name for name in names) else "flash"
-    context.figures["attention_chosen"] = chosen
+    names = attending_kernels(context, tokens=40 if context.is_dry else 690)
+    is_flash = any("flash" in name or "cudnn" in name for name in names)
     found = [
         Row(
             "attention: what torch chooses for 13B's heads",
-            "flash or cuDNN; cuDNN would be new for Hopper",
-            ", ".join(names),
-            any("flash" in name or "cudnn" in name for name in names) if is_cuda else None,
+            "flash or cuDNN",
+            ", ".join(names) or "the profiler saw no kernel here",
+            is_flash if names and not context.is_dry else None,
         )
     ]
     ways: dict[str, Callable[[], AbstractContextManager]] = {
@@ -102,58 +107,59 @@ def attention(context: Context) -> list[Row]:
         "flash": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
         "cuDNN": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
     }
-    rates = measured_rates(context.figures)
-    for way, context_of in ways.items():
-        row, figures = attention_row(context, way, context_of, rows, lengths, rates)
-        found.append(row)
-        context.figures[f"attention, {way}"] = figures
+    for i, (way, chosen) in enumerate(ways.items()):
+        # lengths that no other way has prepared for
+        lengths = [700 + 24 * k + i for k in range(8)]
+        if context.is_dry:
+            lengths = [40 + i, 48 + i]
+        for work in (attend, answer):
+            found.append(attention_row(context, way, chosen, work, lengths))
     return found
 
 
 def attention_row(
     context: Context,
     way: str,
-    context_of: Callable[[], AbstractContextManager],
-    rows: int,
+    chosen: Callable[[], AbstractContextManager],
+    work: Callable[..., None],
     lengths: list[int],
-    rates: Rates,
-) -> tuple[Row, dict[str, float] | None]:
-    """(the row, milliseconds of a first call of a length and of a later one) of one kernel."""
-    check = f"attention {way}: {rows} rows, {lengths[0]} to {lengths[-1]} tokens, both ways"
+) -> Row:
+    """Seconds of one kernel: of a later call, and of the first of each length."""
+    what = "4 rows, both ways" if work is attend else "a first answer, forward"
+    check = f"attention {way}: {what}, {lengths[0]} to {lengths[-1]} tokens"
+    rates = rates_of(context.figures, context.is_dry)
+    reached = ATTENTION_SHARE * rates.gemm / 1e12
     first = []
     later = []
     teraflops = []
     try:
         for tokens in lengths:
-            qkv = queries(context, rows, tokens)
-            with context_of():
-                first.append(seconds_of(lambda qkv=qkv: attend(*qkv), context.device))
-                again = [seconds_of(lambda qkv=qkv: attend(*qkv), context.device) for _ in range(3)]
-            later.append(min(again))
-            # 3.5 times the forward, whose causal half is 2 T^2 a number of q
-            work = 3.5 * 2 * tokens * qkv[0].numel()
-            teraflops.append(work / later[-1] / 1e12)
+            qkv = queries(context, tokens)
+            with chosen():
+                calls = [seconds_of(lambda qkv=qkv: work(*qkv), context.device) for _ in range(4)]
+            first.append(calls[0])
+            later.append(min(calls[1:]))
+            # the causal half of both products is 2 T a number of q; both ways 3.5 times as much
+            each = 2 * tokens * qkv[0].numel()
+            n_operations = 3.5 * each if work is attend else each / 4
+            teraflops.append(n_operations / later[-1] / 1e12)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         # torch's word for a kernel that this device has not
         said = f"not to be had here: {str(error).splitlines()[0][:80]}"
-        return Row(check, "-", said, None), None
-    figures = {
-        # what the very first call loads is no cost of a length
-        "first_ms": 1000 * statistics.median(first[1:]),
-        "later_ms": 1000 * statistics.median(later),
-        "tflops": statistics.median(teraflops),
-    }
-    reached = ATTENTION_SHARE * rates.gemm / 1e12
-    row = Row(
+        return Row(check, "-", said, None)
+    # the very first call loads what no length pays for
+    of_new = 1000 * statistics.median(first[1:])
+    of_known = 1000 * statistics.median(later)
+    context.figures[f"attention {way}, {what}: ms of a new length, later"] = [of_new, of_known]
+    return Row(
         check,
-        f"about {reached:.0f} TFLOPS (computed); a new length costs nothing",
-        f"{figures['later_ms']:.3g} ms, {figures['tflops']:.3g} TFLOPS; the first call of a new "
-        f"length {figures['first_ms']:.3g} ms, the very first {1000 * first[0]:.3g} ms",
+        f"about {reached:.3g} TFLOPS ({whose_rates(context.is_dry)}); a new length costs nothing",
+        f"{of_known:.3g} ms, {statistics.median(teraflops):.3g} TFLOPS; the first call of a new "
+        f"length {of_new:.3g} ms, the very first {1000 * first[0]:.3g} ms",
         None,
     )
-    return row, figures
 
 
 # --- 2. a block of 13B ----------------------------------------------------------------------------
@@ -186,8 +192,8 @@ def measure_block(
     n = 2 if context.is_dry else 10
     for _ in range(3):
         forward_and_backward()
-    once = seconds_of(lambda: [forward() for _ in range(n)], context.device)
-    both = seconds_of(lambda: [forward_and_backward() for _ in range(n)], context.device)
+    once = seconds_of(lambda: repeat(n, forward), context.device)
+    both = seconds_of(lambda: repeat(n, forward_and_backward), context.device)
     slots = n * rows * tokens
     return BlockSeconds(forward=once / slots, forward_and_backward=both / slots)
 
@@ -197,9 +203,9 @@ def block_of_13b(context: Context) -> list[Row]:
     model = "tiny" if context.is_dry else "13B"
     rows = 4
     tokens = 64 if context.is_dry else 704
-    rates = measured_rates(context.figures)
+    rates = rates_of(context.figures, context.is_dry)
     # GPUs of 80 GB at least, as the paper had
-    memory = max(80e9, context.figures.get("gpu_gib", 0) * GIB)
+    memory = max(80e9, (context.figures.get("gpu_gib") or 0) * GIB)
     stage = paper_stage(memory, rates.peak)
     sizes = count_sizes(config_of(model), TRAINED[2])
     found = []
@@ -207,7 +213,7 @@ def block_of_13b(context: Context) -> list[Row]:
         way = "compiled" if is_compiled else "eager"
         measured = measure_block(context, model, rows, tokens, is_compiled)
         expected = block_seconds(sizes, rates, tokens, is_compiled)
-        found.append(block_row(way, measured, expected, 6 * sizes.linear))
+        found.append(block_row(way, measured, expected, 6 * sizes.linear, context.is_dry))
         if context.is_dry:
             # a tiny block's seconds say nothing of 13B; the way from a block to hours is the same
             measured = block_seconds(stage.sizes, rates, 704, is_compiled)
@@ -219,14 +225,17 @@ def block_of_13b(context: Context) -> list[Row]:
     return found
 
 
-def block_row(way: str, measured: BlockSeconds, expected: BlockSeconds, work: float) -> Row:
+def block_row(
+    way: str, measured: BlockSeconds, expected: BlockSeconds, work: float, is_dry: bool
+) -> Row:
     """work: operations a token of the products, forward and backward."""
     at_most = work / expected.forward_and_backward / 1e12
     reached = work / measured.forward_and_backward / 1e12
+    name = "a tiny block" if is_dry else "a block of 13B"
     return Row(
-        f"a block of 13B, {way}, forward and backward",
-        f"about {REACHED * at_most:.0f}, at most {at_most:.0f} TFLOPS (computed)",
-        f"{reached:.4g} TFLOPS; {1e6 * measured.forward_and_backward:.3g} us a token, "
+        f"{name}, {way}, forward and backward",
+        f"about {REACHED * at_most:.3g}, at most {at_most:.3g} TFLOPS ({whose_rates(is_dry)})",
+        f"{reached:.3g} TFLOPS; {1e6 * measured.forward_and_backward:.3g} us a token, "
         f"forward {1e6 * measured.forward:.3g}",
         None,
     )

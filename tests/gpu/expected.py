@@ -4,6 +4,8 @@ Operations and memory are those of training/costs.py, which tests hold to tracke
 Time is a roofline: operations by what a large product reaches, bytes by what a copy reaches, one
 after the other: no step is faster, and REACHED says how near one is expected to come.
 
+    PYTHONPATH=.:tests python -m gpu.expected    what is expected of an A100, an H100, an H200
+
 In the formulas: C hidden size, F MLP width, L blocks, T tokens of a row, slots rows x T, e bytes of
 a number in compute.
 """
@@ -15,7 +17,7 @@ import numpy as np
 
 from qilin_min import LOSS_CHUNK, QilinConfig, TextConfig, VisionConfig
 from training.batches import all_batches
-from training.costs import Machine, Sizes, count_sizes, flops, micro_batch_traffic, step_memory
+from training.costs import GIB, Machine, Sizes, count_sizes, flops, micro_batch_traffic, step_memory
 from training.plan import (
     LLAMA_SIZES,
     PAPER_TOWER,
@@ -248,11 +250,14 @@ def peak_of(gpu_name: str) -> float | None:
     return None
 
 
-def measured_rates(figures: dict[str, Any]) -> Rates:
-    """Of the machine: what its first step measured, an A100's where that was not run."""
-    name = figures.get("gpu_name", "")
+def rates_of(figures: dict[str, Any], is_dry: bool) -> Rates:
+    """Of this machine, as its first step measured it; of an A100 on paper where that was not run,
+    and in a dry run, whose CPU nobody asks about."""
+    name = figures.get("gpu_name") or ""
     kind = next((kind for kind in PAPER_RATES if kind in name), "A100")
     rates = replace(PAPER_RATES[kind])
+    if is_dry:
+        return rates
     rates.peak = peak_of(name) or rates.peak
     if "gemm_bf16_tflops" in figures:
         rates.gemm = figures["gemm_bf16_tflops"] * 1e12
@@ -494,3 +499,41 @@ def block_seconds(sizes: Sizes, rates: Rates, tokens: int, is_compiled: bool) ->
             once + (sizes.passes - 1) * product + 2.5 * attention + backward / rates.bandwidth
         ),
     )
+
+
+# --- 5. on paper ----------------------------------------------------------------------------------
+
+
+def computed_table() -> str:
+    """What is expected of GPUs that nobody has measured here, as Markdown."""
+    lines = ["| computed | A100 80 GB | H100 80 GB | H200 141 GB |", "|---|---|---|---|"]
+    memory = {"A100": 80e9, "H100": 80e9, "H200": 141e9}
+    for is_compiled in (False, True):
+        way = "compiled" if is_compiled else "eager"
+        cells = []
+        for rates in PAPER_RATES.values():
+            shape = StepShape("", "3B", trains=2, rows=16, tokens=690, n_checkpointed=0)
+            seconds = step_parts(shape, rates, 1, 2, is_compiled).total
+            mfu = step_flops(shape, 2) / seconds / rates.peak
+            cells.append(f"{REACHED * mfu:.0%} (at most {mfu:.0%})")
+        lines.append(f"| MFU of 3B on one GPU, {way} | {' | '.join(cells)} |")
+        cells = []
+        for kind, rates in PAPER_RATES.items():
+            stage = paper_stage(memory[kind], rates.peak)
+            block = block_seconds(stage.sizes, rates, 704, is_compiled)
+            hours = stage.hours(block, rates).hours
+            cells.append(f"{hours / REACHED:.1f} h (at least {hours:.1f})")
+        lines.append(f"| stage 2 of 13B on 8 GPUs, {way} | {' | '.join(cells)} |")
+    for shape in shapes_of_eight(is_dry=False):
+        peak = shape.peak(8, e=2) / GIB
+        cells = []
+        for rates in PAPER_RATES.values():
+            at_most = step_flops(shape, 2) / step_parts(shape, rates, 8, 2).total / 1e12
+            cells.append(f"{REACHED * at_most:.0f} TFLOPS")
+        cut = f"{shape.what}, {shape.rows} x {shape.tokens}"
+        lines.append(f"| 13B, rank 0 of 8, {cut}: {peak:.1f} GiB, eager | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(computed_table())

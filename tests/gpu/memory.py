@@ -1,6 +1,7 @@
 """Memory: what the plan says a step takes beside what torch's allocator saw, within 10 %; and what
 is said when it is too much."""
 
+import math
 import os
 import subprocess
 import sys
@@ -14,15 +15,15 @@ from gpu.expected import (
     StepShape,
     config_of,
     largest_model,
-    measured_rates,
     own_shapes,
+    rates_of,
     shapes_of_eight,
     step_flops,
     step_parts,
 )
 from gpu.rig import Measured, measure, play_ranks
 from gpu.table import Context, Row
-from training.costs import GIB
+from training.costs import GIB, RESERVE_GIB
 
 # of the plan's figure, at most: on a GPU, and of a tiny model, where more is rounding
 WITHIN = 0.10
@@ -34,7 +35,7 @@ def memory(context: Context) -> list[Row]:
     """A model that this GPU holds whole: both stages, recomputing or not, LoRA on int8."""
     model = "tiny"
     if context.device.type == "cuda":
-        model = largest_model(torch.cuda.get_device_properties(context.device).total_memory)
+        model = largest_model(memory_of(context.device))
         # its steps take longer than they tell
         model = "3B" if model == "7B" else model
     play_ranks(1, context.device)
@@ -48,7 +49,7 @@ def memory(context: Context) -> list[Row]:
 def rank0_of_eight(context: Context) -> list[Row]:
     """The first of eight GPUs that share the true 13B: its memory, and how fast it computes."""
     play_ranks(8, context.device)
-    rates = measured_rates(context.figures)
+    rates = rates_of(context.figures, context.is_dry)
     e = bytes_of_number(context.device)
     rows = []
     for shape in shapes_of_eight(context.is_dry):
@@ -63,7 +64,8 @@ def rank0_of_eight(context: Context) -> list[Row]:
         rows.append(
             Row(
                 f"speed of {label(shape, 8)}",
-                f"about {REACHED * at_most:.0f}, at most {at_most:.0f} TFLOPS (computed, eager)",
+                f"about {REACHED * at_most:.3g}, at most {at_most:.3g} TFLOPS "
+                f"({whose_rates(context.is_dry)}, eager)",
                 f"{reached:.4g} TFLOPS, {measured.seconds:.3f} s a step; links cost nothing",
                 None,
             )
@@ -72,9 +74,21 @@ def rank0_of_eight(context: Context) -> list[Row]:
     return rows
 
 
+def whose_rates(is_dry: bool) -> str:
+    """What a computed figure holds for."""
+    return "computed for an A100" if is_dry else "computed"
+
+
 def bytes_of_number(device: torch.device) -> int:
     """bf16 on CUDA, float32 on a CPU."""
     return 2 if device.type == "cuda" else 4
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of this GPU; a CPU's are never too few here."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return math.inf
 
 
 def label(shape: StepShape, n_shards: int) -> str:
@@ -90,6 +104,9 @@ def memory_row(context: Context, shape: StepShape, n_shards: int) -> tuple[Row, 
     name = "GiB" if context.device.type == "cuda" else "MiB"
     within = WITHIN_DRY if context.is_dry else WITHIN
     expected = f"{want / unit:.1f} {name}, within {within:.0%}"
+    room = memory_of(context.device)
+    if want + RESERVE_GIB * GIB > room:
+        return Row(check, expected, f"not run: this GPU has {room / GIB:.0f} GiB", None), None
     try:
         measured = measure(shape, config_of(shape.model), context.device, n_timed=3)
     except torch.OutOfMemoryError as error:
@@ -131,8 +148,7 @@ def out_of_memory(context: Context) -> list[Row]:
     subprocess.run([sys.executable, "-m", "demo.toy", str(world), *sizes], check=True)
     share = 1.0
     if context.device.type == "cuda":
-        there = torch.cuda.get_device_properties(context.device).total_memory
-        share = BYTES_ALLOWED / there
+        share = BYTES_ALLOWED / memory_of(context.device)
     words = ["--stage", "2", "--projector", "fresh", "--workers", "0"]
     words += ["--llm", world / "llama", "--vision", world / "clip", "--images", world / "images"]
     words += ["--data", world / "instruction.json", "--out", context.out / "run"]

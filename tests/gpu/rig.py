@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
 from gpu.expected import TRAINED, StepShape
+from gpu.timing import wait_for
 from model_io.lowbit import QuantizedLinear, add_lora, quantize_linears
 from qilin_min import (
     IGNORE_INDEX,
@@ -138,12 +139,6 @@ def prepare(shape: StepShape, config: QilinConfig, device: torch.device) -> Step
         trained=[param for param in model.parameters() if param.requires_grad],
         parts=[make_batch(shape, config) for _ in range(shape.n_micro_batches)],
     )
-
-
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was told to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass

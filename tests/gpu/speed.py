@@ -28,13 +28,14 @@ import train
 from common.files import read_json, write_json
 from demo.toy import save_random_weights, tokenizer_texts, train_tokenizer
 from gpu.expected import (
+    MODELS,
     REACHED,
     Parts,
     StepShape,
     config_of,
     largest_model,
-    measured_rates,
     peak_of,
+    rates_of,
     step_flops,
     step_parts,
 )
@@ -51,11 +52,11 @@ from gpu.kernels import (
     profile_of_kernels,
     profile_of_operators,
 )
-from gpu.memory import bytes_of_number
-from gpu.rig import wait_for
+from gpu.memory import bytes_of_number, memory_of, whose_rates
 from gpu.table import Context, Row
+from gpu.timing import wait_for
 from model_io.tokens import Tokenizer
-from training.costs import flops
+from training.costs import count_sizes, flops
 from training.plan import PAPER_ANSWERS, PAPER_QUESTIONS, draw_lengths
 
 
@@ -284,8 +285,8 @@ def speed(context: Context) -> list[Row]:
     """A step of training on this GPU, eager and with compiled blocks."""
     model = "tiny"
     if context.device.type == "cuda":
-        there = torch.cuda.get_device_properties(context.device).total_memory
-        model = model_for(there, shutil.disk_usage(context.out).free)
+        disk = shutil.disk_usage(context.out).free
+        model = model_for(memory_of(context.device), disk, host_memory())
     schedule = DRY if context.is_dry else Schedule()
     world = context.out / "world"
     make_world(world, model, context.device, n_rows=schedule.batch * schedule.end)
@@ -298,13 +299,28 @@ def speed(context: Context) -> list[Row]:
     return rows
 
 
-def model_for(memory: float, disk: float) -> str:
-    """The largest that this GPU holds; a run wants room on the disk for its weights and for three
-    checkpoints, 38 bytes a parameter in all."""
-    names = {"7B": 7.1e9, "3B": 3.2e9, "1B": 1.5e9, "0.3B": 0.6e9}
-    largest = largest_model(memory)
-    fitting = [name for name, n in names.items() if 38 * n < disk and n <= names[largest]]
-    return fitting[0] if fitting else "0.3B"
+# bytes a parameter that a run finds there before it starts: on the disk its weights, a checkpoint
+# and what it exports; in the host's memory the copy that a checkpoint is written from
+DISK_BYTES = 2 + 12 + 2
+HOST_BYTES = 12
+
+
+def model_for(gpu: float, disk: float, host: float) -> str:
+    """The largest model that this machine can train alone; bytes of each kind that are there."""
+    smaller = list(MODELS)[list(MODELS).index(largest_model(gpu)) :]
+    for name in smaller:
+        n = count_sizes(config_of(name), ("mm_projector", "llm")).n_all
+        # what else lives there
+        if DISK_BYTES * n < 0.9 * disk and HOST_BYTES * n < 0.8 * host:
+            return name
+    return smaller[-1]
+
+
+def host_memory() -> float:
+    """Bytes that the kernel says are available."""
+    with open("/proc/meminfo") as file:
+        kib = {line.split(":")[0]: line.split()[1] for line in file}
+    return 1024 * float(kib["MemAvailable"])
 
 
 def run_of(context: Context, world: Path, way: str, schedule: Schedule) -> dict[str, Any]:
@@ -333,7 +349,7 @@ def rows_of_run(
     """What is promised of a run, and what it is made of."""
     is_cuda = context.device.type == "cuda"
     name = f"training {model}, {way}"
-    rates = measured_rates(context.figures)
+    rates = rates_of(context.figures, context.is_dry)
     shape = StepShape(
         "",
         model,
@@ -348,15 +364,15 @@ def rows_of_run(
     at_most = step_flops(shape, e) / expected.total / rates.peak
     reached = result["flops"] / result["seconds"]
     mfu = reached / rates.peak
-    gpu = context.figures.get("gpu_name", "")
+    gpu = context.figures.get("gpu_name") or ""
     goal = next((goal for kind, goal in MFU_GOALS.items() if kind in gpu), None)
     is_judged = is_cuda and goal is not None and peak_of(gpu) is not None
     rows = [
         Row(
             f"{name}: MFU",
             f"{f'at least {goal:.0%}; ' if goal else ''}"
-            f"computed: about {REACHED * at_most:.0%}, at most {at_most:.0%}",
-            f"{mfu:.1%} of the data sheet, {reached / rates.gemm:.1%} of the measured peak; "
+            f"{whose_rates(context.is_dry)}: about {REACHED * at_most:.0%}, at most {at_most:.0%}",
+            f"{mfu:.1%} of the data sheet, {reached / rates.gemm:.1%} of a large product; "
             f"{reached / 1e12:.4g} TFLOPS, {result['seconds']:.3f} s a step of {batch} x "
             f"{shape.tokens}, {result['n_checkpointed']} blocks recompute",
             # the best way is what is promised
@@ -371,7 +387,7 @@ def rows_of_run(
         waits_row(name, result["waits"], is_cuda),
     ]
     found = Profile(**result["profile"])
-    return rows + profile_rows(name, found, expected, is_cuda)
+    return rows + profile_rows(name, found, expected, context.is_dry)
 
 
 def waits_row(name: str, waits: dict[str, int], is_cuda: bool) -> Row:
@@ -385,7 +401,7 @@ def waits_row(name: str, waits: dict[str, int], is_cuda: bool) -> Row:
     )
 
 
-def profile_rows(name: str, found: Profile, expected: Parts, is_cuda: bool) -> list[Row]:
+def profile_rows(name: str, found: Profile, expected: Parts, is_dry: bool) -> list[Row]:
     """What a step is made of, and which kernels attend."""
     shares = {
         GEMM: expected.gemm,
@@ -394,24 +410,24 @@ def profile_rows(name: str, found: Profile, expected: Parts, is_cuda: bool) -> l
         SHARDING: expected.copies,
         OPTIMISER: expected.optimiser,
     }
-    said = []
-    for part in (*PARTS, WAITING):
-        said.append(f"{part} {found.share(part):.1%}")
     wanted = [f"{part} {seconds / expected.total:.1%}" for part, seconds in shares.items()]
+    said = [f"{part} {found.share(part):.1%}" for part in (*PARTS, WAITING)]
+    said.append(f"copied or sent while nothing computes {found.exposed / found.seconds:.1%}")
+    if found.unknown:
+        said.append(f"unknown: {', '.join(found.unknown[:6])}")
     parts = Row(
         f"{name}: parts of a step",
-        f"{', '.join(wanted)}, waiting 0 % (computed)",
-        f"{', '.join(said)}; copied or sent while nothing computes "
-        f"{found.exposed / found.seconds:.1%}"
-        + (f"; unknown kernels: {', '.join(found.unknown[:6])}" if found.unknown else ""),
+        f"{', '.join(wanted)} ({whose_rates(is_dry)})",
+        ", ".join(said),
         None,
     )
     is_flash = any("flash" in kernel or "cudnn" in kernel for kernel in found.attention)
+    is_seen = any(found.parts.values())
     attention = Row(
         f"{name}: flash attention is used",
-        "kernels of flash attention or of cuDNN, no other attends",
-        ", ".join(found.attention) or "none seen",
-        is_flash if is_cuda else None,
+        "kernels of flash attention or of cuDNN",
+        ", ".join(found.attention) or "none" if is_seen else "the profiler saw no kernel here",
+        is_flash if is_seen and not is_dry else None,
     )
     return [parts, attention]
 
