@@ -58,6 +58,7 @@ from gpu.timing import wait_for
 from model_io.tokens import Tokenizer
 from training.costs import count_sizes, flops
 from training.plan import PAPER_ANSWERS, PAPER_QUESTIONS, draw_lengths
+from training.preflight import available_memory
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def speed(context: Context) -> list[Row]:
     model = "tiny"
     if context.device.type == "cuda":
         disk = shutil.disk_usage(context.out).free
-        model = model_for(memory_of(context.device), disk, host_memory())
+        model = model_for(memory_of(context.device), disk, available_memory())
     schedule = DRY if context.is_dry else Schedule()
     world = context.out / "world"
     make_world(world, model, context.device, n_rows=schedule.batch * schedule.end)
@@ -314,13 +315,6 @@ def model_for(gpu: float, disk: float, host: float) -> str:
         if DISK_BYTES * n < 0.9 * disk and HOST_BYTES * n < 0.8 * host:
             return name
     return smaller[-1]
-
-
-def host_memory() -> float:
-    """Bytes that the kernel says are available."""
-    with open("/proc/meminfo") as file:
-        kib = {line.split(":")[0]: line.split()[1] for line in file}
-    return 1024 * float(kib["MemAvailable"])
 
 
 def run_of(context: Context, world: Path, way: str, schedule: Schedule) -> dict[str, Any]:
