@@ -425,7 +425,8 @@ class LlamaModel(nn.Module):
 
         Attention is causal and rows are padded on the right, so that no real token ever sees
         padding and no mask is needed (the flash kernel takes is_causal alone). With a cache that
-        holds earlier tokens, a mask bool (B, 1, T, n_positions) replaces it.
+        holds earlier tokens, a mask (B, 1, T, n_positions) replaces it, which is added to the
+        scores: of a bool one, attention would make that anew in every layer.
         """
         B, T, _ = x.shape
         position_ids = torch.arange(T, device=x.device)[None]  # (1, T)
@@ -439,7 +440,8 @@ class LlamaModel(nn.Module):
                 # a row that has ended may be full
                 position_ids = position_ids.clamp(max=cache.max_length - 1)
                 held = torch.arange(cache.n_positions, device=x.device)
-                mask = held <= position_ids[:, None, :, None]  # (B, 1, T, n_positions)
+                is_later = held > position_ids[:, None, :, None]  # (B, 1, T, n_positions)
+                mask = x.new_zeros(is_later.shape).masked_fill(is_later, -torch.inf)
         cos, sin = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
         # only the finished cos and sin are rounded
         rope = (cos.to(x.dtype), sin.to(x.dtype))
