@@ -23,12 +23,10 @@ NOISE = 1e-2
 
 
 def resume(context: Context) -> list[Row]:
-    """Killed and stopped, with deterministic kernels and, but for --quick, without."""
-    rows = []
+    """Killed and stopped, without deterministic kernels and with them."""
+    rows = rows_of(context, "default", [])
     if has_option("deterministic"):
         rows += rows_of(context, "deterministic", ["--deterministic"])
-    if not context.is_quick or not rows:
-        rows += rows_of(context, "default", [])
     return rows
 
 

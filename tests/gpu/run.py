@@ -116,7 +116,8 @@ def digest_of_code() -> str:
 
 def commit() -> str | None:
     """Of the repository, with a + when its files are not those of the commit; None without git."""
-    git = ["git", "-C", str(ROOT)]
+    # status would write what it learnt into .git
+    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     with suppress(OSError):
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)

@@ -34,7 +34,7 @@ STEPS = (
     Step(
         "resume",
         "gpu.resume:resume",
-        True,
+        False,
         "killed or stopped and started again: the run that never stopped; export = checkpoint",
     ),
     Step(
