@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from common.files import one_line
+from gpu.expected import peak_of
 from gpu.table import Context, Row
 from gpu.timing import best_seconds, wait_for
-from training.plan import PEAK_TFLOPS
 
 # rows of activations: 4 samples of the paper's 2048 tokens
 TOKENS = 8192
@@ -58,10 +58,9 @@ def identity(context: Context) -> list[Row]:
 
 def products(context: Context) -> list[Row]:
     """TFLOPS of a 13B block's products in bf16, and in float32 with and without TF32."""
-    name = context.figures["gpu_name"]
-    known = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    known = peak_of(context.figures["gpu_name"])
     kinds = (
-        ("bf16", torch.bfloat16, False, f"data sheet {known}" if known else "-"),
+        ("bf16", torch.bfloat16, False, f"data sheet {known / 1e12:.0f} TFLOPS" if known else "-"),
         ("float32", torch.float32, False, "-"),
         ("tf32", torch.float32, True, "-"),
     )

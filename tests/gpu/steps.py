@@ -38,9 +38,15 @@ STEPS = (
         "killed or stopped and started again: the run that never stopped; export = checkpoint",
     ),
     Step(
+        "deterministic",
+        "gpu.resume:deterministic",
+        False,
+        "the same with --deterministic: bit for bit",
+    ),
+    Step(
         "checkpoint",
         "gpu.checkpoint:checkpoint",
-        True,
+        False,
         "what a checkpoint that is written while training goes on costs",
     ),
     Step(
@@ -74,8 +80,6 @@ STEPS = (
         False,
         "train.py's loop on a model that fills the GPU: MFU, its parts, what waits",
     ),
-    Step("serve", "gpu.commands:serve", True, "one question over HTTP beside sample.py's answer"),
-    Step("smoke", "gpu.commands:smoke", False, "train.py --smoke, a row for each of its checks"),
     Step(
         "inference_bf16",
         "gpu.inference:inference_bf16",
@@ -93,7 +97,9 @@ STEPS = (
     Step(
         "lora_step",
         "gpu.inference:lora_step",
-        True,
+        False,
         "a training step of adapters on 13B in 8 and in 4 bits",
     ),
+    Step("serve", "gpu.commands:serve", False, "one question over HTTP beside sample.py's answer"),
+    Step("smoke", "gpu.commands:smoke", False, "train.py --smoke, a row for each of its checks"),
 )
