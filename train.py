@@ -125,6 +125,7 @@ from training.ranks import (
     StopRequest,
     gather,
     leave,
+    make_deterministic,
     on_rank0,
     print0,
     setup_distributed,
@@ -287,7 +288,8 @@ def build_model(
         compute_dtype=compute_dtype_of(settings, device),
         replicate=settings.replicate,
         is_kept=is_kept,
-        is_compiled=settings.compile,
+        # what is compiled hangs on the lengths that came first, which another start has not seen
+        is_compiled=settings.compile and not settings.deterministic,
     )
     line = load_weights(model, checkpoint.sources, device, checkpoint.is_fresh, settings.seed)
     return model, line
@@ -720,6 +722,8 @@ class Run:
 
 def start(settings: RunSettings) -> Run | None:
     """Everything before the first step; None when the run is finished already."""
+    if settings.deterministic:
+        make_deterministic()
     rank, world_size, device = setup_distributed()
     checkpoint, tokenizer = together(open_checkpoint, settings)
     lock = together(hold_on_rank0, settings.out)

@@ -33,11 +33,11 @@ def test_answers_on_cuda_are_those_on_the_cpu(report):
 
 
 def test_training_in_bf16_follows_float32(toy, tmp_path, report):
-    """All GPUs against one CPU process: losses of the first steps; stop and resume bit for bit."""
+    """All GPUs against one CPU process: losses of the first steps; with --deterministic stop and
+    resume bit for bit."""
     n = min(torch.cuda.device_count(), 4)
-    losses, _ = run(
-        toy, tmp_path / "gpu", "--batch-size", 8, "--save-every", 1, "--keep", 9, ranks=n
-    )
+    options = "--batch-size", 8, "--deterministic"
+    losses, _ = run(toy, tmp_path / "gpu", *options, "--save-every", 1, "--keep", 9, ranks=n)
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     words = [sys.executable, ROOT / "train.py", "--stage", 2]
     words += ["--llm", toy / "llama", "--vision", toy / "clip", "--projector", "fresh"]
@@ -51,8 +51,7 @@ def test_training_in_bf16_follows_float32(toy, tmp_path, report):
     again, _ = run(
         toy,
         tmp_path / "again",
-        "--batch-size",
-        8,
+        *options,
         "--resume",
         tmp_path / "gpu/checkpoints/step-1",
         ranks=n,

@@ -68,6 +68,7 @@ class RunSettings:
     out: Path
     save_every: int
     keep: int
+    deterministic: bool
     resume: str
     allow_changes: bool
 
@@ -401,6 +402,12 @@ def add_resuming_options(parser: argparse.ArgumentParser, stages: dict[int, Stag
         high=MOST,
         default=2,
         help="newest checkpoints kept (default %(default)s)",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="on CUDA: killed and gone on, or run again on the same GPUs, it comes to the same "
+        "bits (a CPU does anyway); slower, nothing is compiled",
     )
     add(
         "--resume",

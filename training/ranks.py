@@ -121,6 +121,21 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def make_deterministic() -> None:
+    """--deterministic: from here on, and before a GPU is used, what is computed twice is equal bit
+    for bit. Of what the model runs on CUDA, matrix products, attention's backward and sums over
+    ranks are not by themselves; an operation that knows no such way raises RuntimeError."""
+    # read when cuBLAS starts: each stream has buffers of its own
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # read when NCCL starts: sums made inside the switch have no fixed order
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
+    torch.use_deterministic_algorithms(True)
+    # flash attention's backward follows that; cuDNN's knows no way
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # nothing reads memory before it is written: not filled first
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def stop_with_parent() -> None:
     """If torchrun is killed, its ranks are asked to stop, wherever they wait."""
     PR_SET_PDEATHSIG = 1
