@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,23 @@ def answer(q: Tensor, k: Tensor, v: Tensor) -> None:
     F.scaled_dot_product_attention(q[:1], k[:1], v[:1], is_causal=True)
 
 
+@torch.no_grad()
+def next_word(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Forward of one token that sees all keys, as a cache that grows gives them, with its mask."""
+    mask = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=k.device)
+    F.scaled_dot_product_attention(q[:1, :, -1:], k[:1], v[:1], attn_mask=mask)
+
+
+# what is asked of attention, in words
+WORKS = {
+    "4 rows, both ways": attend,
+    "a first answer, forward": answer,
+    "its next word, over one key more": next_word,
+}
+# backends that make no plans; flash takes no mask
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def queries(context: Context, tokens: int) -> list[Tensor]:
     """q, k, v of four rows of 13B's heads, or of a few small ones."""
     shape = (4, 2, tokens, 16) if context.is_dry else (4, 40, tokens, 128)
@@ -91,29 +109,30 @@ def attending_kernels(context: Context, tokens: int) -> list[str]:
 
 def attention(context: Context) -> list[Row]:
     """Which kernel torch chooses, what it takes, and what the first call of a new length costs:
-    each batch of training and each question has another one."""
+    each batch of training and each question has another one, and so has each word of an answer
+    that is not captured as a graph. cuDNN makes a plan for each: 23 to 37 ms, others have seen."""
     names = attending_kernels(context, tokens=40 if context.is_dry else 690)
     is_flash = any("flash" in name or "cudnn" in name for name in names)
     found = [
         Row(
             "attention: what torch chooses for 13B's heads",
-            "flash or cuDNN",
+            "cuDNN on Hopper and Blackwell, flash elsewhere (read in torch's source)",
             ", ".join(names) or "the profiler saw no kernel here",
             is_flash if names and not context.is_dry else None,
         )
     ]
     ways: dict[str, Callable[[], AbstractContextManager]] = {
         "as torch chooses": nullcontext,
-        "flash": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-        "cuDNN": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+        "without cuDNN": lambda: sdpa_kernel(WITHOUT_CUDNN),
+        "cuDNN alone": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
     }
     for i, (way, chosen) in enumerate(ways.items()):
         # lengths that no other way has prepared for
         lengths = [700 + 24 * k + i for k in range(8)]
         if context.is_dry:
             lengths = [40 + i, 48 + i]
-        for work in (attend, answer):
-            found.append(attention_row(context, way, chosen, work, lengths))
+        for what in WORKS:
+            found.append(attention_row(context, way, chosen, what, lengths))
     return found
 
 
@@ -121,28 +140,25 @@ def attention_row(
     context: Context,
     way: str,
     chosen: Callable[[], AbstractContextManager],
-    work: Callable[..., None],
+    what: str,
     lengths: list[int],
 ) -> Row:
-    """Seconds of one kernel: of a later call, and of the first of each length."""
-    what = "4 rows, both ways" if work is attend else "a first answer, forward"
+    """Seconds of one of WORKS: of a later call, and of the first of each length."""
     check = f"attention {way}: {what}, {lengths[0]} to {lengths[-1]} tokens"
-    rates = rates_of(context.figures, context.is_dry)
-    reached = ATTENTION_SHARE * rates.gemm / 1e12
     first = []
     later = []
     teraflops = []
     try:
         for tokens in lengths:
             qkv = queries(context, tokens)
+            calls = []
             with chosen():
-                calls = [seconds_of(lambda qkv=qkv: work(*qkv), context.device) for _ in range(4)]
+                for _ in range(4):
+                    calls.append(seconds_of(partial(WORKS[what], *qkv), context.device))
             first.append(calls[0])
             later.append(min(calls[1:]))
-            # the causal half of both products is 2 T a number of q; both ways 3.5 times as much
-            each = 2 * tokens * qkv[0].numel()
-            n_operations = 3.5 * each if work is attend else each / 4
-            teraflops.append(n_operations / later[-1] / 1e12)
+            # both ways 3.5 times forward, whose causal half of two products is 2 a number and key
+            teraflops.append(3.5 * 2 * tokens * qkv[0].numel() / later[-1] / 1e12)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -153,13 +169,13 @@ def attention_row(
     of_new = 1000 * statistics.median(first[1:])
     of_known = 1000 * statistics.median(later)
     context.figures[f"attention {way}, {what}: ms of a new length, later"] = [of_new, of_known]
-    return Row(
-        check,
-        f"about {reached:.3g} TFLOPS ({whose_rates(context.is_dry)}); a new length costs nothing",
-        f"{of_known:.3g} ms, {statistics.median(teraflops):.3g} TFLOPS; the first call of a new "
-        f"length {of_new:.3g} ms, the very first {1000 * first[0]:.3g} ms",
-        None,
-    )
+    expected = "a new length costs nothing"
+    said = f"{of_known:.3g} ms, the first call of a new length {of_new:.3g} ms"
+    if WORKS[what] is attend:
+        said += f", {statistics.median(teraflops):.3g} TFLOPS"
+        reached = ATTENTION_SHARE * rates_of(context.figures, context.is_dry).gemm / 1e12
+        expected += f"; about {reached:.3g} TFLOPS ({whose_rates(context.is_dry)})"
+    return Row(check, expected, said, None)
 
 
 # --- 2. a block of 13B ----------------------------------------------------------------------------
