@@ -681,6 +681,14 @@ def open_log(
     )
 
 
+def count_by_group(model: Qilin) -> dict[str, int]:
+    """Numbers of parameters: all, and those that are trained."""
+    return {
+        "all": sum(param.numel() for param in model.parameters()),
+        "trained": sum(param.numel() for param in model.parameters() if param.requires_grad),
+    }
+
+
 def describe_run(settings: RunSettings, data: RunData, cut: Cut, device: torch.device) -> str:
     """One line: samples, steps, ranks, and how a step is cut."""
     dataset = data.dataset
@@ -738,8 +746,7 @@ def start(settings: RunSettings) -> Run | None:
     config = checkpoint.config
     earlier = on_rank0(look_back, settings.out, settings.resume)
     measured = check_links(device, world_size // settings.replicate)
-    given = None if settings.gpu_bandwidth is None else settings.gpu_bandwidth * 1e9
-    bandwidth = choose_bandwidth(given, earlier.bandwidth, measured)
+    bandwidth = choose_bandwidth(settings.gpu_bandwidth, earlier.bandwidth, measured)
     data = load_data(settings, tokenizer, config)
     cut = cut_steps(settings, config, data, device, bandwidth)
     check_resources(settings, cut, earlier, len(data.batches))
@@ -758,10 +765,7 @@ def start(settings: RunSettings) -> Run | None:
         settings.out, model, optimizer, setup, n_kept=settings.keep, bandwidth=bandwidth
     )
     progress = go_on(settings, checkpoints, data)
-    n_params = {
-        "all": sum(param.numel() for param in model.parameters()),
-        "trained": sum(param.numel() for param in model.parameters() if param.requires_grad),
-    }
+    n_params = count_by_group(model)
     log = open_log(settings, data, cut, n_params, progress.step, model.config.projector_type)
     print0(
         f"stage {settings.stage}: {n_params['trained']:,} of {n_params['all']:,} "

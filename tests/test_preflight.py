@@ -96,7 +96,7 @@ def test_a_collective_that_fails_is_said_in_one_line(monkeypatch, capsys):
         (None, None, None, 200e9, ""),
         (None, None, 21e9, 21e9, "21 GB/s"),
         (None, 180e9, 21e9, 180e9, "cut for 180, as it was before"),
-        (30e9, 180e9, 21e9, 30e9, "cut for 30, as --gpu-bandwidth says"),
+        (30, 180e9, 21e9, 30e9, "cut for 30, as --gpu-bandwidth says"),
     ],
 )
 def test_which_bandwidth_counts(monkeypatch, given, before, measured, want, words):

@@ -70,10 +70,11 @@ def give_up(line: str) -> NoReturn:
 
 
 def choose_bandwidth(given: float | None, before: float | None, measured: float | None) -> float:
-    """Machine.bandwidth that a run is cut for, in bytes a second: as the options say; else as the
-    run that goes on was cut, so that it comes to the same numbers; else as measured. What was
-    measured is said."""
-    known = [given, before, measured, Machine.bandwidth]
+    """Machine.bandwidth that a run is cut for, in bytes a second: as the options say (given, GB/s);
+    else as the run that goes on was cut, so that it comes to the same numbers; else as measured.
+    What was measured is said."""
+    asked_for = None if given is None else given * 1e9
+    known = [asked_for, before, measured, Machine.bandwidth]
     bandwidth = next(value for value in known if value is not None)
     if measured is not None:
         line = f"the GPUs answer each other; an all-gather brings each {measured / 1e9:.0f} GB/s"
