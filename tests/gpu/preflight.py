@@ -12,8 +12,9 @@ import subprocess
 import sys
 from typing import Any
 
+from common.files import one_line
+
 PACKAGES = ("torch", "transformers", "sentencepiece", "safetensors", "tqdm", "PIL", "numpy")
-OLDEST_TORCH = (2, 11)
 
 
 def check_packages() -> None:
@@ -29,23 +30,25 @@ def check_packages() -> None:
 
 
 def check_torch(is_dry: bool) -> None:
-    """ValueError unless torch is new enough and, but for a dry run, sees a GPU."""
+    """ValueError unless torch is new enough and, but for a dry run, has a GPU that computes."""
     import torch
 
-    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if found < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise ValueError(f"torch {torch.__version__} is too old: {oldest} or newer is needed")
-    if is_dry or torch.cuda.is_available():
+    # here, since it brings the packages that are looked for first
+    from model_io import devices
+
+    devices.check_torch()
+    if is_dry:
         return
-    try:
-        torch.cuda.init()
-        reason = "no CUDA device is visible"
-    except (RuntimeError, AssertionError) as error:
-        # torch's own words: a build without CUDA, a driver too old, no device
-        reason = " ".join(str(error).split())
+    problem = devices.gpu_problem()
+    if problem is None:
+        try:
+            torch.ones(1, device="cuda").sum().item()
+            return
+        except RuntimeError as error:
+            # a GPU that this build has no kernels for, or whose memory is full
+            problem = one_line(error)
     raise ValueError(
-        f"torch {torch.__version__} has no GPU to use: {reason} "
+        f"torch {torch.__version__} has no GPU to use: {problem} "
         "(bash tests/gpu.sh --dry runs the same code at tiny sizes on a CPU)"
     )
 

@@ -85,6 +85,8 @@ def environment(out: Path, is_dry: bool) -> dict[str, str]:
         **{name: str(folder) for name, folder in folders.items()},
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "HF_HUB_OFFLINE": "1",
+        # the log is to be read
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     # -B is for what starts before the folder of compiled files is named
