@@ -126,14 +126,15 @@ def test_the_machine_is_what_cuda_says(gpus, monkeypatch, name, tflops):
     smallest GPU, of which 8 GiB are left."""
     gpus.name = name
     monkeypatch.setattr(plan, "gather", lambda value: [value, 24 * GIB])
-    machine = plan.this_machine(GPU, gpu_memory=None, gpu_tflops=None, replicate=2)
+    asked = dict(gpu_memory=None, gpu_tflops=None, bandwidth=2e11)
+    machine = plan.this_machine(GPU, **asked, replicate=2)
     assert machine.flops == (tflops or 312) * 1e12
     assert machine.is_peak_known == (tflops is not None)
     assert machine.memory == 24 * GIB
     assert machine.budget == 16 * GIB
     assert (machine.world_size, machine.n_shards) == (8, 4)
     monkeypatch.setattr(plan, "gather", lambda value: [value])
-    machine = plan.this_machine(GPU, gpu_memory=None, gpu_tflops=None, replicate=1)
+    machine = plan.this_machine(GPU, **asked, replicate=1)
     assert machine.memory == 80 * GIB
 
 
@@ -194,9 +195,11 @@ def test_batches_go_to_the_gpu_beside_its_work(gpus, monkeypatch):
         def to(self, device, non_blocking=False):
             return device, non_blocking
 
-    batch = dict(input_ids=Pinned(), pixel_values=None, labels=Pinned(), grey=[])
+    counts = dict(n_image_positions=0, n_labels=3)
+    batch = dict(input_ids=Pinned(), pixel_values=None, labels=Pinned(), grey=[], **counts)
     there = (GPU, True)
-    assert batches.to_device(batch, GPU) == dict(input_ids=there, pixel_values=None, labels=there)
+    moved = dict(input_ids=there, pixel_values=None, labels=there, **counts)
+    assert batches.to_device(batch, GPU) == moved
 
 
 def test_a_checkpoint_keeps_the_gpus_random_numbers(gpus, monkeypatch, tmp_path):
