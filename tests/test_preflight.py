@@ -257,3 +257,30 @@ run_cli(train.main)
     lines = [line for line in done.stderr.splitlines() if "train.py: " in line]
     assert done.returncode == code and len(lines) == 1 and words in lines[0], done.stderr
     assert not Path(tmp_path / "out/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "command, environment, want",
+    [
+        ("torchrun train.py", {}, 30),
+        ("torchrun --shutdown-timeout 600 train.py", {}, 600),
+        ("torchrun --shutdown_timeout=90 train.py", {}, 90),
+        ("torchrun train.py", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "500"}, 500),
+    ],
+)
+def test_a_torchrun_that_will_not_wait_is_said(monkeypatch, command, environment, want):
+    """13B's 156 GB need more than half a minute, and less than ten."""
+    said = []
+    monkeypatch.setattr(preflight, "print0", said.append)
+    monkeypatch.setattr(preflight, "lines_of_file", lambda _: [command.replace(" ", "\0")])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert preflight.torchrun_patience() == want
+    preflight.say_if_impatient(156e9)
+    assert not said
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    preflight.say_if_impatient(5e9)
+    assert not said
+    preflight.say_if_impatient(156e9)
+    assert len(said) == (want < 78) and all("--shutdown-timeout 600" in line for line in said)

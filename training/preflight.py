@@ -7,6 +7,7 @@
 import errno
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -109,6 +110,9 @@ def gathering_speed(device: torch.device, n_shards: int) -> float:
 # --- 2. room --------------------------------------------------------------------------------------
 # in: bytes that a run will take; ValueError, or OSError for a disk, where they are not there
 
+# bytes a second of a fast disk
+DISK_SPEED = 2e9
+
 
 def n_saves_to_come(step: int, n_steps: int, save_every: int) -> int:
     """Checkpoints that a run which stands after `step` steps still writes: one at each multiple of
@@ -130,6 +134,26 @@ def check_disk(out: Path, one: float, n_more: int, final: float) -> None:
             f"checkpoints of {one / 1e9:.1f} GB at a time, final weights {final / 1e9:.1f} GB), "
             f"{free / 1e9:.1f} GB are free; give --out on another disk, or a smaller --keep",
             str(out),
+        )
+
+
+def torchrun_patience() -> float:
+    """Seconds between SIGTERM and SIGKILL by the torchrun that started this process."""
+    seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    command = "".join(lines_of_file(Path(f"/proc/{os.getppid()}/cmdline")))
+    typed = re.search(r"--shutdown[-_]timeout[\0=](\d+)", command)
+    return float(typed[1] if typed else seconds)
+
+
+def say_if_impatient(one: float) -> None:
+    """A line where torchrun would kill the ranks while they answer SIGTERM with a checkpoint of
+    `one` bytes."""
+    needed = one / DISK_SPEED
+    if "TORCHELASTIC_RUN_ID" in os.environ and needed > torchrun_patience():
+        print0(
+            f"torchrun kills its ranks {torchrun_patience():.0f} s after SIGTERM, and a checkpoint "
+            f"of {one / 1e9:.0f} GB takes longer: start it with --shutdown-timeout 600 (not in "
+            "torch 2.11), or up to --save-every steps are lost then"
         )
 
 
