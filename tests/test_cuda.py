@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT, ROWS, make_qilin, pictures, run
 
 import qilin_min as q
+from model_io.graphs import capture_decoding
+from model_io.lowbit import choose_ways, linear_layers, quantize_linears
 from training.costs import GIB, count_sizes, step_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -30,6 +32,30 @@ def test_answers_on_cuda_are_those_on_the_cpu(report):
         1e-2,
     )  # TF32 is off by default
     assert q.answer_ids(model, prompts, pixels, max_new_tokens=12) == want
+
+
+def test_captured_answers_are_those_of_single_launches():
+    model = make_qilin().cuda()
+    want = q.answer_ids(model, ROWS, pictures(3), max_new_tokens=40)
+    capture_decoding(model)
+    assert q.answer_ids(model, ROWS, pictures(3), max_new_tokens=40) == want
+    assert model.decode.trouble is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_low_bits_answer_as_when_widened(bits):
+    model = make_qilin(text=dict(hidden_size=128, intermediate_size=256)).cuda().bfloat16()
+    weights = [linear.weight.detach() for _, _, linear in linear_layers(model)]
+    quantize_linears(model, bits)
+    for (_, _, linear), weight in zip(linear_layers(model), weights, strict=True):
+        linear.cuda().bfloat16().quantize_(weight)
+    x = torch.randn(1, 1, 128, device="cuda").bfloat16()
+    first = model.model.layers[0].mlp.gate_proj
+    with torch.no_grad():
+        want = first(x)
+        print(choose_ways(model))
+        off = (first(x) - want).norm() / want.norm()
+    assert off < 0.02
 
 
 def test_training_in_bf16_follows_float32(toy, tmp_path, report):

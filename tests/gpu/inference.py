@@ -5,16 +5,22 @@ training step of LoRA on int8 and on int4.
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from common.files import one_line
 from gpu.expected import TRAINED, StepShape, config_of, rates_of, step_parts
 from gpu.memory import bytes_of_number, memory_of, memory_row, whose_rates
 from gpu.rig import clean_up, compute_dtype, give_weights, play_ranks, wait_for
 from gpu.table import Context, Row
+from gpu.timing import best_seconds
 from model_io.graphs import N_EAGER_STEPS, GraphDecoder, capture_decoding, launch_singly
-from model_io.lowbit import choose_ways, quantize_linears
+from model_io.lowbit import WAYS, QuantizedLinear, choose_ways, quantize_linears
+from model_io.lowbit_kernels import gpu_seconds
 from qilin_min import IMAGE_TOKEN_INDEX, Qilin, QilinConfig, generate
 from training.costs import GIB, count_sizes
 
@@ -277,7 +283,64 @@ def inference_compiled(context: Context) -> list[Row]:
     return rows
 
 
-# --- 4. training on low bits ----------------------------------------------------------------------
+# --- 4. the products of low bits, one by one ------------------------------------------------------
+
+# of a product in bfloat16, relative: its rounding is 2^-9
+PRODUCT_OFF = 2**-7
+# (in, out) of the linear layers of a 13B block
+LINEARS = ((5120, 5120), (5120, 13824), (13824, 5120))
+TINY_LINEARS = ((256, 704), (704, 256))
+
+
+def seconds_of(context: Context, call: Callable[[], Tensor]) -> float:
+    """On a GPU as the ways are chosen, its cache emptied before each call."""
+    if context.device.type == "cuda":
+        return gpu_seconds(call)
+    return best_seconds(context.device, call, runs=3)
+
+
+def product_row(
+    context: Context, name: str, x: Tensor, linear: QuantizedLinear, plain: float
+) -> Row:
+    """One of WAYS beside the widened weight in float32. plain: seconds of bf16's own product."""
+    n_out, n_in = linear.shape
+    check = f"int{linear.bits}, {n_in} to {n_out}, {len(x)} at a time, {name}"
+    expected = f"within {PRODUCT_OFF:.1%} of the widened weight's; bf16 takes {1e6 * plain:.3g} µs"
+    want = x.float() @ linear.dequantize(torch.float32).T  # (B, out)
+    if WAYS[name].needs_tiles:
+        linear.make_tiled()
+    call = partial(WAYS[name].multiply, x, linear)
+    try:
+        off = float((call().float() - want).norm() / want.norm())
+    # no compiler, no Triton, a GPU too old: the others are chosen then
+    except Exception as error:
+        return Row(check, expected, f"not to be had: {one_line(error)[:200]}", None)
+    seconds = seconds_of(context, call)
+    rate = n_bytes(linear) / seconds / 1e9
+    measured = f"{off:.1e}, {1e6 * seconds:.3g} µs, {rate:.3g} GB/s"
+    return Row(check, expected, measured, off <= PRODUCT_OFF)
+
+
+@torch.no_grad()
+def low_bit_products(context: Context) -> list[Row]:
+    """Each of WAYS on the shapes of 13B: is it right, and how fast?"""
+    rows = []
+    dtype = compute_dtype(context.device)
+    for n_in, n_out in TINY_LINEARS if context.is_dry else LINEARS:
+        weight = torch.randn(n_out, n_in, device=context.device, dtype=dtype)
+        for n in (1, 8):
+            x = torch.randn(n, n_in, device=context.device, dtype=dtype)
+            plain = seconds_of(context, partial(torch.nn.functional.linear, x, weight))
+            for bits in (8, 4):
+                for name, way in WAYS.items():
+                    linear = QuantizedLinear(n_in, n_out, bits).to(context.device, dtype)
+                    linear.quantize_(weight)
+                    if way.may_take(linear, x):
+                        rows.append(product_row(context, name, x, linear, plain))
+    return rows
+
+
+# --- 5. training on low bits ----------------------------------------------------------------------
 
 
 def lora_shapes(context: Context) -> list[StepShape]:

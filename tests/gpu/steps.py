@@ -81,6 +81,12 @@ STEPS = (
         "train.py's loop on a model that fills the GPU: MFU, its parts, what waits",
     ),
     Step(
+        "low_bits",
+        "gpu.inference:low_bit_products",
+        True,
+        "int8's and int4's products at 13B's sizes: each way right, and how fast",
+    ),
+    Step(
         "inference_bf16",
         "gpu.inference:inference_bf16",
         True,
