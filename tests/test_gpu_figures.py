@@ -1,13 +1,14 @@
 """Promise: what tests/gpu.sh expects of a GPU is arithmetic that a reader can follow, and what a
 profile is made of is put under the right names."""
 
+import time
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from gpu import expected, kernels, speed
+from gpu import expected, kernels, memory, rig, speed
 from gpu.table import Context
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,7 @@ UNIT = expected.Rates(peak=1.0, gemm=1.0, bandwidth=1.0, links=1.0)
 
 
 def sizes_of_13b():
-    return count_sizes(expected.config_of("13B"), ("mm_projector", "llm"))
+    return expected.sizes_of("13B", trains=2)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -360,3 +361,87 @@ def test_waits_are_counted_where_they_happen():
         warnings.warn("something else", stacklevel=1)
     assert list(places.values()) == [2]
     assert list(places)[0].startswith("test_gpu_figures.py:")
+
+
+# --- what only a GPU reaches, on a torch.cuda that is told of ------------------------------------
+
+
+def test_the_loop_is_watched_by_its_schedule(monkeypatch, tmp_path):
+    """Of 15 steps one is looked at for waits, the last two are profiled, each in its own time."""
+    done = []
+    kernel = SimpleNamespace(
+        name=NAMES[kernels.GEMM][0],
+        device_type=DeviceType.CUDA,
+        is_user_annotation=False,
+        time_range=SimpleNamespace(start=0.0, end=3e6),
+    )
+    profiler = SimpleNamespace(
+        start=lambda: done.append((len(watch.times), "profile")),
+        stop=lambda: done.append((len(watch.times), "end")),
+        key_averages=lambda: SimpleNamespace(table=lambda **named: "a table"),
+        events=lambda: [kernel],
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(
+        torch.cuda, "set_sync_debug_mode", lambda mode: done.append((len(watch.times), mode))
+    )
+    monkeypatch.setattr(speed, "profile", lambda activities: profiler)
+    watch = speed.Watch(torch.device("cuda"), speed.Schedule())
+    for _ in range(15):
+        watch.after_step(None, None, None)
+    assert done == [(12, "warn"), (13, "default"), (13, "profile"), (15, "end")]
+    watch.profile_seconds = 4.0
+    found = watch.profile(tmp_path)
+    # of one of two steps
+    assert (found.seconds, found.parts[kernels.GEMM], found.waiting) == (2.0, 1.5, 0.5)
+    assert (tmp_path / "profile.txt").read_text() == "a table"
+
+
+def test_time_that_the_loop_waits_for_data_is_seen():
+    watch = speed.Watch(torch.device("cpu"), speed.Schedule())
+
+    def slow(batches):
+        for batch in batches:
+            time.sleep(0.02)
+            yield batch
+
+    assert list(watch.timing(slow)([1, 2, 3])) == [1, 2, 3]
+    assert 0.06 <= watch.waiting_for_data < 0.6
+
+
+@pytest.mark.parametrize(
+    "there, peak, holds",
+    [(80, 1.09, True), (80, 1.11, False), (80, 0.89, False), (80, None, False), (40, 1.0, None)],
+)
+def test_a_row_of_memory_holds_within_a_tenth(monkeypatch, there, peak, holds):
+    """peak: of the plan's figure; None: out of memory. A GPU that is too small promises nothing."""
+    shape = expected.shapes_of_eight(is_dry=False)[0]
+
+    def measured(shape, config, device, n_timed):
+        if peak is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return rig.Measured(peak * shape.peak(8, e=2), reserved=60 * GIB, seconds=1.0)
+
+    monkeypatch.setattr(memory, "measure", measured)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(total_memory=there * GIB),
+    )
+    context = Context(None, torch.device("cuda"), is_dry=False, is_quick=False, figures={})
+    row, _ = memory.memory_row(context, shape, n_shards=8)
+    assert row.holds is holds, row
+    assert row.expected == "53.2 GiB, within 10%"
+
+
+def test_the_peak_is_torchs_since_the_meter_began(monkeypatch):
+    """Memory of before is forgotten first; reserved memory is told beside."""
+    said = []
+    for name, value in (("max_memory_allocated", 3.0), ("max_memory_reserved", 4.0)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: said.append(1) or value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: said.append(0))
+    with rig.peak_meter(torch.device("cuda")) as peak:
+        said.append("inside")
+    assert said == [0, "inside", 1, 1]
+    assert (peak.bytes, peak.reserved) == (3.0, 4.0)

@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from gpu.expected import (
     ATTENTION_SHARE,
     REACHED,
-    TRAINED,
     BlockSeconds,
     PaperStage,
     Rates,
@@ -24,6 +23,7 @@ from gpu.expected import (
     config_of,
     paper_stage,
     rates_of,
+    sizes_of,
 )
 from gpu.kernels import ATTENTION, OPERATORS, kernels_of, part_of_kernel, short_name
 from gpu.memory import whose_rates
@@ -31,7 +31,7 @@ from gpu.rig import compute_dtype
 from gpu.table import Context, Row
 from gpu.timing import wait_for
 from qilin_min import LlamaDecoderLayer, rotary_cos_sin
-from training.costs import GIB, count_sizes
+from training.costs import GIB
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
@@ -223,7 +223,7 @@ def block_of_13b(context: Context) -> list[Row]:
     # GPUs of 80 GB at least, as the paper had
     memory = max(80e9, (context.figures.get("gpu_gib") or 0) * GIB)
     stage = paper_stage(memory, rates.peak)
-    sizes = count_sizes(config_of(model), TRAINED[2])
+    sizes = sizes_of(model, trains=2)
     found = []
     for is_compiled in (False, True):
         way = "compiled" if is_compiled else "eager"

@@ -11,6 +11,7 @@ a number in compute.
 """
 
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,14 @@ def config_of(name: str) -> QilinConfig:
     return QilinConfig(MODELS[name], PAPER_TOWER)
 
 
+@cache
+def sizes_of(
+    model: str, trains: int | str, lora: int = 0, quantize: str | None = None, e: int = 2
+) -> Sizes:
+    """count_sizes() of a row of MODELS, counted once: a model of 13B takes a moment to build."""
+    return count_sizes(config_of(model), TRAINED[trains], lora, quantize, e)
+
+
 # --- 2. memory: which steps are measured, and what the plan says of them --------------------------
 
 
@@ -108,8 +117,7 @@ class StepShape:
 
     def sizes(self, e: int) -> Sizes:
         """e: bytes of a number in compute."""
-        trained = TRAINED[self.trains]
-        return count_sizes(config_of(self.model), trained, self.lora, self.quantize, e)
+        return sizes_of(self.model, self.trains, self.lora, self.quantize, e)
 
     def peak(self, n_shards: int, e: int) -> float:
         """Bytes that the plan expects at the peak."""
@@ -467,7 +475,7 @@ def paper_stage(memory: float, peak: float, n_samples: int | None = None) -> Pap
     """Stage 2 of 13B on 8 GPUs of so many bytes and operations a second. n_samples: the first so
     many alone."""
     world_size = 8
-    sizes = count_sizes(config_of("13B"), TRAINED[2])
+    sizes = sizes_of("13B", trains=2)
     samples = paper_samples(2, sizes.config.n_image_tokens, 2048, "the paper")
     if n_samples:
         samples = Samples(

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from gpu.expected import (
     largest_model,
     peak_of,
     rates_of,
+    sizes_of,
     step_flops,
     step_parts,
 )
@@ -56,7 +57,7 @@ from gpu.memory import bytes_of_number, memory_of, whose_rates
 from gpu.table import Context, Row
 from gpu.timing import wait_for
 from model_io.tokens import Tokenizer
-from training.costs import count_sizes, flops
+from training.costs import flops
 from training.plan import PAPER_ANSWERS, PAPER_QUESTIONS, draw_lengths
 from training.preflight import available_memory
 
@@ -230,6 +231,8 @@ def watched_run(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """train.py's start and loop with these words, in this process."""
     settings = train.read_settings(job["words"])
     assert settings, "this is no --smoke"
+    # whatever train.py would choose
+    settings = replace(settings, compile=job["is_compiled"])
     schedule = Schedule(**job["schedule"])
     watch = Watch(device, schedule)
     train.load_ahead = watch.timing(train.load_ahead)
@@ -314,7 +317,7 @@ def model_for(gpu: float, disk: float, host: float) -> str:
     """The largest model that this machine can train alone; bytes of each kind that are there."""
     smaller = list(MODELS)[list(MODELS).index(largest_model(gpu)) :]
     for name in smaller:
-        n = count_sizes(config_of(name), ("mm_projector", "llm")).n_all
+        n = sizes_of(name, trains=2).n_all
         # what else lives there
         if DISK_BYTES * n < 0.9 * disk and HOST_BYTES * n < 0.8 * host:
             return name
@@ -330,12 +333,12 @@ def run_of(context: Context, world: Path, way: str, schedule: Schedule) -> dict[
     words += ["--data", world / "data.json", "--images", world / "images", "--out", out / "run"]
     words += ["--batch-size", schedule.batch, "--max-steps", schedule.end, "--keep", 1]
     words += ["--epochs", schedule.end]
-    words += ["--compile"] if way == "compiled" else []
     job = {
         "words": list(map(str, words)),
         "out": str(out),
         "device": str(context.device),
         "schedule": asdict(schedule),
+        "is_compiled": way == "compiled",
     }
     write_json(out / "job.json", job)
     subprocess.run([sys.executable, "-m", "gpu.speed", str(out / "job.json")], check=True)
