@@ -688,6 +688,9 @@ def places_of(mask: Tensor, n: int) -> Tensor:
     mask.nonzero() would make a GPU's host wait to learn n. RuntimeError where n is not how many
     there are (on a GPU it comes later, and ends the process).
     """
+    if mask.device.type == "mps":
+        # torch 2.11 has neither of the two below there
+        return places_of(mask.cpu(), n).to(mask.device)
     # torch has no public name for it
     check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
     check(mask.sum() == n, f"told to expect {n} places, but there are others")
