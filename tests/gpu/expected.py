@@ -514,7 +514,7 @@ def block_seconds(sizes: Sizes, rates: Rates, tokens: int, is_compiled: bool) ->
 
 def computed_table() -> str:
     """What is expected of GPUs that nobody has measured here, as Markdown."""
-    lines = ["| computed | A100 80 GB | H100 80 GB | H200 141 GB |", "|---|---|---|---|"]
+    lines = ["| computed | A100 80 GB | H100 80 GB | H200 141 GB |"]
     memory = {"A100": 80e9, "H100": 80e9, "H200": 141e9}
     for is_compiled in (False, True):
         way = "compiled" if is_compiled else "eager"
@@ -540,6 +540,7 @@ def computed_table() -> str:
             cells.append(f"{REACHED * at_most:.0f} TFLOPS")
         cut = f"{shape.what}, {shape.rows} x {shape.tokens}"
         lines.append(f"| 13B, rank 0 of 8, {cut}: {peak:.1f} GiB, eager | {' | '.join(cells)} |")
+    lines.insert(1, "| --- | --- | --- | --- |")
     return "\n".join(lines)
 
 

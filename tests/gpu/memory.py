@@ -2,10 +2,8 @@
 is said when it is too much."""
 
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,14 +19,15 @@ from gpu.expected import (
     step_flops,
     step_parts,
 )
+from gpu.processes import on_device, train_words
 from gpu.rig import Measured, measure, play_ranks
 from gpu.table import Context, Row
+from gpu.world import toy_world
 from training.costs import GIB, RESERVE_GIB
 
 # of the plan's figure, at most: on a GPU, and of a tiny model, where more is rounding
 WITHIN = 0.10
 WITHIN_DRY = 0.15
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def memory(context: Context) -> list[Row]:
@@ -143,22 +142,19 @@ BYTES_ALLOWED = 48 * 2**20
 
 def out_of_memory(context: Context) -> list[Row]:
     """A run that takes more than there is ends with one line that says what to do, and code 1."""
-    world = context.out / "toy"
-    sizes = ["--language", "4", "--alignment", "4", "--instruction", "64", "--heldout", "1"]
-    subprocess.run([sys.executable, "-m", "demo.toy", str(world), *sizes], check=True)
+    toy = toy_world(context)
     share = 1.0
     if context.device.type == "cuda":
         share = BYTES_ALLOWED / memory_of(context.device)
-    words = ["--stage", "2", "--projector", "fresh", "--workers", "0"]
-    words += ["--llm", world / "llama", "--vision", world / "clip", "--images", world / "images"]
-    words += ["--data", world / "instruction.json", "--out", context.out / "run"]
+    start = ("--llm", toy / "llama", "--vision", toy / "clip")
+    words = train_words(2, toy, context.out / "run", (toy / "instruction.json",), start)
     # all at one time, nothing recomputed
-    words += ["--batch-size", "512", "--micro-batch-size", "512", "--checkpoint-layers", "0"]
+    words += ["--batch-size", 512, "--micro-batch-size", 512, "--checkpoint-layers", 0]
+    words += on_device(context.device.type)
     done = subprocess.run(
-        [sys.executable, "-c", TOO_LITTLE.format(share=share), *map(str, words)],
+        [sys.executable, "-c", TOO_LITTLE.format(share=share), *map(str, words[1:])],
         capture_output=True,
         text=True,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
     )
     print(done.stdout, done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
