@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.files import one_line
 from qilin_min import KVCache, Qilin
@@ -20,6 +21,10 @@ from qilin_min import KVCache, Qilin
 # steps over a cache that are launched kernel by kernel before one is captured: capturing costs the
 # time of several (computed), which an answer of one letter never gets back
 N_EAGER_STEPS = 8
+# kernels of attention that take any length as it comes. On Hopper and Blackwell torch asks cuDNN
+# first (read in 2.11 to 2.13), which makes a plan for each length that it has not seen, 23 to 37 ms
+# (seen by others), and each word of an answer brings one
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # a captured step attends to a multiple of this many positions, those not held yet masked: more is
 # read for nothing, fewer is captured anew more often
 POSITIONS = 256
@@ -74,6 +79,11 @@ class GraphDecoder:
 
     def __call__(self, ids: Tensor, cache: KVCache, lengths: Tensor) -> Tensor:
         """Logits float32 (B, V): ids, cache and lengths as of Qilin.decode."""
+        with sdpa_kernel(WITHOUT_PLANS):
+            return self.step(ids, cache, lengths)
+
+    def step(self, ids: Tensor, cache: KVCache, lengths: Tensor) -> Tensor:
+        """The same, with the kernels of attention that torch chooses."""
         n_positions = min(cache.n_positions + 1, cache.max_length)
         step = self.captured.get(cache)
         if step is not None and n_positions <= step.n_positions:

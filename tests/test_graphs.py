@@ -206,3 +206,25 @@ def test_the_step_needs_no_values():
     with Recorder() as recorder:
         logits = model.decode(ids[:, 0], cache, lengths)
     assert logits.shape == (3, model.config.text.vocab_size) and recorder.calls
+
+
+def test_no_word_waits_for_a_plan_of_cudnn(captured, monkeypatch):
+    """Each word brings a length that cuDNN has not seen; the question is left to torch's choice."""
+    enabled = {"forward": set(), "decode": set()}
+
+    def noting(name, function):
+        def noted(*args, **named):
+            enabled[name].add(torch.backends.cuda.cudnn_sdp_enabled())
+            return function(*args, **named)
+
+        return noted
+
+    model = make_qilin()
+    monkeypatch.setattr(q.Qilin, "decode", noting("decode", q.Qilin.decode))
+    monkeypatch.setattr(q.LlamaModel, "forward", noting("forward", q.LlamaModel.forward))
+    graphs.capture_decoding(model)
+    q.answer_ids(model, [[1, 5, 9]], max_new_tokens=5)
+    assert enabled["decode"] == {False}
+    # of the question, and of each word
+    assert enabled["forward"] == {True, False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
