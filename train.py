@@ -196,9 +196,8 @@ def read_settings(argv: list[str] | None = None) -> RunSettings | None:
     parser = training_parser(__doc__, STAGES, LORA)
     typed = parser.parse_args(argv)
     check_torch()
-    if not typed.plan:
-        choose_training_device(typed.device)
     if typed.smoke:
+        choose_training_device(typed.device)
         return None
     if typed.stage is None:
         choices = " or ".join(f"--stage {number}" for number in STAGES)
@@ -1050,6 +1049,18 @@ def read_settings_quietly() -> RunSettings | None:
         sys.exit(error.code if isinstance(error, SystemExit) else 2)
 
 
+def use_device(device: str) -> None:
+    """--device. What is wrong with it may be so on one host alone: the first rank of each says
+    it."""
+    try:
+        choose_training_device(device)
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(5)
+        sys.exit(2)
+
+
 def main() -> None:
     is_rank0 = os.environ.get("RANK", "0") == "0"
     settings = read_settings() if is_rank0 else read_settings_quietly()
@@ -1064,6 +1075,7 @@ def main() -> None:
         if is_rank0:
             print_plan(settings)
     else:
+        use_device(settings.device)
         run_guarded(settings)
 
 

@@ -41,6 +41,16 @@ def test_training_does_not_fall_back_to_the_cpu(broken, text, words):
     assert not done.stdout and not os.path.exists("out/smoke")
 
 
+@pytest.mark.parametrize("rank, lines", [(8, 1), (9, 0)])
+def test_a_host_without_a_usable_gpu_says_so_itself(broken, monkeypatch, rank, lines):
+    """Two hosts of 8: the first rank of the second one has the word, the next one waits for it."""
+    broken(TOO_OLD)
+    monkeypatch.setattr(train.time, "sleep", lambda _: None)
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank - 8)}
+    done = in_process(train.main, "--stage", 1, code=2, env=environment)
+    assert len(done.stderr.splitlines()) == lines
+
+
 @pytest.mark.parametrize(
     "words, environment",
     [

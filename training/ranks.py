@@ -133,7 +133,7 @@ def make_deterministic() -> None:
     # flash attention's backward follows that; cuDNN's knows no way
     torch.backends.cuda.enable_cudnn_sdp(False)
     # nothing reads memory before it is written: not filled first
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
 
 
 def stop_with_parent() -> None:
