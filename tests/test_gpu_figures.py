@@ -253,6 +253,7 @@ NAMES = {
         "mous namespace)::OpaqueType<2u>, unsigned int, 4, 64, 64, 16, 8>",
         "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps>>",
         "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16>",
+        "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float, float>",
         "void (anonymous namespace)::softmax_warp_forward<float, float, float, 10, true, false>",
         "void at::native::index_elementwise_kernel<128, 4>",
     ),

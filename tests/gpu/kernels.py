@@ -33,7 +33,7 @@ KERNELS = (
     (GEMM, r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitK|convolve|fprop"),
     (
         ELEMENTWISE,
-        r"elementwise|reduce_kernel|softmax|norm|CatArray|index|gather|scatter|scan|embedding"
+        r"elementwise|reduce_kernel|softmax|norm|GammaBeta|CatArray|index|gather|scatter|scan|embedding"
         r"|loss|fill|copy|sort|Radix|unique|arange|nonzero|cub::|where|silu",
     ),
 )
