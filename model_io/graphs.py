@@ -49,8 +49,15 @@ class CapturedStep:
         # decode() counts one more
         cache.n_positions = n_positions - 1
         try:
-            # other threads may use the GPU meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            # other threads may use the GPU meanwhile, which need not be the current one
+            with (
+                torch.cuda.device(ids.device),
+                torch.cuda.graph(
+                    self.graph,
+                    stream=torch.cuda.Stream(ids.device),
+                    capture_error_mode="thread_local",
+                ),
+            ):
                 self.logits = Qilin.decode(model, self.ids, cache, self.lengths)  # (B, V)
         finally:
             cache.n_positions = held

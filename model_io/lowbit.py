@@ -176,8 +176,10 @@ def can_multiply_int8(linear: QuantizedLinear, x: torch.Tensor) -> bool:
 
 
 def can_multiply_tiles(linear: QuantizedLinear, x: torch.Tensor) -> bool:
+    """On AMD's GPUs, which torch calls cuda too, tiles lie otherwise."""
     fits = can_be_tiled(*linear.shape, linear.group)
-    return linear.bits == 4 and fits and is_on_gpu(x) and x.dtype == torch.bfloat16
+    is_nvidia = is_on_gpu(x) and torch.version.hip is None
+    return linear.bits == 4 and fits and is_nvidia and x.dtype == torch.bfloat16
 
 
 def can_compile(linear: QuantizedLinear, x: torch.Tensor) -> bool:
@@ -233,7 +235,7 @@ def measure_ways(linear: QuantizedLinear, x: torch.Tensor) -> Choice:
                 tried.weight = linear.weight
                 tried.scale = linear.scale
                 tried.make_tiled()
-            seconds[name] = gpu_seconds(partial(way.multiply, x, tried))
+            seconds[name] = gpu_seconds(partial(way.multiply, x, tried), x.device)
         # no compiler, no Triton, a GPU too old for a kernel: each raises its own kind
         except Exception as error:
             refused[name] = one_line(error)[:200]

@@ -138,20 +138,21 @@ def compiled(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 FLUSH_BYTES = 256 * 2**20
 
 
-def gpu_seconds(call: Callable[[], Tensor], n: int = 10) -> float:
-    """Median time of a call on the current GPU, its data not in the cache."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+def gpu_seconds(call: Callable[[], Tensor], device: torch.device, n: int = 10) -> float:
+    """Median time of a call on a GPU, its data not in the cache."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     call()
     events = []
-    for _ in range(n):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        # while the GPU is at this, the host launches what is timed
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
+    with torch.cuda.device(device):
+        for _ in range(n):
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            # while the GPU is at this, the host launches what is timed
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
     times = sorted(start.elapsed_time(end) for start, end in events)
     return times[n // 2] / 1000

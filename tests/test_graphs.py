@@ -80,13 +80,15 @@ def captured(monkeypatch):
         return made[-1]
 
     @contextlib.contextmanager
-    def graph(recorder, capture_error_mode):
+    def graph(recorder, stream, capture_error_mode):
         with recorder:
             yield
         recorder.undo()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(graphs, "N_EAGER_STEPS", 2)
     monkeypatch.setattr(graphs, "POSITIONS", 16)
     return made

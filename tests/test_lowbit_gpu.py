@@ -55,7 +55,7 @@ def gpu(monkeypatch):
     """The CPU passes for a GPU. -> seconds of each way, which a test may change."""
     seconds = {"widened": 4.0, "int8": 3.0, "tiles": 2.0, "compiled": 1.0}
 
-    def gpu_seconds(call):
+    def gpu_seconds(call, device):
         name = next(name for name, way in lowbit.WAYS.items() if way.multiply is call.func)
         call()
         return seconds[name]

@@ -295,7 +295,7 @@ TINY_LINEARS = ((256, 704), (704, 256))
 def seconds_of(context: Context, call: Callable[[], Tensor]) -> float:
     """On a GPU as the ways are chosen, its cache emptied before each call."""
     if context.device.type == "cuda":
-        return gpu_seconds(call)
+        return gpu_seconds(call, context.device)
     return best_seconds(context.device, call, runs=3)
 
 
