@@ -164,6 +164,14 @@ def test_what_is_missing_is_named(monkeypatch):
         preflight.check_torch(is_dry=True)
 
 
+def test_each_step_is_explained():
+    page = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    explained = page.split("## What each step proves")[1].split("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in explained.splitlines() if line.startswith("|")]
+    named = {name.strip() for cell in first_cells for name in cell.split(",")}
+    assert {step.name for step in STEPS} == named - {"step", "---"}
+
+
 def test_help_teaches(tmp_path):
     done = gpu_sh(tmp_path / "out", "--help")
     assert done.returncode == 0 and not (tmp_path / "out").exists()

@@ -41,18 +41,19 @@ def page(about: dict[str, Any], seconds: dict[str, float], table: str, n_failed:
     """report.md."""
     machine = about["machine"]
     gpus = [f"{gpu['name']} {gpu['gib']} GiB" for gpu in machine["gpus"]]
-    kind = "DRY RUN on a CPU at tiny sizes: no figure here is of a GPU" if not gpus else ""
-    lines = [
-        "# tests/gpu.sh",
-        "",
-        *([f"**{kind}**", ""] if kind else []),
+    lines = ["# tests/gpu.sh", ""]
+    if not gpus:
+        lines += ["**DRY RUN on a CPU at tiny sizes: no figure here is of a GPU**", ""]
+    failed = f"- {n_failed} rows do not hold"
+    if about["modes"]["quick"]:
+        failed += "; without the long steps (--quick)"
+    lines += [
         f"- {about['date']}, commit {about['commit'] or 'unknown'}",
         f"- {', '.join(gpus) or 'CPU'}; driver {machine['driver'] or '-'}",
         f"- torch {machine['torch']}, CUDA {machine['cuda'] or '-'}, "
         f"transformers {machine['transformers']}, Python {machine['python']}",
         f"- seconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}",
-        f"- {n_failed} rows do not hold"
-        + ("; without the long steps (--quick)" if about["modes"]["quick"] else ""),
+        failed,
         "",
         table,
         "",

@@ -99,7 +99,9 @@ def environment(out: Path, is_dry: bool) -> dict[str, str]:
 
 def look_at_machine(env: dict[str, str], is_dry: bool) -> dict[str, Any]:
     """What preflight says; SystemExit 2 with its line when something is missing."""
-    command = [sys.executable, "-m", "gpu.preflight", *(["--dry"] if is_dry else [])]
+    command = [sys.executable, "-m", "gpu.preflight"]
+    if is_dry:
+        command.append("--dry")
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -192,11 +194,20 @@ def run_process(command: list[str], env: dict[str, str], log: BinaryIO, limit: f
 class Runner:
     """Runs the steps of one machine into one folder."""
 
-    def __init__(self, out: Path, env: dict[str, str], key: str, options: dict[str, Any]):
+    def __init__(
+        self,
+        out: Path,
+        env: dict[str, str],
+        key: str,
+        options: dict[str, Any],
+        about: dict[str, Any],
+    ):
         self.out = out
         self.env = env
         self.key = key
         self.options = options
+        # of the report: where, when, of which commit
+        self.about = about
         self.log = open(out / "log.txt", "ab")
 
     def say(self, line: str) -> None:
@@ -232,28 +243,31 @@ class Runner:
         if trouble is None:
             return read_json(folder / "result.json")
         row = {"check": step.name, "expected": "the step ends", "measured": trouble, "holds": False}
-        result = {
-            "key": self.key,
-            "is_done": False,
-            "seconds": round(time.monotonic() - tic, 1),
-            "rows": [row],
-            "figures": {},
-        }
+        seconds = round(time.monotonic() - tic, 1)
+        result = {"key": self.key, "seconds": seconds, "rows": [], "figures": {}}
+        if (folder / "result.json").is_file():
+            # it had measured all, and broke while it ended
+            result = read_json(folder / "result.json")
+        result = {**result, "is_done": False, "rows": [*result["rows"], row]}
         write_json(folder / "result.json", result)
         return result
 
-    def run_all(self, only: list[str] | None, again: list[str]) -> dict[str, dict[str, Any]]:
-        """{name: result} of all steps that were run, now or by an earlier start."""
-        results = {}
+    def is_wanted(self, step: Step, only: list[str] | None) -> bool:
+        if only:
+            return step.name in only
+        return step.is_in_quick or not self.options["quick"]
+
+    def run_all(self, only: list[str] | None, again: list[str]) -> tuple[str, int]:
+        """The table of all steps that were run, now or by an earlier start, and how many of its
+        rows do not hold. The report is written after each step: the machine may be gone before the
+        last."""
+        results: dict[str, dict[str, Any]] = {}
         figures: dict[str, Any] = {}
-        wanted = [
-            step.name
-            for step in STEPS
-            if (step.name in only if only else step.is_in_quick or not self.options["quick"])
-        ]
+        table = ""
+        n_failed = 0
         for step in STEPS:
             result = self.result(step)
-            is_wanted = step.name in wanted
+            is_wanted = self.is_wanted(step, only)
             if is_wanted and result and result["is_done"] and step.name not in again:
                 self.say(f"gpu: {step.name}: done before, not run again (--again {step.name})")
             elif is_wanted:
@@ -268,7 +282,8 @@ class Runner:
             if result:
                 results[step.name] = result
                 figures.update(result["figures"])
-        return results
+                table, n_failed = write_report(self.out, self.about, results)
+        return table, n_failed
 
 
 def forget_other_world(out: Path, key: str) -> None:
@@ -296,18 +311,17 @@ def main() -> None:
     modes = {"dry": options.dry, "quick": options.quick}
     key = digest_of(machine, modes, digest_of_code())
     forget_other_world(out, key)
-    runner = Runner(out, env, key, {**modes, "limit": options.limit})
-    where = machine["gpus"][0]["name"] if machine["gpus"] else "a CPU, tiny sizes"
-    runner.say(f"gpu: {len(STEPS)} steps on {where}; torch {machine['torch']}; all goes to {out}")
-    tic = time.monotonic()
-    results = runner.run_all(options.only, options.again)
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "modes": modes,
         "machine": machine,
     }
-    table, n_failed = write_report(out, about, results)
+    runner = Runner(out, env, key, {**modes, "limit": options.limit}, about)
+    where = machine["gpus"][0]["name"] if machine["gpus"] else "a CPU, tiny sizes"
+    runner.say(f"gpu: on {where}; torch {machine['torch']}; all goes to {out}")
+    tic = time.monotonic()
+    table, n_failed = runner.run_all(options.only, options.again)
     runner.say(table)
     runner.say(
         f"gpu: {n_failed} rows do not hold; {time.monotonic() - tic:.0f} s; "
