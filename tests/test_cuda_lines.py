@@ -20,7 +20,7 @@ import train
 from common.files import read_json
 from demo import toy
 from evaluation import systems
-from model_io import devices, options
+from model_io import devices, load, lowbit, lowbit_kernels, options
 from training import batches, checkpoints, log, plan, ranks
 from training.costs import GIB, count_sizes
 
@@ -276,6 +276,68 @@ def test_what_a_device_computes_in_by_itself(gpus):
     assert options.default_dtype("cuda") == "float16"
     assert options.default_dtype("mps") == "float16"
     assert options.default_dtype("cpu") == "float32"
+
+
+@pytest.mark.parametrize("device, is_captured", [("cuda:1", True), ("cpu", False)])
+def test_a_model_on_a_gpu_captures_its_steps(monkeypatch, device, is_captured):
+    captured = []
+    config = make_qilin().config
+    checkpoint = SimpleNamespace(config=config, sources=[], is_fresh=False)
+    monkeypatch.setattr(load, "read_checkpoint", lambda *_, **__: checkpoint)
+    monkeypatch.setattr(load, "load_weights", lambda *_: None)
+    monkeypatch.setattr(load, "capture_decoding", captured.append)
+    model = load.load_qilin("a folder", device=device)
+    assert captured == ([model] if is_captured else [])
+
+
+def test_which_kernels_for_low_bits_may_take_what(monkeypatch):
+    """On a GPU no activation is rounded that was not before, and the 4-bit kernel is its alone; on
+    a CPU nothing is measured."""
+    int8 = lowbit.QuantizedLinear(128, 64, bits=8)
+    int4 = lowbit.QuantizedLinear(128, 64, bits=4)
+    row = torch.zeros(1, 128)
+    assert lowbit.can_multiply_int8(int8, row)
+    assert not lowbit.can_multiply_tiles(int4, row.bfloat16())
+    assert not lowbit.can_compile(int8, row)
+    model = make_qilin()
+    lowbit.quantize_linears(model, bits=8)
+    assert lowbit.choose_ways(model) is None
+
+    monkeypatch.setattr(lowbit, "is_on_gpu", lambda tensor: True)
+    for may_take, layer in ((lowbit.can_multiply_int8, int8), (lowbit.can_multiply_tiles, int4)):
+        assert may_take(layer, row.bfloat16())
+        assert not may_take(layer, row)
+    assert lowbit.can_compile(int8, row)
+    assert not lowbit.can_compile(int8, row.expand(2, 128))
+
+
+def test_a_kernel_is_timed_on_weights_that_are_not_in_the_cache(monkeypatch):
+    """The cache is overwritten before each call, outside what is timed, and times are read when
+    the GPU is done; of 10 the median."""
+    told = []
+    milliseconds = iter([9, 1, 5, 4, 6, 3, 7, 8, 2, 10])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("event")
+
+        def elapsed_time(self, end):
+            assert told[-1] == "done"
+            return next(milliseconds)
+
+    def empty(n, dtype, device):
+        assert n * dtype.itemsize >= 50 * 2**20 and device == "cuda"
+        return SimpleNamespace(zero_=lambda: told.append("overwritten"))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("done"))
+    seconds = lowbit_kernels.gpu_seconds(lambda: told.append("call"))
+    assert seconds == pytest.approx(0.006)
+    assert told == ["call", *10 * ["overwritten", "event", "call", "event"], "done"]
 
 
 def test_a_system_out_of_memory_leaves_the_gpu_to_the_next(gpus, monkeypatch):
