@@ -25,6 +25,8 @@ def smoke(context: Context) -> list[Row]:
     the step's."""
     words = ["train.py", "--smoke", *on_device(context.device.type)]
     started = launch(context, "smoke", *words)
+    # as long as the step may: finish() gives one run so long, and this one is seven
+    started.process.wait()
     text = started.finish(codes=(0, 1))
     rows = []
     for name, result, figures in SMOKE_ROW.findall(text.split("|---|---|---|")[-1]):
