@@ -34,9 +34,16 @@ class CapturedStep:
     """model.decode() over one cache as a CUDA graph that attends to n_positions of it."""
 
     def __init__(
-        self, model: Qilin, ids: Tensor, cache: KVCache, lengths: Tensor, n_positions: int
+        self,
+        model: Qilin,
+        ids: Tensor,
+        cache: KVCache,
+        lengths: Tensor,
+        n_positions: int,
+        stream: torch.cuda.Stream,
     ):
-        """Capture what decode() launches; nothing is computed, and the cache stays as it is.
+        """Capture, on that stream, what decode() launches; nothing is computed, and the cache stays
+        as it is.
 
         RuntimeError where something in it cannot be captured.
         """
@@ -54,7 +61,7 @@ class CapturedStep:
                 torch.cuda.device(ids.device),
                 torch.cuda.graph(
                     self.graph,
-                    stream=torch.cuda.Stream(ids.device),
+                    stream=stream,
                     capture_error_mode="thread_local",
                 ),
             ):
@@ -81,6 +88,8 @@ class GraphDecoder:
         self.captured: weakref.WeakKeyDictionary[KVCache, CapturedStep] = (
             weakref.WeakKeyDictionary()
         )
+        # one for all captures: cuBLAS keeps what it works in for each stream that there ever was
+        self.stream: torch.cuda.Stream | None = None
         # why no step is captured any more
         self.trouble: str | None = None
 
@@ -108,8 +117,13 @@ class GraphDecoder:
         logits = Qilin.decode(self.model, ids, cache, lengths)
         cache.n_positions = n_positions
         try:
-            self.captured[cache] = CapturedStep(self.model, ids, cache, lengths, n_captured)
-        except RuntimeError as error:
+            if self.stream is None:
+                self.stream = torch.cuda.Stream(ids.device)
+            self.captured[cache] = CapturedStep(
+                self.model, ids, cache, lengths, n_captured, self.stream
+            )
+        # the second of a device that has no graphs
+        except (RuntimeError, ValueError) as error:
             self.trouble = one_line(error)[:200]
             print(
                 f"a step cannot be captured as a CUDA graph ({self.trouble}): answers come kernel "

@@ -180,6 +180,7 @@ def test_a_step_that_cannot_be_captured_is_said_once(monkeypatch, capsys):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(graphs, "N_EAGER_STEPS", 2)
     want, got = both_ways(make_qilin(), ROWS, pictures(3), max_new_tokens=12)
     assert got == want
