@@ -90,6 +90,7 @@ from training.checkpoints import (
     hold_out,
     look_back,
 )
+from training.compiling import choose_compiling, compile_block
 from training.costs import (
     Machine,
     Sizes,
@@ -251,11 +252,14 @@ def shard_model(
         mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         ignored_params={*model.vision_tower.parameters(), *(module.weight for module in quantized)},
     )
+    last = model.model.layers[-1]
     for layer in model.model.layers:
         if is_compiled:
-            # in place, so that names stay; before sharding, so that gathering is not traced
-            layer.compile()
-        fully_shard(layer, reshard_after_forward=not is_kept, **how)
+            # before sharding, so that gathering is not traced
+            compile_block(layer)
+        # the last one's backward comes at once
+        is_freed = not is_kept and layer is not last
+        fully_shard(layer, reshard_after_forward=is_freed, **how)
     fully_shard(model, **how)
     return model
 
@@ -281,6 +285,11 @@ def build_model(
             quantize_linears(model, bits=int(settings.quantize.removeprefix("int")))
         if settings.lora:
             add_lora(model, settings.lora, settings.lora_alpha)
+    is_compiled, line = choose_compiling(settings.compile, device, settings.quantize is not None)
+    if line is not None:
+        print0(line)
+    # what is compiled hangs on the lengths that came first, which another start has not seen
+    is_compiled = is_compiled and not settings.deterministic
     model = shard_model(
         model,
         device,
@@ -288,8 +297,7 @@ def build_model(
         compute_dtype=compute_dtype_of(settings, device),
         replicate=settings.replicate,
         is_kept=is_kept,
-        # what is compiled hangs on the lengths that came first, which another start has not seen
-        is_compiled=settings.compile and not settings.deterministic,
+        is_compiled=is_compiled,
     )
     line = load_weights(model, checkpoint.sources, device, checkpoint.is_fresh, settings.seed)
     return model, line

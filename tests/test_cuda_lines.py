@@ -46,6 +46,7 @@ class Gpus:
             get_device_properties=lambda device: SimpleNamespace(total_memory=self.memory),
             is_bf16_supported=self.is_bf16_supported,
             max_memory_allocated=lambda device=None: 51 * GIB,
+            max_memory_reserved=lambda device=None: 54 * GIB,
             get_rng_state=lambda: self.state,
             set_rng_state=lambda state: self.told.append(("set_rng_state", state)),
             set_device=lambda device: self.told.append(("set_device", device)),
@@ -143,6 +144,8 @@ def test_the_machine_is_what_cuda_says(gpus, monkeypatch, name, tflops):
 
 def test_the_log_tells_of_the_gpu(gpus, tmp_path):
     assert log.used_memory(GPU) == 51 * GIB
+    assert log.reserved_memory(GPU) == 54 * GIB
+    assert log.reserved_memory(torch.device("cpu")) is None
     log.write_run_json(tmp_path, arguments={}, n_params={}, data={}, start=0)
     assert read_json(tmp_path / "run.json")["device"] == gpus.name
 

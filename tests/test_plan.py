@@ -372,3 +372,37 @@ def test_with_data_and_weights_the_plan_is_the_runs(toy, tmp_path):
     assert float(re.search(r"padding ([\d.]+)%", text)[1]) == pytest.approx(
         100 * (1 - tokens / slots), abs=0.06
     )
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", None),
+        ("NVIDIA A40", 150),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("Quadro RTX 6000", None),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM2e", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 5090", 209),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_a_gpu_is_known_by_whole_words(name, tflops):
+    assert plan.known_tflops(name) == tflops

@@ -426,13 +426,14 @@ def micro_batch_traffic(sizes: Sizes, is_kept: bool) -> Traffic:
     """What forward and backward of one micro-batch move.
 
     Gathered, in e bytes: the root once, since it stays until backward has passed; each block before
-    its forward and, unless kept, again before its backward: 1 + 2 L all-gathers. Summed, in
+    its forward and, unless kept, again before its backward: 2 L all-gathers, the
+    last block staying for the backward that follows at once. Summed, in
     float32: the gradients of each block and of the root where any is trained, a reduce-scatter
     each.
     A step is its micro-batches and three all-reduces of a few numbers: what is to come, the norm
     of the gradients, the loss.
     """
-    n_of_blocks = sizes.n_blocks if is_kept else 2 * sizes.n_blocks
+    n_of_blocks = sizes.n_blocks if is_kept else 2 * sizes.n_blocks - 1
     root = sizes.embed + sizes.projector
     n_roots_trained = 1 if sizes.root_trained else 0
     return Traffic(

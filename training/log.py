@@ -194,6 +194,13 @@ def used_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def reserved_memory(device: torch.device) -> int | None:
+    """Bytes that torch had of the GPU at its peak, gaps between tensors included; None: no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return None
+
+
 class Log:
     """log.jsonl, loss.png and the printed lines, all from rank 0. A run that goes on at a step
     drops what was logged after it."""
@@ -287,6 +294,8 @@ class Log:
         tokens_per_s = n["tokens"] / seconds
         padding = 1 - n["tokens"] / n["slots"]
         memory_gib = used_memory(device) / GIB
+        reserved = reserved_memory(device)
+        on_gpu = {} if reserved is None else {"reserved_gib": reserved / GIB}
         self.write(
             step=step,
             loss=loss,
@@ -295,6 +304,7 @@ class Log:
             tokens_per_s=tokens_per_s,
             padding=padding,
             memory_gib=memory_gib,
+            **on_gpu,
             mfu=mfu,
             n_targets=int(n["targets"]),
             seconds=seconds,
@@ -456,7 +466,9 @@ def answer_held_out(
         return sum_over_ranks({"going on": is_going_on})["going on"] == 0
 
     model.eval()
-    answers = answer_ids(model, prompts, pixels, max_new_tokens=64, stop=all_ended)
+    # compiled blocks would be compiled anew for each length of the cache
+    with torch.compiler.set_stance("force_eager"):
+        answers = answer_ids(model, prompts, pixels, max_new_tokens=64, stop=all_ended)
     drop_gathered(model)
     model.train()
     if dist.get_rank() == 0:

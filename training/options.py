@@ -61,7 +61,8 @@ class RunSettings:
     replicate: int
     device: str
     dtype: str
-    compile: bool
+    # None: on CUDA where it can be
+    compile: bool | None
     workers: int | None
 
     # stopping and going on
@@ -366,8 +367,10 @@ def add_fitting_options(parser: argparse.ArgumentParser, stages: dict[int, Stage
     )
     add(
         "--compile",
-        action="store_true",
-        help="torch.compile each block: slower start, one recompilation when lengths vary",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile each block: faster steps after a slow first one (default: on CUDA "
+        "where triton and a C compiler are)",
     )
     add(
         "--workers",

@@ -11,6 +11,7 @@ asks the same formulas, step by step, how many blocks must recompute their activ
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -715,18 +716,44 @@ def run_plan(
 # --- 4. this machine ------------------------------------------------------------------------------
 # in: --gpu-memory and --gpu-tflops, or what is there; out: Machine
 
-# bf16, dense, by the makers' sheets
+# bf16, dense, summed in float32, by the makers' sheets; the words of a name that torch gives
 PEAK_TFLOPS = {
     "A100": 312,
     "A800": 312,
-    "H100": 989,
-    "H800": 989,
-    "H200": 989,
-    "H20": 148,
+    "A10": 125,
+    "A30": 165,
+    "A40": 150,
+    "RTX A6000": 155,
+    "L4": 121,
+    "L40": 181,
     "L40S": 362,
-    "4090": 165,
+    "RTX 6000 Ada": 364,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H100 HBM2e": 756,
+    "H100 NVL": 835,
+    "H800": 989,
+    "H800 PCIe": 756,
+    "H200": 989,
+    "H200 NVL": 835,
+    "GH200": 989,
+    "H20": 148,
+    "B200": 2250,
+    "GB200": 2500,
     "3090": 71,
+    "4090": 165,
+    "5090": 209,
 }
+
+
+def known_tflops(gpu_name: str) -> float | None:
+    """The peak of a GPU by the name that torch gives it, None for one not in PEAK_TFLOPS. Whole
+    words: an H20 is no H200; of two keys the longer."""
+    words = set(re.split(r"[^0-9A-Za-z]+", gpu_name))
+    matching = [key for key in PEAK_TFLOPS if words.issuperset(key.split())]
+    if not matching:
+        return None
+    return PEAK_TFLOPS[max(matching, key=len)]
 
 
 def planned_machine(
@@ -758,17 +785,17 @@ def this_machine(
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         memory = torch.cuda.get_device_properties(device).total_memory
-        known = [peak for key, peak in PEAK_TFLOPS.items() if key in name]
+        known = known_tflops(name)
     else:
         all_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = all_memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        known = []
+        known = None
     if gpu_memory:
         memory = gpu_memory * GIB
     else:
         # every rank must cut its batch into as many pieces
         memory = min(gather(memory))
-    tflops = gpu_tflops or next(iter(known), None)
+    tflops = gpu_tflops or known
     machine = Machine(
         dist.get_world_size(),
         memory,

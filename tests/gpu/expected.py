@@ -22,10 +22,10 @@ from training.costs import GIB, Machine, Sizes, count_sizes, flops, micro_batch_
 from training.plan import (
     LLAMA_SIZES,
     PAPER_TOWER,
-    PEAK_TFLOPS,
     Fit,
     Samples,
     choose_fit,
+    known_tflops,
     micro_batch_slots,
     paper_samples,
 )
@@ -252,10 +252,8 @@ REACHED = 0.85
 
 def peak_of(gpu_name: str) -> float | None:
     """Operations a second by the data sheet, None for a GPU that the plan does not know."""
-    for name, tflops in PEAK_TFLOPS.items():
-        if name in gpu_name:
-            return tflops * 1e12
-    return None
+    tflops = known_tflops(gpu_name)
+    return None if tflops is None else tflops * 1e12
 
 
 def rates_of(figures: dict[str, Any], is_dry: bool) -> Rates:
