@@ -178,7 +178,8 @@ def test_hours_of_stage_2_by_hand():
     slots = sum(map(sum, stage.slots))
     n_micro = sum(map(len, stage.slots))
     assert 256 / 8 * 600 < slots < 256 / 8 * 2048
-    n_gathers = 40 if stage.fit.is_kept else 80
+    # the last block stays for its backward
+    n_gathers = 40 if stage.fit.is_kept else 79
     optimiser = 2 * 40 * TRAINED / 8
     rates = expected.Rates(peak=1.0, gemm=1e9, bandwidth=1e9)
 
