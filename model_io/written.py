@@ -30,7 +30,8 @@ EXPORTED = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_model.safetensors", "adapter_config.json"),
 )
-UNFINISHED_EXPORT = (*EXPORTED, "shard-*", "*.partial")
+# .tmp*: safetensors gives a file its name when it is whole
+UNFINISHED_EXPORT = (*EXPORTED, "shard-*", "*.partial", ".tmp*")
 
 
 def check_place(path: str | Path) -> None:

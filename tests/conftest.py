@@ -40,6 +40,14 @@ transformers_module.MistralCommonBackend = type("MistralCommonBackend", (), {})
 N_IMAGE = 16
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_stays():
+    """Some commands are run in the tests' own process, which joins a group once a start."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def report(record_property):
     """report(name, value, limit): keeps a line for the end of the run and asserts that value is not

@@ -380,7 +380,7 @@ def test_nothing_of_others_gives_way(name, files, said, world, tmp_path):
 def test_an_earlier_export_gives_way(world, tmp_path):
     """As does what an interrupted one left."""
     _, folder = world
-    for name in ("shard-0", "README.md", "model-00001-of-00002.safetensors"):
+    for name in ("shard-0", "README.md", "model-00001-of-00002.safetensors", ".tmpJm5EzY"):
         (tmp_path / "dst.partial").mkdir(exist_ok=True)
         (tmp_path / "dst.partial" / name).write_text("x")
     for _ in range(2):

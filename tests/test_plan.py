@@ -109,7 +109,7 @@ CASES = [
     Case(1, rows=32, tokens=706, n_checkpointed=40, trial=19.4),
     Case(1, rows=32, tokens=706, n_checkpointed=40, is_kept=True, trial=41.8),
     # what the plan likes better
-    Case(1, rows=4, tokens=1500, n_checkpointed=0, is_fast=True),
+    Case(1, rows=4, tokens=1500, n_checkpointed=0),
     Case(2, rows=4, tokens=704, n_checkpointed=0, n_micro_batches=2),
     Case(2, rows=16, tokens=704, n_checkpointed=40),
     Case(2, rows=8, tokens=700, n_checkpointed=16, is_kept=True, size="7B"),
