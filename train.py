@@ -569,6 +569,7 @@ def cut_steps(
         settings.lora,
         settings.quantize,
         e=compute_dtype_of(settings, device).itemsize,
+        is_fused=device.type == "cuda",
     )
     machine = this_machine(
         device,

@@ -1,6 +1,7 @@
 """Promise: what tests/gpu.sh expects of a GPU is arithmetic that a reader can follow, and what a
 profile is made of is put under the right names."""
 
+import dataclasses
 import os
 import time
 import warnings
@@ -35,8 +36,17 @@ def sizes_of_13b():
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def test_the_five_shapes_of_eight_take_what_the_plan_says():
-    peaks = [shape.peak(8, e=2) / GIB for shape in expected.shapes_of_eight(is_dry=False)]
+def test_the_five_shapes_of_eight_take_what_the_plan_says(monkeypatch):
+    """And what a review found for norms of several kernels, which keep float32 copies."""
+    shapes = expected.shapes_of_eight(is_dry=False)
+    peaks = [shape.peak(8, e=2) / GIB for shape in shapes]
+    assert np.abs(np.array(peaks) - (48.9, 51.6, 31.6, 38.3, 46.0)).max() < 0.06
+
+    counted = expected.sizes_of
+    monkeypatch.setattr(
+        expected, "sizes_of", lambda *words: dataclasses.replace(counted(*words), is_fused=False)
+    )
+    peaks = [shape.peak(8, e=2) / GIB for shape in shapes]
     assert np.abs(np.array(peaks) - (53.2, 51.7, 32.0, 42.9, 50.3)).max() < 0.06
 
 
@@ -51,14 +61,14 @@ def test_bytes_of_13b_by_hand():
     standing = 12 * TRAINED / 8 + 2 * sizes.tower
     # the root and two blocks whole in bf16; one block's gradients in bf16 and float32
     gathered = 2 * (EMBED + PROJECTOR + 2 * BLOCK) + 6 * BLOCK
-    # the first block at work, a token: its input; two norms (input in float32, normed, output), q k
-    # v and the output, log-sum-exp, four of the MLP's width
-    inside = 2 * 5120 + 2 * (4 + 2 + 2) * 5120 + 2 * 4 * 5120 + 4 * 40 + 2 * 4 * 13824
+    # the first block at work, a token: its input; two norms (input, output), q k v and the output,
+    # log-sum-exp, four of the MLP's width
+    inside = 2 * 5120 + 2 * (2 + 2) * 5120 + 2 * 4 * 5120 + 4 * 40 + 2 * 4 * 13824
     working = 2 * (3 * 13824 + 2 * 5120)
     # all gradients in float32
     peak = standing + gathered + slots * (inside + working) + 4 * TRAINED / 8
     assert shape.peak(8, e=2) == pytest.approx(peak, rel=1e-9)
-    assert peak / GIB == pytest.approx(32.0, abs=0.05)
+    assert peak / GIB == pytest.approx(31.6, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +455,7 @@ def test_a_row_of_memory_holds_within_a_tenth(monkeypatch, there, peak, holds):
     context = Context(None, torch.device("cuda"), is_dry=False, is_quick=False, figures={})
     row, _ = memory.memory_row(context, shape, n_shards=8)
     assert row.holds is holds, row
-    assert row.expected == "53.2 GiB, within 10%"
+    assert row.expected == "48.9 GiB, within 10%"
 
 
 def test_the_peak_is_torchs_since_the_meter_began(monkeypatch):

@@ -224,6 +224,48 @@ def test_parameters_are_counted_exactly(projector, text):
     )
 
 
+def bytes_kept(block, dtype, rows=2, tokens=64):
+    """Bytes a token that autograd keeps of a block's forward, without weights and angles."""
+    text = block_config().text
+    weights = {param.data_ptr() for param in block.parameters()}
+    position_ids = torch.arange(tokens)[None]
+    cos, sin = q.rotary_cos_sin(position_ids, text.head_dim, text.rope_theta)
+    rope = (cos.to(dtype), sin.to(dtype))
+    known = weights | {angles.untyped_storage().data_ptr() for angles in rope}
+    held = []
+    x = torch.randn(rows, tokens, text.hidden_size, dtype=dtype, requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        # held: its memory is no other tensor's meanwhile
+        y = block(x, rope, None, position_ids, None)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    assert y.requires_grad
+    kept = sum(n for place, n in storages.items() if place not in known)
+    return kept / (rows * tokens)
+
+
+def block_config():
+    text = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=1, num_attention_heads=4)
+    return q.QilinConfig(q.TextConfig(vocab_size=100, **text), q.VisionConfig(64, 96, 2, 4, 56, 14))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_block_keeps_what_the_plan_counts(stage, report):
+    """On a CPU; and compiled, in bf16, whose norms are one kernel: but for the product for down."""
+    config = block_config()
+    block = q.LlamaDecoderLayer(config.text, 0).requires_grad_(stage == 2)
+    sizes = count_sizes(config, TRAINED[stage], e=4)
+    error = abs(bytes_kept(block, torch.float32) / sizes.block_activations() - 1)
+    report(f"plan: bytes that a block keeps, stage {stage} (relative)", error, 0.02)
+
+    block = block.bfloat16()
+    # what torch.compile keeps, without the code that it would write
+    block.compile(backend="aot_eager_decomp_partition")
+    sizes = count_sizes(config, TRAINED[stage], e=2, is_fused=True)
+    want = sizes.block_activations() - 2 * config.text.intermediate_size
+    error = abs(bytes_kept(block, torch.bfloat16) / want - 1)
+    report(f"plan: bytes that a compiled block keeps, stage {stage} (relative)", error, 0.02)
+
+
 def test_a_further_projector_is_planned_from_its_row(monkeypatch):
     """And a stage that trains some blocks of the language model: no formula knows of either."""
 

@@ -46,6 +46,7 @@ class Sizes:
     lora: int  # rank of the adapters, 0: none
     quantize: str | None  # "int8" | "int4": of the blocks' linear layers, then not sharded
     e: int  # bytes of a number in compute
+    is_fused: bool  # a norm is one kernel, as on CUDA
 
     n_blocks: int
     linear: int  # of a block's linear layers, without adapters: q, k, v, o, gate, up, down
@@ -92,7 +93,10 @@ class Sizes:
         return self.block - self.linear
 
     def block_activations(self) -> int:
-        """Bytes a token that one block keeps for its backward when it does not recompute."""
+        """Bytes a token that one block keeps for its backward when it does not recompute.
+
+        A compiled one keeps e F less, the product for down, which it computes again: not counted.
+        """
         C = self.config.text.hidden_size
         F = self.config.text.intermediate_size
         e = self.e
@@ -100,10 +104,13 @@ class Sizes:
         keeps_for_norms = self.linear_trained > 0
         keeps_for_linears = self.linear_trained > 0 or self.lora > 0
 
-        # input in float32; normed, for the norm's own weight; output, for q k v, or gate up
-        norm = 4 * C
-        if keeps_for_norms:
-            norm += e * C
+        # input; output, for q k v, or gate up
+        norm = e * C
+        if not self.is_fused:
+            # the input in float32 instead; normed, for the norm's own weight
+            norm = 4 * C
+            if keeps_for_norms:
+                norm += e * C
         if keeps_for_linears:
             norm += e * C
         # q, k, v, output; log-sum-exp
@@ -125,12 +132,14 @@ def count_sizes(
     lora: int = 0,
     quantize: str | None = None,
     e: int = 2,
+    is_fused: bool = False,
 ) -> Sizes:
     """Sizes of a model, counted on the model itself, built on the meta device and frozen as
     training does.
 
     trained: as in freeze(); lora: rank of the adapters; quantize: None | "int8" | "int4"; e: bytes
-    of a number in compute.
+    of a number in compute; is_fused: a norm is one kernel, as on CUDA, which keeps no float32 copy
+    of its input.
     """
     with torch.device("meta"):
         model = Qilin(config)
@@ -153,6 +162,7 @@ def count_sizes(
         lora=lora,
         quantize=quantize,
         e=e,
+        is_fused=is_fused,
         n_blocks=len(blocks),
         linear=sum(x.weight.numel() for x in linears) // len(blocks),
         block=n_in_blocks // len(blocks),

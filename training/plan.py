@@ -579,7 +579,7 @@ def changes_that_fit(
             ("--lora 64 --quantize int8", 64, "int8"),
             ("--lora 16 --quantize int4", 16, "int4"),
         ):
-            with_adapters = count_sizes(sizes.config, lighter, rank, quantize)
+            with_adapters = count_sizes(sizes.config, lighter, rank, quantize, is_fused=True)
             adapters.append(Change(words, with_adapters, machine))
     fewer_bits = []
     if sizes.block_trained == 0 and not sizes.quantize:
@@ -690,7 +690,7 @@ def run_plan(
             f"--replicate {machine.replicate} does not divide {machine.world_size} GPUs"
         )
     lengths = samples.lengths
-    sizes = count_sizes(config, trained, lora, quantize)
+    sizes = count_sizes(config, trained, lora, quantize, is_fused=True)
     batches = all_batches(
         lengths, batch_size=batch_size, epochs=epochs, seed=seed, max_steps=max_steps
     )

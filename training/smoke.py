@@ -346,7 +346,8 @@ class Checks:
             llm=WEIGHTS / "llama", vision=WEIGHTS / "clip", projector="fresh"
         )
         trained = ("mm_projector", "llm")
-        self.sizes = count_sizes(checkpoint.config, trained, e=2 if IS_CUDA else 4)
+        e = 2 if IS_CUDA else 4
+        self.sizes = count_sizes(checkpoint.config, trained, e=e, is_fused=IS_CUDA)
         return (
             f"{self.sizes.n_all / 1e6:,.0f} M parameters, {self.sizes.n_blocks} blocks; "
             f"{2 * BATCH} samples, {BATCH} a step"
