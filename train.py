@@ -1022,6 +1022,7 @@ def print_plan(settings: RunSettings) -> None:
             files=settings.data,
             is_default=settings.is_default_data,
             table=stage.table,
+            alignment_text=settings.alignment_text,
             max_length=settings.max_length,
             open_dialogs=partial(open_dialogs, settings),
         ),

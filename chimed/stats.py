@@ -21,6 +21,7 @@ from chimed.prompts import CONTEXT, MODALITIES
 from chimed.sources import SOURCES, own_question
 from chimed.workers import add_workers_option, blocks_of, in_order
 from common.files import write_json, write_text
+from common.paper import TOTAL
 from common.rows import BadRow, Records, find_rows
 from common.text import text_key
 from model_io.pixels import find_picture, open_image
@@ -256,7 +257,6 @@ PAPER_TABLES = (
     PaperTable("alignment", "Table 1: ChiMed-VL-Alignment", "CI", "image-text pairs"),
     PaperTable("instruction", "Table 2: ChiMed-VL-Instruction", "QA", "QA pairs"),
 )
-TOTAL = "total"
 
 
 def describe(counts: Mapping[int, int]) -> TokenCounts:

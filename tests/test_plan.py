@@ -333,16 +333,50 @@ def test_padding_share_by_brute_force():
     assert plan.padding_share(lengths, order, 2, 3) == pytest.approx(1 - lengths.sum() / slots)
 
 
-def test_the_papers_lengths_have_the_papers_quartiles():
-    """Tables 1 and 2: 580,014 pairs, 469,441 questions; median and quartiles of the answers (Q1,
-    median, Q3 = 12, 22, 34 by Table 2)."""
-    lengths, labels = plan.paper_lengths(1, 576)
-    assert len(lengths) == 580_014 and (lengths == 576 + plan.PROMPT + labels).all()
-    _, labels = plan.paper_lengths(2, 576)
-    assert (
-        len(labels) == 469_441
-        and np.abs(np.quantile(labels, (0.25, 0.5, 0.75)) - (12, 22, 34)).max() <= 4
-    )
+@pytest.mark.parametrize(
+    "alignment_text, n, millions",
+    [
+        # a context or an inline text of each case report, and the captions: (167 + 21) / 2 + 42
+        ("draw", 580_014, 136),
+        # 167 + 21 + 42
+        ("both", 2 * 316_838 + 263_176, 230),
+        # the captions of PMC-OA, of which one row less was released
+        ("none", 263_175, 42),
+    ],
+)
+def test_captions_have_the_papers_totals(alignment_text, n, millions):
+    """Table 1, by what a case report is trained on; beside each text its </s>."""
+    lengths, labels = plan.paper_lengths(1, 576, alignment_text)
+    assert len(lengths) == n
+    assert (lengths == 576 + plan.PROMPT + labels).all()
+    assert (labels - 1).sum() / 1e6 == pytest.approx(millions, rel=0.001)
+
+
+def test_questions_and_answers_have_the_papers_totals():
+    """Table 2: 13 M tokens of answers, and 10 M of questions before them."""
+    lengths, labels = plan.paper_lengths(2, 576)
+    assert len(lengths) == 469_441
+    assert (labels - 1).sum() / 1e6 == pytest.approx(13, rel=0.001)
+    assert (lengths - labels - 576 - plan.PROMPT).sum() / 1e6 == pytest.approx(10, rel=0.001)
+    assert np.quantile(labels - 1, (0.25, 0.5, 0.75)).tolist() == [12, 22, 34]
+
+
+def test_samples_come_in_any_order():
+    """The first ones are no set of their own: a benchmark takes them for all."""
+    for table in (1, 2):
+        _, labels = plan.paper_lengths(table, 576)
+        assert labels[:50_000].mean() == pytest.approx(labels.mean(), rel=0.03)
+
+
+def test_what_is_cut_is_said():
+    """Of lengths that --max-length cuts, labels that are left and labels that are gone are all
+    there were."""
+    samples = plan.paper_samples(1, 576, 2048, "x.json", "both")
+    cut = int(re.search(r"([\d,]+) labels are beyond 2,048", samples.source)[1].replace(",", ""))
+    _, whole = plan.paper_lengths(1, 576, "both")
+    assert cut > 1_000_000
+    assert samples.n_labels.sum() + cut == whole.sum()
+    assert "both texts" in samples.source
 
 
 def text_plan(*options, code=0):

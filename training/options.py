@@ -9,7 +9,7 @@ from common.options import InRange
 from model_io.load import trained_mode
 from model_io.tokens import TEMPLATES
 from qilin_min import PROJECTORS, QilinConfig
-from training.plan import LLAMA_SIZES
+from training.plan import ALIGNMENT_TEXTS, LLAMA_SIZES
 from training.stages import Stage
 
 DEFAULT_WEIGHTS = {
@@ -87,6 +87,7 @@ class RunSettings:
     gpu_tflops: float | None
     gpu_bandwidth: float | None
     size: str
+    alignment_text: str
     smoke: bool
 
     # no options: what follows from them
@@ -520,6 +521,13 @@ def add_planning_options(parser: argparse.ArgumentParser) -> None:
         choices=LLAMA_SIZES,
         default="13B",
         help="of the plan where there are no weights (default %(default)s)",
+    )
+    texts = "; ".join(f"{name}: {about}" for name, about in ALIGNMENT_TEXTS.items())
+    add(
+        "--alignment-text",
+        choices=ALIGNMENT_TEXTS,
+        default="draw",
+        help=f"of the plan of stage 1 where there is no data (default %(default)s). {texts}",
     )
     add(
         "--smoke",

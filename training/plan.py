@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.paper import CASE_REPORT, OA, RELEASED_ALIGNMENT, TABLE_1, TABLE_2, lengths_like
 from model_io.adapters import language_folder
 from model_io.load import read_checkpoint
 from model_io.tokens import Tokenizer
@@ -261,68 +262,78 @@ class Samples:
     source: str
 
 
-@dataclass
-class Texts:
-    """Texts of one kind in the paper's data: how many, and their lengths in tokens."""
-
-    n: int
-    median: int
-    q1: int
-    q3: int
-    most: int
-
-
-PROMPT = 60  # tokens of the system sentence, roles and a request
-# Table 1: PMC-CaseReport, every other sample a context, else an inline text, and PMC-OA captions
-PAPER_CAPTIONS = (
-    Texts(158_419, median=435, q1=211, q3=757, most=2576),
-    Texts(158_419, median=59, q1=41, q3=83, most=1551),
-    Texts(263_176, median=125, q1=68, q3=210, most=1417),
-)
-# Table 2: of both sources
-PAPER_ANSWERS = (
-    Texts(316_838, median=27, q1=20, q3=38, most=451),
-    Texts(152_603, median=10, q1=6, q3=16, most=732),
-)
-PAPER_QUESTIONS = (
-    Texts(316_838, median=21, q1=16, q3=26, most=4040),
-    Texts(152_603, median=18, q1=15, q3=22, most=335),
-)
+# tokens of the system sentence, roles and a request
+PROMPT = 60
+# --alignment-text: what a sample of the paper's stage 1 is made of, where it has two texts
+ALIGNMENT_TEXTS = {
+    "draw": "of a case report one of its two texts",
+    "both": "of a case report both texts, a sample each",
+    "none": "PMC-OA alone, as ChiMed-VL-Alignment.jsonl is released",
+}
 
 
-def draw_lengths(rng: np.random.Generator, kinds: tuple[Texts, ...]) -> np.ndarray:
-    """int64 (n,): lognormal with the medians and quartiles of these texts, cut at their maxima."""
-    drawn = []
-    for texts in kinds:
-        # the quartiles of a normal lie 0.67449 sigma from its middle
-        sigma = math.log(texts.q3 / texts.q1) / (2 * 0.67449)
-        logs = rng.normal(math.log(texts.median), sigma, texts.n)
-        drawn.append(np.minimum(np.exp(logs), texts.most).astype(np.int64) + 1)
-    return np.concatenate(drawn)
+def paper_captions(rng: np.random.Generator, alignment_text: str) -> np.ndarray:
+    """int64 (n,): lengths of what stage 1 learns, by Table 1. alignment_text: of
+    ALIGNMENT_TEXTS."""
+    contexts = TABLE_1.texts[CASE_REPORT, "C"]
+    inline = TABLE_1.texts[CASE_REPORT, "I"]
+    captions = TABLE_1.texts[OA, "I"]
+    if alignment_text == "none":
+        return lengths_like(captions, RELEASED_ALIGNMENT, rng)
+    n_contexts = contexts.n
+    n_inline = inline.n
+    if alignment_text == "draw":
+        n_contexts = contexts.n // 2
+        n_inline = inline.n - n_contexts
+    drawn = [
+        lengths_like(contexts, n_contexts, rng),
+        lengths_like(inline, n_inline, rng),
+        lengths_like(captions, captions.n, rng),
+    ]
+    return rng.permutation(np.concatenate(drawn))
 
 
-def paper_lengths(table: int, n_image_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def paper_answers(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(questions, answers), int64 (n,): lengths of what stage 2 is asked and learns, by Table 2."""
+    drawn = {}
+    for kind in "QA":
+        of_sets = [TABLE_2.texts[source, kind] for source in TABLE_2.pairs]
+        drawn[kind] = np.concatenate([lengths_like(texts, texts.n, rng) for texts in of_sets])
+    order = rng.permutation(len(drawn["Q"]))
+    return drawn["Q"][order], drawn["A"][order]
+
+
+def paper_lengths(
+    table: int, n_image_tokens: int, alignment_text: str = "draw", seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """(lengths, labels) in tokens of samples like the paper's, int64 (n,): captions by its Table 1,
-    questions and answers by Table 2."""
+    questions and answers by Table 2. </s> is a label, too."""
     rng = np.random.default_rng(seed)
     if table == 1:
-        labels = draw_lengths(rng, PAPER_CAPTIONS)
+        labels = paper_captions(rng, alignment_text) + 1
         return n_image_tokens + PROMPT + labels, labels
-    labels = draw_lengths(rng, PAPER_ANSWERS)
-    questions = draw_lengths(rng, PAPER_QUESTIONS)
+    questions, answers = paper_answers(rng)
+    labels = answers + 1
     return n_image_tokens + PROMPT + questions + labels, labels
 
 
-def paper_samples(table: int, n_image_tokens: int, max_length: int, missing: str) -> Samples:
+def paper_samples(
+    table: int, n_image_tokens: int, max_length: int, missing: str, alignment_text: str = "draw"
+) -> Samples:
     """Samples like the paper's, each with a picture and cut at max_length, which leaves them a
     label. missing: the data that is not there."""
-    lengths, labels = paper_lengths(table, n_image_tokens)
+    lengths, whole = paper_lengths(table, n_image_tokens, alignment_text)
     n_over = np.maximum(lengths - max_length, 0)
     lengths = lengths - n_over
-    labels = labels - n_over
+    labels = whole - n_over
     lengths = lengths[labels > 0]
     labels = labels[labels > 0]
-    source = f"no data at {missing}: lengths drawn by the paper's Table {table}"
+    source = f"no data at {missing}: lengths by the paper's Table {table}"
+    if table == 1:
+        source += f", {ALIGNMENT_TEXTS[alignment_text]}"
+    if n_over.any():
+        n_cut = int(np.minimum(n_over, whole).sum())
+        source += f"; {n_cut:,} labels are beyond {max_length:,} tokens"
     return Samples(lengths, labels, np.ones_like(lengths), source)
 
 
@@ -616,6 +627,7 @@ class PlannedData:
     files: list[str]
     is_default: bool
     table: int  # of the paper, with the lengths of such samples
+    alignment_text: str  # of ALIGNMENT_TEXTS
     max_length: int
     open_dialogs: Callable[[list[str], Tokenizer, QilinConfig], Dialogs]
 
@@ -645,7 +657,13 @@ def planned_config(weights: PlannedWeights) -> tuple[QilinConfig, str]:
 def planned_samples(data: PlannedData, weights: PlannedWeights, config: QilinConfig) -> Samples:
     """The samples of the data, or the paper's; ValueError when max_length leaves none."""
     if data.is_default and not all(map(os.path.exists, data.files)):
-        samples = paper_samples(data.table, config.n_image_tokens, data.max_length, data.files[0])
+        samples = paper_samples(
+            data.table,
+            config.n_image_tokens,
+            data.max_length,
+            data.files[0],
+            data.alignment_text,
+        )
     else:
         tokenizer = together(Tokenizer, language_folder(weights.model, weights.llm, weights.base))
         dialogs = data.open_dialogs(data.files, tokenizer, config)

@@ -58,7 +58,7 @@ from gpu.table import Context, Row
 from gpu.timing import wait_for
 from model_io.tokens import Tokenizer
 from training.costs import flops
-from training.plan import PAPER_ANSWERS, PAPER_QUESTIONS, draw_lengths
+from training.plan import paper_answers
 from training.preflight import available_memory
 
 
@@ -125,9 +125,7 @@ def write_rows(path: Path, tokenizer: Tokenizer, pool: str, names: list[str], n:
     """Questions and answers as long, in tokens of this tokenizer, as Table 2 has them."""
     rng = np.random.default_rng(0)
     tokens_a_character = len(tokenizer.encode(pool[:4000])) / 4000
-    # one n-th of the paper's are as the first n of a shuffled list
-    questions = rng.permutation(draw_lengths(rng, PAPER_QUESTIONS))[:n]
-    answers = rng.permutation(draw_lengths(rng, PAPER_ANSWERS))[:n]
+    questions, answers = paper_answers(rng)
 
     def text(n_tokens: int) -> str:
         start = int(rng.integers(0, len(pool) - 8000))
