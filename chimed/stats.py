@@ -1,5 +1,10 @@
 """Tables 1 and 2 and Figures 1 and 2 of the paper (arXiv 2310.17956) for built files: token counts
-by set, exact quantiles in one pass; histograms, word clouds, a sheet of pictures by modality."""
+by set, exact quantiles in one pass; histograms, word clouds, a sheet of pictures by modality.
+
+In Table 1 a case report is one pair and counts with both its texts (167 M tokens of contexts are
+527 for each of 316,838 pairs), though a dialog holds one of them. They are read from the raw rows
+that the manifest beside a built file names; what is trained is told beside the table.
+"""
 
 import argparse
 import heapq
@@ -9,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +22,18 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from chimed.case_reports import (
+    CASE_SOURCE,
+    CaseReports,
+    NoCaseReports,
+    case_number,
+    find_case_reports,
+)
 from chimed.prompts import CONTEXT, MODALITIES
-from chimed.sources import SOURCES, own_question
+from chimed.sources import SOURCES, add_source_options, own_question
 from chimed.workers import add_workers_option, blocks_of, in_order
 from common.files import write_json, write_text
-from common.paper import TOTAL
+from common.paper import CASE_REPORT, OA, PMC_VQA, TABLE_1, TABLE_2, TOTAL, Table
 from common.rows import BadRow, Records, find_rows
 from common.text import text_key
 from model_io.pixels import find_picture, open_image
@@ -37,9 +49,9 @@ CLOUD_TEXTS = 20_000
 # pictures of a modality on the sheet
 SHEET = 6
 SET_NAMES = {
-    "pmc-oa": "PMC-OA",
-    "pmc-casereport": "PMC-CaseReport",
-    "pmc-vqa": "PMC-VQA",
+    "pmc-oa": OA,
+    "pmc-casereport": CASE_REPORT,
+    "pmc-vqa": PMC_VQA,
     "own": "own",
     "chimed-alignment": "ChiMed-VL",
     "chimed-instruction": "ChiMed-VL",
@@ -108,8 +120,10 @@ class Counts:
 
     # (set, kind of text): {tokens: texts that have so many}
     lengths: dict[tuple[str, str], Counter[int]] = field(default_factory=dict)
-    # set: pairs
+    # set: pairs, a case report being one
     pairs: Counter[str] = field(default_factory=Counter)
+    # {kind of text: {tokens: texts}} that stage 1 learns
+    trained: dict[str, Counter[int]] = field(default_factory=dict)
     # modality: rows
     modalities: Counter[str] = field(default_factory=Counter)
     sheet: list[SheetEntry] = field(default_factory=list)
@@ -121,10 +135,16 @@ class Counts:
         """One more text of so many tokens."""
         self.lengths.setdefault((source, kind), Counter())[n_tokens] += 1
 
+    def add_trained(self, kind: str, n_tokens: int) -> None:
+        """One more text of so many tokens that stage 1 learns."""
+        self.trained.setdefault(kind, Counter())[n_tokens] += 1
+
     def update(self, more: "Counts") -> None:
         """Adds what was counted of further rows, but for the sheet, which all subsets share."""
         for key, lengths in more.lengths.items():
             self.lengths.setdefault(key, Counter()).update(lengths)
+        for kind, lengths in more.trained.items():
+            self.trained.setdefault(kind, Counter()).update(lengths)
         self.pairs.update(more.pairs)
         self.modalities.update(more.modalities)
         self.texts.extend(more.texts)
@@ -138,6 +158,8 @@ class BuiltFile:
     subset: str
     rows: Records
     every: int
+    # the raw rows of its case reports; None: their dialogs are all there is
+    case_reports: CaseReports | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +174,7 @@ def count_block(counting: Counting, f: int, start: int, stop: int) -> Counts:
     """Counts of rows start to stop of file f."""
     file = counting.files[f]
     counts = Counts()
+    before = number_of(file.rows, start - 1) if start else None
     for i in range(start, stop):
         try:
             row = file.rows[i]
@@ -159,27 +182,64 @@ def count_block(counting: Counting, f: int, start: int, stop: int) -> Counts:
         except (ValueError, TypeError, KeyError):
             counts.n_bad += 1
             continue
-        count_row(counts, file.subset, row, counting.tokenizer, for_cloud=i % file.every == 0)
+        number = case_number(row.get("id")) if file.subset == "alignment" else None
+        # the two dialogs of a case report follow each other
+        is_second = number is not None and number == before
+        before = number
+        count_row(
+            counts,
+            file,
+            row,
+            counting.tokenizer,
+            number=number,
+            is_second=is_second,
+            for_cloud=i % file.every == 0,
+        )
     counts.sheet = smallest_of_each(counts.sheet)
     return counts
 
 
+def number_of(rows: Records, i: int) -> int | None:
+    """The case report that row i is of; None: it is of none."""
+    try:
+        return case_number(rows[i].get("id"))
+    except (ValueError, AttributeError):
+        return None
+
+
 def count_row(
-    counts: Counts, subset: str, row: dict[str, Any], tokenizer: Tokenizer, *, for_cloud: bool
+    counts: Counts,
+    file: BuiltFile,
+    row: dict[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    number: int | None,
+    is_second: bool,
+    for_cloud: bool,
 ) -> None:
-    """One dialog: the lengths of its texts, its modality, its picture."""
+    """One dialog: the lengths of its texts, its modality, its picture. number: of the case report
+    that a dialog of stage 1 is of; is_second: another dialog of it was counted before."""
     row_id = row.get("id")
     source = source_of(row_id)
     turns = []
     for turn in row["conversations"]:
         turns.append(turn["value"].encode("utf-8", "ignore").decode())
+    # of a case report both texts are counted, from its raw row
+    has_raw_row = number is not None and file.case_reports is not None
     for question, answer in zip(turns[::2], turns[1::2], strict=False):
-        counts.pairs[source] += 1
-        for kind, text in texts_of_pair(subset, row_id, question, answer).items():
-            counts.add_length(source, kind, len(tokenizer.encode(text)))
+        counts.pairs[source] += not is_second
+        for kind, text in texts_of_pair(file.subset, row_id, question, answer).items():
+            n_tokens = len(tokenizer.encode(text))
+            if not has_raw_row:
+                counts.add_length(source, kind, n_tokens)
+            if file.subset == "alignment":
+                counts.add_trained(kind, n_tokens)
             if for_cloud:
                 counts.texts.append(text)
-    modality = modality_of(" ".join(telling_texts(subset, turns)))
+    if number is not None and file.case_reports is not None and not is_second:
+        for kind, text in file.case_reports.texts(number).items():
+            counts.add_length(source, kind, len(tokenizer.encode(text)))
+    modality = modality_of(" ".join(telling_texts(file.subset, turns)))
     counts.modalities[modality] += 1
     image = row.get("image")
     if isinstance(image, str):
@@ -244,18 +304,20 @@ class SetColumn:
 
 
 @dataclass(frozen=True)
-class PaperTable:
-    """A table of the paper. kinds: of text, a letter each; pairs: what it calls them."""
+class TableForm:
+    """The form of a table of the paper. kinds: of text, a letter each; pairs: what it calls
+    them."""
 
     subset: str
     title: str
     kinds: str
     pairs: str
+    paper: Table
 
 
-PAPER_TABLES = (
-    PaperTable("alignment", "Table 1: ChiMed-VL-Alignment", "CI", "image-text pairs"),
-    PaperTable("instruction", "Table 2: ChiMed-VL-Instruction", "QA", "QA pairs"),
+TABLE_FORMS = (
+    TableForm("alignment", "Table 1: ChiMed-VL-Alignment", "CI", "image-text pairs", TABLE_1),
+    TableForm("instruction", "Table 2: ChiMed-VL-Instruction", "QA", "QA pairs", TABLE_2),
 )
 
 
@@ -296,6 +358,30 @@ def make_table(counts: Counts, kinds: str) -> dict[str, SetColumn]:
     return table
 
 
+def paper_columns(form: TableForm) -> dict[str, SetColumn]:
+    """{set or "total": its column} as the paper has it."""
+    columns = {}
+    for source, n_pairs in form.paper.pairs.items():
+        kinds = {}
+        for kind in form.kinds:
+            texts = form.paper.texts.get((source, kind))
+            if texts:
+                kinds[kind] = TokenCounts(
+                    texts.n, texts.tokens, texts.most, texts.median, texts.q1, texts.q3
+                )
+        columns[source] = SetColumn(n_pairs, kinds)
+    totals = {}
+    for kind, total in form.paper.totals.items():
+        n_texts = sum(
+            column.kinds[kind].texts for column in columns.values() if kind in column.kinds
+        )
+        totals[kind] = TokenCounts(
+            n_texts, total.tokens, total.most, total.median, total.q1, total.q3
+        )
+    columns[TOTAL] = SetColumn(form.paper.n_pairs, totals)
+    return columns
+
+
 def millions(n: int) -> str:
     """A large number as the paper writes it."""
     if n >= 10**7:
@@ -327,27 +413,35 @@ def show_median(counts: TokenCounts) -> str:
     return f"{counts.median:g} ({counts.q1:g}, {counts.q3:g})"
 
 
-def markdown(paper: PaperTable, table: dict[str, SetColumn]) -> str:
+def markdown(form: TableForm, title: str, table: dict[str, SetColumn]) -> str:
     """The table in the paper's form: sets beside each other, - where a set has no such text."""
     columns = list(table.values())
-    lines = [(paper.pairs, [f"{column.pairs:,}" for column in columns])]
-    for kind in paper.kinds:
+    lines = [(form.pairs, [f"{column.pairs:,}" for column in columns])]
+    for kind in form.kinds:
         lines.append((f"{kind} tokens", cells_of(columns, kind, show_tokens)))
-    longest = [cells_of(columns, kind, show_max) for kind in paper.kinds]
-    lines.append(
-        (
-            f"max {' / '.join(paper.kinds)} tokens",
-            [" / ".join(of_a_set) for of_a_set in zip(*longest, strict=True)],
-        )
-    )
-    for kind in paper.kinds:
+    for kind in form.kinds:
+        lines.append((f"max {kind} tokens", cells_of(columns, kind, show_max)))
+    for kind in form.kinds:
         lines.append((f"median (Q1, Q3) {kind} tokens", cells_of(columns, kind, show_median)))
 
     rule = ["---"] * (len(columns) + 1)
-    text = [f"## {paper.title}", "", f"| | {' | '.join(table)} |", f"|{'|'.join(rule)}|"]
+    text = [f"## {title}", "", f"| | {' | '.join(table)} |", f"|{'|'.join(rule)}|"]
     for name, cells in lines:
         text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
+
+
+def trained_line(trained: Mapping[str, TokenCounts]) -> str:
+    """What stage 1 learns of the pairs that were counted."""
+    n_dialogs = sum(counts.texts for counts in trained.values())
+    parts = []
+    for kind, counts in trained.items():
+        parts.append(f"{counts.texts:,} {KINDS_LEARNT[kind]} of {millions(counts.tokens)} tokens")
+    n_tokens = sum(counts.tokens for counts in trained.values())
+    return (
+        f"Trained in stage 1: {n_dialogs:,} dialogs, {millions(n_tokens)} tokens to be said: "
+        f"{', '.join(parts)}.\n"
+    )
 
 
 def modality_table(modalities: Counter[str]) -> str:
@@ -425,6 +519,7 @@ def find_font(given: str | None) -> str | None:
     return None
 
 
+KINDS_LEARNT = {"C": "contexts", "I": "inline texts and captions"}
 KIND_NAMES = {"C": "context", "I": "inline text, caption", "Q": "question", "A": "answer"}
 
 
@@ -607,6 +702,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="a LLaMA folder or tokenizer.model: what tokens are counted with",
     )
     add("--out", type=Path, required=True, metavar="DIR")
+    add_source_options(parser, [CASE_SOURCE])
     add("--images", metavar="DIR", help="folder of the pictures, for the contact sheet (Figure 1)")
     add(
         "--font",
@@ -624,7 +720,8 @@ def run(args: argparse.Namespace) -> int:
     if args.images and not Path(args.images).is_dir():
         raise FileNotFoundError(f"no such image folder: {args.images}")
     font = find_font(args.font)
-    files = open_built({"alignment": args.alignment, "instruction": args.instruction})
+    built = {"alignment": args.alignment, "instruction": args.instruction}
+    files, lacking = open_built(built, args.raw_files.get(CASE_SOURCE, []))
     n_rows = sum(len(file.rows) for file in files)
     if not n_rows:
         raise ValueError(f"{', '.join(paths)}: no rows")
@@ -640,7 +737,7 @@ def run(args: argparse.Namespace) -> int:
     for of_subset in counts.values():
         modalities.update(of_subset.modalities)
     report = {"tokenizer": str(args.tokenizer), "files": paths, "bad_rows": n_bad}
-    write_tables(counts, modalities, report, args.out)
+    write_tables(counts, modalities, report, lacking, args.out)
     if n_bad:
         print(
             f"data_prep.py: {n_bad:,} rows are no dialogs and were passed over: "
@@ -654,14 +751,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_built(paths: Mapping[str, list[str]]) -> list[BuiltFile]:
-    """The files of each subset, {subset: paths}."""
+def open_built(
+    paths: Mapping[str, list[str]], case_reports: list[str]
+) -> tuple[list[BuiltFile], str]:
+    """The files of each subset, {subset: paths}, with the raw rows of their case reports; and why
+    some have none, "" where all have them that need them. case_reports: as named by an option."""
     files = []
+    reasons = {}
     for subset, paths_of_one in paths.items():
         opened = [Records(path, ranges=find_rows(path)) for path in paths_of_one]
         every = max(1, sum(map(len, opened)) // CLOUD_TEXTS)
-        files += [BuiltFile(subset, rows, every) for rows in opened]
-    return files
+        for rows in opened:
+            file = BuiltFile(subset, rows, every)
+            if subset == "alignment" and has_case_reports(rows):
+                try:
+                    raw = find_case_reports(rows.path, case_reports)
+                    file = replace(file, case_reports=raw)
+                except NoCaseReports as reason:
+                    reasons[str(reason)] = True
+            files.append(file)
+    lacking = "; ".join(reasons)
+    if lacking:
+        print(
+            f"data_prep.py: {lacking}: name the raw rows by --{CASE_SOURCE} FILE, or case reports "
+            "count with the texts that are trained alone, not with both as in the paper's Table 1",
+            file=sys.stderr,
+        )
+    return files, lacking
+
+
+def has_case_reports(rows: Records) -> bool:
+    """Whether dialogs of case reports are among some rows: a thousand of them are looked at."""
+    step = max(1, len(rows) // 1000)
+    return any(number_of(rows, i) is not None for i in range(0, len(rows), step))
 
 
 def count_files(counting: Counting, workers: int) -> tuple[dict[str, Counts], list[SheetEntry]]:
@@ -684,18 +806,33 @@ def count_files(counting: Counting, workers: int) -> tuple[dict[str, Counts], li
 
 
 def write_tables(
-    counts: Mapping[str, Counts], modalities: Counter[str], report: dict[str, Any], out: Path
+    counts: Mapping[str, Counts],
+    modalities: Counter[str],
+    report: dict[str, Any],
+    lacking: str,
+    out: Path,
 ) -> None:
-    """stats.md, also printed, and stats.json, which begins with what `report` holds."""
+    """stats.md, also printed, and stats.json, which begins with what `report` holds. lacking: why
+    there are no raw rows of case reports, "" where there are."""
     parts = []
-    for paper in PAPER_TABLES:
-        of_subset = counts.get(paper.subset)
+    for form in TABLE_FORMS:
+        of_subset = counts.get(form.subset)
         if of_subset is None or not of_subset.pairs:
             continue
-        table = make_table(of_subset, paper.kinds)
-        report[paper.subset] = {source: column.as_json() for source, column in table.items()}
-        report[f"{paper.subset}_modalities"] = dict(of_subset.modalities.most_common())
-        parts.append(markdown(paper, table))
+        table = make_table(of_subset, form.kinds)
+        report[form.subset] = {source: column.as_json() for source, column in table.items()}
+        report[f"{form.subset}_modalities"] = dict(of_subset.modalities.most_common())
+        parts.append(markdown(form, form.title, table))
+        trained = {kind: describe(of_subset.trained[kind]) for kind in sorted(of_subset.trained)}
+        if trained:
+            report["alignment_trained"] = {
+                kind: asdict(of_kind) for kind, of_kind in trained.items()
+            }
+            parts.append(trained_line(trained))
+        if form.subset == "alignment" and lacking:
+            parts.append(f"Case reports count with the texts that are trained alone: {lacking}.\n")
+        if not form.paper.pairs.keys().isdisjoint(table):
+            parts.append(markdown(form, "The same in the paper", paper_columns(form)))
     parts.append(modality_table(modalities))
     text = (
         f"Tokens of {report['tokenizer']}; C context, I inline text or caption, Q question, "

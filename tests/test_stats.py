@@ -1,5 +1,5 @@
-"""Promise: `stats` counts what is in the built files with the chosen tokenizer, exactly, in the
-form of the paper's Tables 1 and 2, and draws its figures."""
+"""Promise: `stats` counts built files with the chosen tokenizer, exactly, as the paper's Tables 1
+and 2 do (a case report with both its texts, whichever is trained), and draws its figures."""
 
 import json
 from collections import Counter
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from raw_sets import OA, make_raw, prep
 
+from chimed import stats
 from chimed.prompts import MODALITIES, VQA
 from chimed.sources import own_question
 from chimed.stats import find_font, has_chinese, modality_of, quantile
@@ -65,7 +66,9 @@ def test_the_papers_tables(tmp_path, toy):
         Tokenizer(toy / "llama"),
     )
     texts = {}
+    numbers = set()
     for row in Records(out / "alignment.json"):
+        numbers.add(row["id"].rsplit("-", 1)[0])
         source = "PMC-OA" if row["id"].startswith("pmc-oa") else "PMC-CaseReport"
         texts.setdefault(("alignment", source, "C" if "context" in row["id"] else "I"), []).append(
             row["conversations"][1]["value"]
@@ -102,19 +105,129 @@ def test_the_papers_tables(tmp_path, toy):
         if (subset, kind) == ("alignment", "I")
         for text in values
     ]
-    assert report["alignment"]["total"]["I"]["median"] == np.median(both) and report["alignment"][
-        "total"
-    ]["pairs"] == len(Records(out / "alignment.json"))
+    assert report["alignment"]["total"]["I"]["median"] == np.median(both)
+    # a case report with two dialogs is one pair
+    assert report["alignment"]["total"]["pairs"] == len(numbers) == 27
+    assert len(Records(out / "alignment.json")) == 45
     assert "C" not in report["alignment"]["PMC-OA"]
     table = (tmp_path / "stats/stats.md").read_text()
     assert (
         "| | PMC-CaseReport | PMC-OA | total |" in table
-        and "| image-text pairs | 36 | 9 | 45 |" in table
+        and "| image-text pairs | 18 | 9 | 27 |" in table
         and "| C tokens | " in table
         and table.strip() in done.stdout
     )
     entry = report["instruction"]["PMC-VQA"]["Q"]
     assert f"{entry['median']:g} ({entry['q1']:g}, {entry['q3']:g})" in table
+
+
+def built_of(raw, out, *options):
+    """A build of the captions and case reports of a folder of make_raw, texts alone."""
+    files = ["--pmc-oa", raw / "pmc_oa.jsonl", "--pmc-casereport", raw / "case.csv"]
+    prep("build", *files, "--skip-pictures", "--out", out, *options)
+    return out / "alignment.json"
+
+
+def stats_of(toy, alignment, out, *options, code=0):
+    """(what stats printed, its stats.json)"""
+    done = prep(
+        "stats",
+        "--alignment",
+        alignment,
+        "--tokenizer",
+        toy / "llama",
+        "--out",
+        out,
+        "--no-figures",
+        *options,
+        code=code,
+    )
+    report = out / "stats.json"
+    return done, json.loads(report.read_text()) if report.is_file() else {}
+
+
+def lengths_of_column(raw, column, tokenizer):
+    return [len(tokenizer.encode(row[column])) for row in Records(raw / "case.csv")]
+
+
+@pytest.mark.parametrize("texts", ["draw", "inline", "context", "both"])
+def test_a_case_report_counts_with_both_its_texts(tmp_path, toy, texts):
+    """Table 1: whichever of its texts is trained, a pair a row, C and I as the raw table has them;
+    beside it what is trained."""
+    raw = make_raw(tmp_path / "raw", n=9)
+    alignment = built_of(raw, tmp_path / "built", "--alignment-text", texts)
+    done, report = stats_of(toy, alignment, tmp_path / "stats")
+    tokenizer = Tokenizer(toy / "llama")
+    column = report["alignment"]["PMC-CaseReport"]
+    assert column["pairs"] == 18
+    for kind, name in (("C", "context"), ("I", "inline")):
+        lengths = lengths_of_column(raw, name, tokenizer)
+        assert column[kind]["texts"] == 18
+        assert column[kind]["tokens"] == sum(lengths)
+        assert column[kind]["max"] == max(lengths)
+        assert column[kind]["median"] == np.median(lengths)
+    # trained: the dialogs that there are
+    spoken = {"C": [], "I": []}
+    for row in Records(alignment):
+        kind = "C" if row["id"].endswith("-context") else "I"
+        spoken[kind].append(len(tokenizer.encode(row["conversations"][1]["value"])))
+    for kind, lengths in spoken.items():
+        trained = report["alignment_trained"].get(kind, {"texts": 0, "tokens": 0})
+        assert (trained["texts"], trained["tokens"]) == (len(lengths), sum(lengths))
+    n_dialogs = sum(map(len, spoken.values()))
+    assert f"Trained in stage 1: {n_dialogs} dialogs" in done.stdout
+    # the paper's own table stands beside ours
+    assert "| C tokens | 167 M | - | 167 M |" in done.stdout
+    assert "| max I tokens | 1,551 | 1,417 | 1,551 |" in done.stdout
+    assert (
+        "| median (Q1, Q3) I tokens | 59 (41, 83) | 125 (68, 210) | 75 (47, 132) |" in done.stdout
+    )
+
+
+def test_raw_rows_that_are_gone_are_said(tmp_path, toy):
+    """Moved: named by the option. Changed, or another file: never counted in silence."""
+    raw = make_raw(tmp_path / "raw", n=6)
+    alignment = built_of(raw, tmp_path / "built", "--alignment-text", "inline")
+    whole = stats_of(toy, alignment, tmp_path / "stats")[1]["alignment"]
+
+    moved = tmp_path / "elsewhere.csv"
+    (raw / "case.csv").rename(moved)
+    done, report = stats_of(toy, alignment, tmp_path / "without")
+    assert "case.csv is not there any more" in done.stderr
+    assert "--pmc-casereport FILE" in done.stderr
+    assert "Case reports count with the texts that are trained alone" in done.stdout
+    assert "C" not in report["alignment"]["PMC-CaseReport"]
+    assert report["alignment"]["PMC-CaseReport"]["pairs"] == 12
+
+    _, report = stats_of(toy, alignment, tmp_path / "named", "--pmc-casereport", moved)
+    assert report["alignment"] == whole
+
+    other = make_raw(tmp_path / "other", n=3) / "case.csv"
+    done, _ = stats_of(toy, alignment, tmp_path / "x", "--pmc-casereport", other, code=2)
+    assert "not the files that" in done.stderr and len(done.stderr.splitlines()) == 1
+    (tmp_path / "built/manifest.json").unlink()
+    done, _ = stats_of(toy, alignment, tmp_path / "x", "--pmc-casereport", other, code=2)
+    assert "not what the dialogs were built of" in done.stderr
+
+    (raw / "case.csv").write_bytes(moved.read_bytes() + b"PMC1,a,b,c,d,[]\n")
+    alignment = built_of(raw, tmp_path / "again", "--alignment-text", "inline")
+    (raw / "case.csv").write_bytes(moved.read_bytes())
+    done, _ = stats_of(toy, alignment, tmp_path / "changed")
+    assert "case.csv has changed since the build" in done.stderr
+
+
+def test_blocks_do_not_count_a_case_report_twice(tmp_path, toy, monkeypatch):
+    """Its two dialogs may lie on either side of where one worker ends and the next begins."""
+    raw = make_raw(tmp_path / "raw", n=6)
+    alignment = built_of(raw, tmp_path / "built", "--alignment-text", "both")
+    tokenizer = Tokenizer(toy / "llama")
+    monkeypatch.setattr(stats, "ROWS_COUNTED", 1)
+    files, lacking = stats.open_built({"alignment": [str(alignment)]}, [])
+    counts, _ = stats.count_files(stats.Counting(files, tokenizer), workers=1)
+    assert not lacking
+    assert counts["alignment"].pairs["PMC-CaseReport"] == 12
+    lengths = counts["alignment"].lengths["PMC-CaseReport", "C"]
+    assert lengths.total() == 12
 
 
 def test_prompts_are_taken_away():
