@@ -171,11 +171,13 @@ def put_question(template: str, question: str) -> str:
 
 
 def published_dialog(
-    row: Row, row_id: str, pictures: PictureFolder, require_chinese: bool
+    row: Row, row_id: str, pictures: PictureFolder, settings: BuildSettings
 ) -> dict[str, Any]:
     """A dialog that is one already: as it is, its pictures placed; several for one <image> are
     joined. BadRow."""
-    turns = published_turns(row.conversations, require_chinese)
+    turns = published_turns(row.conversations, settings.require_chinese)
+    if row.texts.get("caption"):
+        turns = captioned_turns(row, row_id, settings)
     n_images = sum(turn.count(IMAGE_TOKEN) for turn in turns)
     if n_images not in (1, len(row.images)) or bool(n_images) != bool(row.images):
         raise BadRow(f"{IMAGE_TOKEN} and pictures do not agree")
@@ -188,6 +190,16 @@ def published_dialog(
     if not images:
         del dialog["image"]
     return dialog
+
+
+def captioned_turns(row: Row, row_id: str, settings: BuildSettings) -> list[str]:
+    """What is said about a published picture of which there is only a caption. BadRow."""
+    caption = row.texts["caption"]
+    reason = text_problem(caption, settings.require_chinese)
+    if reason:
+        raise BadRow(reason)
+    prompt = draw_prompt(settings.seed, row_id, "caption", CAPTION)
+    return [f"{IMAGE_TOKEN}\n{prompt}", caption]
 
 
 def published_turns(conversation: Any, require_chinese: bool) -> list[str]:
@@ -567,9 +579,7 @@ def team_dialogs(build: Build, subset: str, members: list[Member]) -> list[dict[
     """The dialogs of a team's rows, the pictures placed. BadRow."""
     leader = members[0]
     if leader.row.source.startswith("chimed"):
-        dialog = published_dialog(
-            leader.row, leader.id, build.pictures, build.settings.require_chinese
-        )
+        dialog = published_dialog(leader.row, leader.id, build.pictures, build.settings)
         return [dialog]
     if subset == "alignment":
         return described_picture(members, build.pictures, build.settings.seed)

@@ -55,6 +55,7 @@ from common.files import (
     run_cli,
     say_once,
 )
+from common.paper import RELEASED_ALIGNMENT, TABLE_1, TABLES
 from model_io.adapters import base_folder, language_folder
 from model_io.card import Origin, bases_of, names_of_files, projector_name
 from model_io.devices import check_torch, choose_training_device
@@ -503,8 +504,38 @@ class RunData:
         return found
 
 
+def check_default_data(settings: RunSettings) -> None:
+    """FileNotFoundError where nobody named data and there is none where a stage looks for it."""
+    path = Path(settings.data[0])
+    if settings.is_default_data and not path.exists():
+        raise FileNotFoundError(
+            f"no such data file: {path}: data_prep.py build makes it of the raw sets; files that "
+            "were released are named by --data (ChiMed-VL-Alignment.jsonl is PMC-OA alone, "
+            f"{RELEASED_ALIGNMENT:,} of the paper's {TABLE_1.n_pairs:,} pairs and no contexts; the "
+            "Instruction file may be partial)"
+        )
+
+
+def beside_paper(settings: RunSettings, n_rows: int) -> str | None:
+    """How many rows there are beside the paper's, None where they are as many."""
+    number = STAGES[settings.stage].table
+    n_paper = TABLES[number].n_pairs
+    if n_rows == n_paper:
+        return None
+    line = (
+        f"{n_rows:,} rows, {math.ceil(n_rows / settings.batch_size):,} steps of "
+        f"{settings.batch_size} an epoch; the paper has {n_paper:,} in its Table {number}, "
+        f"{math.ceil(n_paper / settings.batch_size):,} steps"
+    )
+    # a row more or less: the paper counts 263,176 captions
+    if number == 1 and abs(n_rows - RELEASED_ALIGNMENT) <= 1:
+        line += ". So many has ChiMed-VL-Alignment.jsonl as released: PMC-OA alone, no contexts"
+    return line
+
+
 def load_data(settings: RunSettings, tokenizer: Tokenizer, config: QilinConfig) -> RunData:
     """What is learnt, what is held out, and the batches."""
+    on_rank0(check_default_data, settings)
     dataset = open_dialogs(settings, settings.data, tokenizer, config)
     held_out = None
     if settings.val_data:
@@ -516,6 +547,9 @@ def load_data(settings: RunSettings, tokenizer: Tokenizer, config: QilinConfig) 
         seed=settings.seed,
         max_steps=settings.max_steps,
     )
+    difference = beside_paper(settings, len(dataset) + dataset.n_dropped)
+    if difference:
+        print0(difference)
     return RunData(dataset, held_out, batches)
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from chimed.pictures import CACHE
 from chimed.sources import has_half_pair, own_question
 from chimed.workers import BLOCK, add_workers_option, blocks_of, in_order
+from common.dialogs import UnknownRow, read_dialog
 from common.options import InRange
 from common.rows import BadRow, FileChanged, Records, find_rows
 from common.text import text_key
@@ -132,6 +133,11 @@ def check_row(rows: Records, i: int, rules: Rules) -> CheckedRow:
         raise
     except ValueError:
         return CheckedRow(["not JSON"])
+    if isinstance(row, dict):
+        try:
+            row = read_dialog(row)
+        except UnknownRow:
+            return CheckedRow(["no dialog"])
     problems = row_problems(row, rules)
     if not isinstance(row, dict):
         return CheckedRow(problems)

@@ -6,7 +6,10 @@ PMC-CaseReport  .csv .json .jsonl  PMC_id, context, question, answer, inline, im
                               that holds a Python list of names)
 PMC-VQA v1, v2  .csv          Figure_path, Question, Answer (text or letter), Choice A … Choice D
                               [, Answer_label, Caption, index, split]
-ChiMed-VL       .json .jsonl  id, image, conversations: dialogs already, with a picture or without
+ChiMed-VL       .json .jsonl  id, image, conversations: dialogs already, with a picture or without;
+                              or what common/dialogs.py finds under other keys. As released
+                              ChiMed-VL-Alignment.jsonl is PMC-OA alone (263,175 rows by its
+                              authors' word, no contexts); the Instruction file may be partial
 own             .csv .tsv .json .jsonl  image(s), question, answer or caption; columns named by
                               options
 """
@@ -19,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from chimed.prompts import CAPTION, CONTEXT, VQA
+from common.dialogs import PICTURE_SUFFIX, UnknownRow, is_caption, read_dialog
 from common.files import one_line
 from common.rows import BadRow, Records
 from common.text import clean_text
@@ -32,8 +36,9 @@ SOURCES = {
     "pmc-oa": [("image",), ("caption",)],
     "pmc-casereport": [("PMC_id",), ("img_ref",), ("question", "context", "inline")],
     "pmc-vqa": [("Figure_path",), ("Question",), ("Answer", "Anwser", "Answer_label")],
-    "chimed-alignment": [("conversations",)],
-    "chimed-instruction": [("conversations",)],
+    # read by what they hold: common/dialogs.py
+    "chimed-alignment": [],
+    "chimed-instruction": [],
     "own": [],
 }
 # field: columns of --own it is looked for in, unless one is named by an option
@@ -72,7 +77,6 @@ class Row:
 # --- 2. what stands in a field --------------------------------------------------------------------
 
 PICTURES_UNREADABLE = "list of pictures cannot be read"
-PICTURE_SUFFIX = re.compile(r"\.(?:jpe?g|png|gif|tiff?|webp|bmp)$", re.IGNORECASE)
 
 
 def first_filled(record: dict, names: Iterable[str]) -> Any:
@@ -240,15 +244,21 @@ def read_row(source: str, record: dict, columns: dict[str, tuple[str, ...]] = OW
 
 
 def read_published(source: str, record: dict) -> Row:
-    """A Row of ChiMed-VL. BadRow."""
-    image = first_filled(record, ["image"])
+    """A Row of ChiMed-VL: a dialog, or a caption, which gets a prompt like those of PMC-OA.
+    BadRow."""
+    try:
+        dialog = read_dialog(record)
+        caption = dialog["conversations"][1]["value"] if is_caption(record) else ""
+    except UnknownRow as error:
+        raise BadRow(str(error)) from None
+    image = first_filled(dialog, ["image"])
     return Row(
         source=source,
         images=names_in(image),
-        texts={},
+        texts={"caption": clean_text(caption)} if caption else {},
         article=article_of(image),
-        id=clean_text(first_filled(record, ["id"])),
-        conversations=record.get("conversations"),
+        id=clean_text(first_filled(dialog, ["id"])),
+        conversations=dialog["conversations"],
     )
 
 
@@ -411,8 +421,10 @@ def add_source_options(parser: argparse.ArgumentParser, sources: Iterable[str]) 
         "pmc-oa": "PMC-OA, .jsonl",
         "pmc-casereport": "PMC-CaseReport, .csv .json .jsonl",
         "pmc-vqa": "PMC-VQA v1 or v2, .csv",
-        "chimed-alignment": "dialogs for stage 1: ChiMed-VL-Alignment.jsonl, or your own",
-        "chimed-instruction": "dialogs for stage 2: ChiMed-VL-Instruction.json, -Chat.json",
+        "chimed-alignment": "dialogs or captions for stage 1: ChiMed-VL-Alignment.jsonl (as "
+        "released PMC-OA alone, no contexts), or your own",
+        "chimed-instruction": "dialogs for stage 2: ChiMed-VL-Instruction.json (it may be "
+        "partial), -Chat.json",
         "own": "your own .csv .tsv .json .jsonl: image(s) and question + answer, or caption, "
         "or both",
     }
@@ -497,10 +509,24 @@ def open_sources(
             except (LookupError, UnicodeError) as error:
                 raise ValueError(f"--encoding {encoding}: {one_line(error)}") from None
             records.require(needed_columns(source, own_columns), f"--{source}")
+            if source.startswith("chimed"):
+                check_published(records)
             opened.append(RawFile(source, records))
     if not opened:
         raise ValueError(f"name a raw set: {', '.join(f'--{source} FILE' for source in sources)}")
     return opened
+
+
+def check_published(records: Records) -> None:
+    """ValueError unless one of a file's first rows holds a dialog or a caption: names the keys."""
+    problem = "nothing readable"
+    for _, raw in records.read(0, 100):
+        try:
+            read_dialog(records.parse(raw))
+            return
+        except (BadRow, UnknownRow) as error:
+            problem = str(error)
+    raise ValueError(f"{records.path}: {problem}")
 
 
 # --- 6. dialogs as they are built: back to what was asked -----------------------------------------

@@ -32,6 +32,7 @@ from chimed.case_reports import (
 from chimed.prompts import CONTEXT, MODALITIES
 from chimed.sources import SOURCES, add_source_options, own_question
 from chimed.workers import add_workers_option, blocks_of, in_order
+from common.dialogs import read_dialog
 from common.files import write_json, write_text
 from common.paper import CASE_REPORT, OA, PMC_VQA, TABLE_1, TABLE_2, TOTAL, Table
 from common.rows import BadRow, Records, find_rows
@@ -177,9 +178,9 @@ def count_block(counting: Counting, f: int, start: int, stop: int) -> Counts:
     before = number_of(file.rows, start - 1) if start else None
     for i in range(start, stop):
         try:
-            row = file.rows[i]
+            row = read_dialog(file.rows[i])
             check_conversation(row["conversations"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             counts.n_bad += 1
             continue
         number = case_number(row.get("id")) if file.subset == "alignment" else None

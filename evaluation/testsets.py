@@ -22,6 +22,7 @@ from typing import Any
 
 # of another workshop: PMC-VQA is training data, too, and what its columns mean is said there once
 from chimed.sources import names_in, read_row
+from common.dialogs import is_caption, read_dialog
 from common.files import USER_ERRORS, one_line
 from common.rows import BadRow, Records
 from common.text import chinese_share, clean_text
@@ -118,11 +119,22 @@ def set_of(records: Records) -> str:
         return "PMC-VQA"
     if {"question", "answer"} <= seen and seen & {"image", "images"}:
         return "own"
+    if holds_dialogs(records):
+        return "dialogs"
     found = ", ".join(sorted(seen)) or "nothing readable"
     raise ValueError(
         f"{records.path}: of no known test set (found: {found}; wanted e.g. image, question, "
         "answer; --help lists the sets)"
     )
+
+
+def holds_dialogs(records: Records) -> bool:
+    """Whether the first row holds a dialog under names of its own."""
+    try:
+        record = records.record(0)
+        return len(read_dialog(record)["conversations"]) > 1 and not is_caption(record)
+    except ValueError:
+        return False
 
 
 def read_question(kind: str, i: int, record: dict[str, Any], images: str) -> Question:
@@ -135,8 +147,9 @@ def read_question(kind: str, i: int, record: dict[str, Any], images: str) -> Que
 
 
 def question_of_dialog(i: int, record: dict[str, Any], images: str) -> Question:
-    check_conversation(record.get("conversations"))
-    conversation = record["conversations"]
+    dialog = read_dialog(record)
+    check_conversation(dialog.get("conversations"))
+    conversation = dialog["conversations"]
     if conversation[-1]["from"] != "gpt":
         raise ValueError("the last turn is no answer")
     id = record.get("id", i)
@@ -148,7 +161,7 @@ def question_of_dialog(i: int, record: dict[str, Any], images: str) -> Question:
         id,
         conversation[:-1],
         conversation[-1]["value"],
-        row_pictures(record, images),
+        row_pictures(dialog, images),
         kinds={"kind": record["kind"]} if "kind" in record else {},
     )
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common.dialogs import is_caption, keys_of, read_dialog
 from common.files import USER_ERRORS, digest, one_line
 from common.rows import Records, find_rows
 from model_io.pixels import picture_names, preprocess_image, row_pictures
@@ -212,8 +213,9 @@ class Dialogs(torch.utils.data.Dataset):
         ):
             row = rows[i]
             try:
-                ids, labels = self.encode(row)
-                n_pictures = len(picture_names(row))
+                dialog = self.dialog(row)
+                ids, labels = self.encode(dialog)
+                n_pictures = len(picture_names(dialog))
                 # half a surrogate pair stops here, not when an answer is logged
                 json.dumps(row, ensure_ascii=False).encode()
             except USER_ERRORS as error:
@@ -224,7 +226,7 @@ class Dialogs(torch.utils.data.Dataset):
             else:
                 # one end an answer, so that a missing one tells a cut
                 n_ends = labels.count(self.tokenizer.eos_id)
-                is_cut = n_ends < len(row["conversations"]) // 2
+                is_cut = n_ends < len(dialog["conversations"]) // 2
             n_labels = sum(label != IGNORE_INDEX for label in labels[1:])
             out.append((len(ids), n_pictures, n_labels, is_cut))
         return np.array(out, dtype=np.int64).reshape(-1, 4)
@@ -258,15 +260,27 @@ class Dialogs(torch.utils.data.Dataset):
             raise ValueError(first)
 
     def row(self, i: int) -> dict[str, Any]:
-        """The row of sample number i, as it stands in its file."""
+        """The row of sample number i, a dialog of the published form."""
         file, number = self.places[i]
-        return self.files[file][number]
+        return self.dialog(self.files[file][number])
 
-    def encode(self, row: Any) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of a row. ValueError when it is no dialog."""
+    def dialog(self, row: Any) -> dict[str, Any]:
+        """A row as a dialog of the published form: read by what it holds. ValueError where that is
+        none; a caption is one only for the template that asks nothing."""
         if not isinstance(row, dict):
             raise ValueError("not an object with id, image and conversations")
-        conversation: Any = row.get("conversations")
+        dialog = read_dialog(row)
+        if self.template != "plain" and is_caption(row):
+            raise ValueError(
+                f"a caption that nobody asked for (its keys are {keys_of(row)}): "
+                "data_prep.py build --chimed-alignment FILE --images DIR --out DIR draws a prompt "
+                "for each; --template plain needs none"
+            )
+        return dialog
+
+    def encode(self, dialog: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of a dialog. ValueError when it is none."""
+        conversation: Any = dialog.get("conversations")
         return encode_conversation(
             conversation,
             self.tokenizer,

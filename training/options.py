@@ -145,7 +145,8 @@ def add_data_options(parser: argparse.ArgumentParser, stages: dict[int, Stage]) 
         "--data",
         nargs="+",
         default=None,
-        help=".json lists or .jsonl of {id, image, conversations}; several are mixed "
+        help=".json lists or .jsonl of {id, image, conversations}, or of dialogs under other keys; "
+        "several are mixed. ChiMed-VL-Alignment.jsonl as released is PMC-OA alone "
         f"(default {', '.join(stage.data for stage in stages.values())})",
     )
     add(
