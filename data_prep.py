@@ -23,6 +23,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -62,6 +63,10 @@ from qilin_min import IMAGE_TOKEN
 # Chinese characters; a Latin word counts two. What is shorter describes nothing ("Figure 1",
 # "CT图像")
 MIN_LENGTH = 5
+# a shorter one describes many figures ("Chest CT scan")
+GENERAL_BELOW = 10
+# without an article a text must be as long to stand for one figure
+SPECIFIC_FROM = 20
 REFERENCE_ONLY = re.compile(
     r"^\W*(?:see |\u89c1|\u53c2\u89c1|\u5982)?\s*"
     r"(?:fig(?:ure)?s?|table|\u56fe|\u8868)\W*\d*\w?\W*$",
@@ -292,6 +297,16 @@ def find_inputs(files: list[RawFile], own_columns: dict[str, str]) -> Inputs:
 # --- 3. pass 1: which rows belong together --------------------------------------------------------
 # It asks of each row only what other rows must know: its text (to join pictures), its pictures and
 # its article (to split and to merge).
+#
+# Pictures of PMC-OA that share one text become one composite (paper, section 3.3). Rows share a
+# text where both are of one article, or where neither says of which it is; never across two
+# articles. A text that is too general to belong to one figure is none that is shared:
+#   - one of fewer than GENERAL_BELOW characters ("Chest CT scan"), wherever it stands;
+#   - of rows whose article is not known also one of fewer than SPECIFIC_FROM characters, or one
+#     that more than MAX_PICTURES rows have: nobody says that they are one figure, and the paper's
+#     rule would drop all of them.
+# Such rows stay, each for itself, and are counted. Case reports name their pictures themselves, a
+# row each, and so do rows of one's own: a hospital's "no finding" joins nobody.
 
 
 @dataclass
@@ -299,6 +314,8 @@ class BlockKeys:
     """Pass 1 over a block of rows."""
 
     texts: np.ndarray  # uint64 a row: a key of its article and text; 0: it joins nobody
+    is_general: np.ndarray  # bool a row: its text is too general to be shared by one figure
+    is_known: np.ndarray  # bool a row: its article is known
     pictures: np.ndarray  # uint64 a row: a key of its pictures; 0: nothing is asked about any
     ties: np.ndarray  # uint64: the keys that tie rows to others, row after row
     n_ties: np.ndarray  # int64 a row: how many those are
@@ -312,6 +329,7 @@ class Groups:
     joined: Teams  # rows of one caption: their pictures become one
     merged: Teams  # questions about one picture: they become one dialog
     is_val: np.ndarray  # bool a row: held out
+    n_general: int  # rows that have a text in common which is too general to join them
 
 
 def survey(inputs: Inputs, settings: BuildSettings, workers: int) -> Groups:
@@ -325,8 +343,14 @@ def survey(inputs: Inputs, settings: BuildSettings, workers: int) -> Groups:
             bar.update(stop - start)
     texts = np.concatenate([part.texts for part in parts])
     pictures = np.concatenate([part.pictures for part in parts])
+    texts, n_general = shared_texts(
+        texts,
+        np.concatenate([part.is_general for part in parts]),
+        np.concatenate([part.is_known for part in parts]),
+    )
     ties = np.concatenate([part.ties for part in parts])
     n_ties = np.concatenate([part.n_ties for part in parts])
+    ties, n_ties = with_ties(ties, n_ties, texts)
     if not settings.merge_turns:
         pictures = np.zeros_like(pictures)
     component, keys = connected(ties, n_ties)
@@ -334,6 +358,7 @@ def survey(inputs: Inputs, settings: BuildSettings, workers: int) -> Groups:
         joined=Teams(texts),
         merged=Teams(pictures, MAX_TURNS),
         is_val=held_out(component, keys, settings.val_fraction, settings.seed),
+        n_general=n_general,
     )
     n_test = sum(part.n_test for part in parts)
     if n_test:
@@ -348,12 +373,16 @@ def survey(inputs: Inputs, settings: BuildSettings, workers: int) -> Groups:
 def survey_block(inputs: Inputs, f: int, start: int, stop: int) -> BlockKeys:
     """Pass 1 over rows start to stop of file f."""
     texts = []
+    is_general = []
+    is_known = []
     pictures = []
     ties = []
     n_ties = []
     n_test = 0
     for i, raw in inputs.files[f].records.read(start, stop):
         text = 0
+        has_general_text = False
+        has_article = False
         picture = 0
         keys = []
         try:
@@ -365,16 +394,22 @@ def survey_block(inputs: Inputs, f: int, start: int, stop: int) -> BlockKeys:
             n_test += row.test
             names = [candidates(row, name)[0] for name in row.images]
             text = key_of_text(row)
+            has_general_text = is_too_general(row)
+            has_article = bool(row.article)
             picture = key_of_pictures(row, names)
             keys = keys_that_tie(row, names)
         if not keys:
             keys = [text_key("row", str(f), str(i))]
         texts.append(text)
+        is_general.append(has_general_text)
+        is_known.append(has_article)
         pictures.append(picture)
         ties.extend(keys)
         n_ties.append(len(keys))
     return BlockKeys(
         texts=np.array(texts, dtype=np.uint64),
+        is_general=np.array(is_general, dtype=bool),
+        is_known=np.array(is_known, dtype=bool),
         pictures=np.array(pictures, dtype=np.uint64),
         ties=np.array(ties, dtype=np.uint64),
         n_ties=np.array(n_ties, dtype=np.int64),
@@ -383,11 +418,49 @@ def survey_block(inputs: Inputs, f: int, start: int, stop: int) -> BlockKeys:
 
 
 def key_of_text(row: Row) -> int:
-    """A key of a row's article and caption: PMC-OA has a row for each picture of a caption. 0:
-    there is none."""
-    if row.source == "pmc-oa" and row.article and row.texts["caption"]:
-        return text_key(row.article, row.texts["caption"])
-    return 0
+    """A key of a row's article, if it is known, and caption: PMC-OA has a row for each picture of
+    a caption. 0: there is none."""
+    if row.source != "pmc-oa" or not row.texts["caption"]:
+        return 0
+    # written a little differently it is the same text
+    text = unicodedata.normalize("NFKC", row.texts["caption"]).casefold()
+    return text_key("text", row.article, text.rstrip(" .\u3002"))
+
+
+def is_too_general(row: Row) -> bool:
+    """Whether a row's caption is too short to belong to one figure alone, as far as one row can
+    tell."""
+    if row.source != "pmc-oa":
+        return False
+    least = GENERAL_BELOW if row.article else SPECIFIC_FROM
+    caption = row.texts["caption"]
+    return text_length(caption) < least or bool(REFERENCE_ONLY.match(caption))
+
+
+def shared_texts(
+    texts: np.ndarray, is_general: np.ndarray, is_known: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """(texts with 0 for rows that share theirs with nobody, how many rows of those have a text in
+    common with others that is too general). All by row, as in BlockKeys."""
+    _, inverse, counts = np.unique(texts, return_inverse=True, return_counts=True)
+    n_rows = counts[inverse]
+    is_repeated = (texts != 0) & (n_rows > 1)
+    too_many = ~is_known & (n_rows > MAX_PICTURES)
+    is_apart = is_repeated & (is_general | too_many)
+    is_shared = is_repeated & ~is_apart
+    return np.where(is_shared, texts, np.uint64(0)), int(is_apart.sum())
+
+
+def with_ties(
+    ties: np.ndarray, n_ties: np.ndarray, texts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ties of rows, and how many each has, with the texts that rows share: rows of one composite
+    stay on one side of a split."""
+    rows = np.flatnonzero(texts)
+    ends = np.cumsum(n_ties)[rows]
+    more = np.zeros_like(n_ties)
+    more[rows] = 1
+    return np.insert(ties, ends, texts[rows]), n_ties + more
 
 
 def key_of_pictures(row: Row, names: list[str]) -> int:
@@ -766,6 +839,10 @@ def make_manifest(
         "settings": asdict(build.settings) | settings,
         "outputs": outputs,
         "counts": outcome.table(),
+        "joining": {
+            "joined": outcome.total("joined"),
+            "too_general": build.groups.n_general,
+        },
     }
 
 
@@ -791,10 +868,19 @@ def print_table(table: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 
 def print_outcome(
-    out: Path, outcome: BuildOutcome, made: list[str], settings: BuildSettings
+    out: Path,
+    outcome: BuildOutcome,
+    made: list[str],
+    settings: BuildSettings,
+    n_general: int,
 ) -> None:
-    """What there is now, and what whoever trains on it should know."""
+    """What there is now, and what whoever trains on it should know. n_general: of Groups."""
     print_table(outcome.table())
+    if n_general:
+        print(
+            f"not joined: {n_general:,} rows have a text in common with others that is too general "
+            "to say that their pictures belong together (--help has the rule)"
+        )
     for name in made:
         print(f"{out / name}: {outcome.n_dialogs[name]:,} dialogs")
     if settings.val_fraction and not any(val in made for _, val in FILES.values()):
@@ -827,10 +913,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "raw or translated sets -> OUT/alignment.json, instruction.json, images/, dropped.jsonl, "
         "manifest.json"
     )
+    joining = (
+        "Pictures of PMC-OA rows with one caption become one composite, of at most "
+        f"{MAX_PICTURES}: rows of one article, or\nrows of which no article is known; never rows "
+        "of two articles. A caption of fewer than "
+        f"{GENERAL_BELOW} Chinese\ncharacters (a Latin word counts two) is too general for that; "
+        f"without an article also one of fewer than {SPECIFIC_FROM},\nor one that more than "
+        f"{MAX_PICTURES} rows have. Such rows stay, each for itself, and are counted."
+    )
     parser = commands.add_parser(
         "build",
         help=about,
-        description=about,
+        description=f"{about}\n\n{joining}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
@@ -943,10 +1037,12 @@ def run(args: argparse.Namespace) -> int:
             "encoding": args.encoding,
             "max_pictures": MAX_PICTURES,
             "min_length": MIN_LENGTH,
+            "general_below": GENERAL_BELOW,
+            "specific_from": SPECIFIC_FROM,
         }
         manifest = make_manifest(build, more_settings, args.out, outcome, made)
         write_json(args.out / "manifest.json", manifest)
-        print_outcome(args.out, outcome, made, settings)
+        print_outcome(args.out, outcome, made, settings, groups.n_general)
     return 0
 
 
