@@ -4,15 +4,18 @@ tool, and for doctors to rank without the names.
     python evaluate.py compare test.json --images DIR --out OUT
             --system Qilin-Med-VL=out/stage2 --system LLaVA-1.5=weights/llava-1.5-7b-hf
             --system "GPT-4V=https://api.openai.com/v1#gpt-4-vision-preview"
-            --system "VisCPM=http://localhost:8000/v1#openbmb/VisCPM-Chat"
+            --system VisCPM-Chat=viscpm-answers.jsonl
     ... --blind
         OUT/blind.html for the doctors, OUT/blind_key.json to keep back
     python evaluate.py rank OUT ranking-1.csv ...
         what they gave back: mean ranks, and win rates with intervals
 
-A system is a folder of any layout that load_qilin reads, or an OpenAI-compatible vision endpoint;
-nothing is sent before that was agreed to. Every answer is kept in OUT/answers.jsonl as it comes:
-stopped anywhere, the same command goes on and asks only what is missing.
+A system is a folder of any layout that load_qilin reads; an OpenAI-compatible vision endpoint,
+where nothing is sent before that was agreed to; or a file of answers that were given elsewhere
+(.jsonl .json .csv .tsv: id and answer, or question, image and answer; FILE#KEY names the key of the
+answer; predictions.jsonl of evaluate.py as it is, and with #blind its answers without the picture).
+Every answer is kept in OUT/answers.jsonl as it comes: stopped anywhere, the same command goes on
+and asks only what is missing.
 """
 
 import argparse
@@ -30,7 +33,10 @@ from common.endpoint import Endpoint, EndpointFailed, EndpointOptions, add_endpo
 from common.files import USER_ERRORS, digest, digest_of, one_line
 from common.journal import Journal
 from common.options import InRange
+from common.rows import BadRow, Records
 from common.text import CJK, chinese_share
+from evaluation.entered import EnteredAnswers, writable
+from evaluation.figure4 import write_figure4
 from evaluation.pages import LABELS, Compared, Glosses, write_blind, write_pages
 from evaluation.systems import (
     Answer,
@@ -38,7 +44,6 @@ from evaluation.systems import (
     System,
     ask_endpoint,
     ask_system,
-    clean_answer,
     kept_text,
     open_journal,
     picture_bytes,
@@ -135,7 +140,7 @@ def gloss_messages(text: str) -> list[dict[str, str]]:
 def accept_gloss(text: str) -> str:
     if chinese_share(text) > 0.3:
         raise ValueError("the gloss is not English")
-    return clean_answer(text)
+    return writable(text)
 
 
 def add_glosses(
@@ -163,6 +168,23 @@ def add_glosses(
     return glosses, list(failed.values())
 
 
+def read_glosses(path: str, encoding: str) -> Glosses:
+    """{Chinese: English} of a table with these columns, whatever the case of their names.
+    ValueError for a file without them."""
+    records = Records(path, encoding)
+    glosses = {}
+    for i in range(len(records)):
+        try:
+            fields = {str(key).strip().lower(): value for key, value in records.record(i).items()}
+            chinese = fields["chinese"]
+            english = fields["english"]
+        except (BadRow, KeyError):
+            raise ValueError(f"{path}: row {i} has no columns chinese and english") from None
+        if isinstance(chinese, str) and isinstance(english, str) and english.strip():
+            glosses[chinese.strip()] = english.strip()
+    return glosses
+
+
 def confirm_glosses(endpoint: Endpoint, texts: set[str], n_to_come: int, finished: Journal) -> None:
     """Have it agreed to that texts are sent, those known now and at most n_to_come more."""
     chinese = [text for text in texts if CJK.search(text)]
@@ -179,12 +201,16 @@ def confirm_glosses(endpoint: Endpoint, texts: set[str], n_to_come: int, finishe
 
 
 def read_systems(
-    words: list[str], of_folder: FolderOptions, of_endpoint: EndpointOptions, is_blind: bool
+    words: list[str],
+    of_folder: FolderOptions,
+    of_endpoint: EndpointOptions,
+    is_blind: bool,
+    encoding: str,
 ) -> list[System]:
     """The System of each --system. ValueError where they are too many, or too few to be ranked."""
     if not isinstance(of_endpoint.extra_body, dict):
         raise ValueError("--extra-body must be a JSON object")
-    systems = [read_system(text, of_folder, of_endpoint) for text in words]
+    systems = [read_system(text, of_folder, of_endpoint, encoding) for text in words]
     names = [system.name for system in systems]
     for name in names:
         if names.count(name) > 1:
@@ -221,34 +247,72 @@ def collect_answers(
     finished: Journal,
     glosser: Endpoint | None,
     english: Journal | None,
+    known_glosses: Glosses,
 ) -> list[list[Answer]]:
     """The answer of each system to each question, asked for where `finished` does not hold it.
 
     All is agreed to before the first is asked, so that nobody has to wait for a question: the
     texts of a page that is glossed, too."""
     keys = [[answer_key(system, one) for system in systems] for one in chosen]
-    todo: list[dict[str, Question]] = []
-    for k in range(len(systems)):
-        part = {}
-        for one, own in zip(chosen, keys, strict=True):
-            if own[k] not in finished:
-                part[own[k]] = one.question
-        todo.append(part)
+    todo = open_questions(systems, chosen, keys, finished)
     for system, part in zip(systems, todo, strict=True):
         confirm_questions(system, part)
     if glosser and english:
-        texts = set()
-        for one, own in zip(chosen, keys, strict=True):
-            texts |= {wording(one.question), one.question.truth}
-            said = [kept_text(finished, key) for key in own]
-            texts |= {text for text in said if text is not None}
+        texts = known_texts(systems, chosen, keys, finished) - known_glosses.keys()
         confirm_glosses(glosser, texts, sum(map(len, todo)), english)
     failed = {}
     for system, part in zip(systems, todo, strict=True):
         if part:
             n_done = len(chosen) - len(part)
             failed |= ask_system(system, part, n_done, options, finished)
-    return [[answer_of(key, finished, failed) for key in own] for own in keys]
+    answers = []
+    for one, own in zip(chosen, keys, strict=True):
+        row = []
+        for system, key in zip(systems, own, strict=True):
+            if system.entered:
+                row.append(entered_answer(system.entered, one.question))
+            else:
+                row.append(answer_of(key, finished, failed))
+        answers.append(row)
+    return answers
+
+
+def open_questions(
+    systems: list[System], chosen: list[Chosen], keys: list[list[str]], finished: Journal
+) -> list[dict[str, Question]]:
+    """Of each system the questions that it is yet to be asked, {key: question}; of entered answers
+    none."""
+    todo: list[dict[str, Question]] = []
+    for k, system in enumerate(systems):
+        part = {}
+        for one, own in zip(chosen, keys, strict=True):
+            if not system.entered and own[k] not in finished:
+                part[own[k]] = one.question
+        todo.append(part)
+    return todo
+
+
+def known_texts(
+    systems: list[System], chosen: list[Chosen], keys: list[list[str]], finished: Journal
+) -> set[str]:
+    """The texts of a page as far as they are known before anybody is asked."""
+    texts = set()
+    for one, own in zip(chosen, keys, strict=True):
+        texts |= {wording(one.question), one.question.truth}
+        for system, key in zip(systems, own, strict=True):
+            if system.entered:
+                texts.add(entered_answer(system.entered, one.question).text)
+            else:
+                texts.add(kept_text(finished, key) or "")
+    return texts
+
+
+def entered_answer(entered: EnteredAnswers, question: Question) -> Answer:
+    """What a file of answers says to a question, or why it says nothing."""
+    try:
+        return Answer(entered.text_of(question))
+    except ValueError as error:
+        return Answer(fault=one_line(error))
 
 
 def answer_of(key: str, finished: Journal, failed: dict[str, str]) -> Answer:
@@ -284,20 +348,24 @@ def compare_systems(
     chosen: list[Chosen],
     options: FolderOptions,
     glosser: Endpoint | None,
+    known_glosses: Glosses,
 ) -> tuple[list[Compared], Glosses, Counter[str]]:
-    """(each question with its answers, their English where there is a glosser, what is missing).
+    """(each question with its answers, their English where it is known or there is a glosser, what
+    is missing).
 
     Texts are kept in the folder `out` as they come."""
     finished = open_journal(out / "answers.jsonl")
     english = open_journal(out / "glosses.jsonl") if glosser else None
-    answers = collect_answers(systems, chosen, options, finished, glosser, english)
+    answers = collect_answers(systems, chosen, options, finished, glosser, english, known_glosses)
     faults = count_faults(systems, answers)
-    glosses = {}
+    glosses = dict(known_glosses)
     if glosser and english:
         texts = []
         for one, row in zip(chosen, answers, strict=True):
             texts += [wording(one.question), *(answer.text for answer in row), one.question.truth]
-        glosses, reasons = add_glosses(glosser, texts, english)
+        unknown = [text for text in texts if text not in known_glosses]
+        found, reasons = add_glosses(glosser, unknown, english)
+        glosses |= found
         faults.update(f"gloss: {reason}" for reason in reasons)
     compared = [with_pictures(one, row) for one, row in zip(chosen, answers, strict=True)]
     return compared, glosses, faults
@@ -343,8 +411,8 @@ def add_command(commands: Any) -> None:
         action="append",
         required=True,
         metavar="NAME=PLACE",
-        help="a model's folder, or https://host/v1#model-name (key: $NAME_API_KEY, else "
-        "$OPENAI_API_KEY); once for each system",
+        help="a model's folder; https://host/v1#model-name (key: $NAME_API_KEY, else "
+        "$OPENAI_API_KEY); or a file of answers; once for each system",
     )
     add(
         "--out",
@@ -371,9 +439,21 @@ def add_command(commands: Any) -> None:
     )
     add("--blind", action="store_true", help="a page without names, to be ranked, instead")
     add(
+        "--figure",
+        action="store_true",
+        help="also OUT/figure4.html: in the form of the paper's Figure 4, three cases a page",
+    )
+    add(
         "--gloss",
         action="store_true",
         help="English beneath the Chinese, from the endpoint that --base-url and --model name",
+    )
+    add(
+        "--glosses",
+        default=None,
+        metavar="FILE",
+        help="English beneath the Chinese from a table with columns chinese and english; with "
+        "--gloss only what it lacks is asked for",
     )
     add(
         "--max-new-tokens",
@@ -437,13 +517,21 @@ def run(args: argparse.Namespace) -> int:
         price_out=args.price_out,
         extra_body=args.extra_body,
     )
-    systems = read_systems(args.system, of_folder, of_endpoint, args.blind)
+    systems = read_systems(args.system, of_folder, of_endpoint, args.blind, args.encoding)
+    for system in systems:
+        if system.entered:
+            left_over = system.entered.check(questions)
+            if left_over:
+                print(f"{system.name}: {left_over}", file=sys.stderr)
+    known_glosses = read_glosses(args.glosses, args.encoding) if args.glosses else {}
     glosser = Endpoint(of_endpoint) if args.gloss else None
     chosen = choose_questions(
         questions, file=args.file, ids=args.ids, n=args.n, seed=args.seed, skip_bad=args.skip_bad
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    compared, glosses, faults = compare_systems(args.out, systems, chosen, of_folder, glosser)
+    compared, glosses, faults = compare_systems(
+        args.out, systems, chosen, of_folder, glosser, known_glosses
+    )
     if args.blind:
         said = write_blind(args.out, systems, compared, glosses, seed=args.seed)
     else:
@@ -456,6 +544,9 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
         )
     print(said)
+    if args.figure:
+        title = Path(args.file).name
+        print(write_figure4(args.out, systems, compared, glosses, title=title))
     print_costs([*((system.name, system.endpoint) for system in systems), ("gloss", glosser)])
     if faults:
         print_faults(faults)

@@ -22,6 +22,8 @@ from tqdm import tqdm
 from common.endpoint import Endpoint, EndpointFailed, EndpointOptions, ask_many
 from common.files import USER_ERRORS, model_folder, one_line
 from common.journal import Journal
+from common.rows import JSON_SUFFIXES, TABLE_SUFFIXES
+from evaluation.entered import EnteredAnswers, read_entered, writable
 from evaluation.testsets import Question, turns_of, wording
 from model_io.adapters import base_folder, language_folder
 from model_io.load import read_checkpoint
@@ -56,17 +58,20 @@ class FolderOptions:
 
 @dataclass
 class System:
-    """One of those that are asked: a folder, or an endpoint."""
+    """One of those that are compared: a folder, an endpoint, or answers given elsewhere."""
 
     name: str
     folder: Path | None
     endpoint: Endpoint | None
     settings: list[Any]  # with the question, all that an answer depends on
+    entered: EnteredAnswers | None = None
 
     @property
     def where(self) -> str:
         if self.endpoint:
             return f"{self.endpoint.model} @ {self.endpoint.host}"
+        if self.entered:
+            return str(self.entered.path)
         return str(self.folder)
 
 
@@ -130,8 +135,23 @@ def endpoint_system(
     return System(name, None, endpoint, [name, endpoint.url, model, body])
 
 
-def read_system(text: str, of_folder: FolderOptions, of_endpoint: EndpointOptions) -> System:
-    """The System of one --system, its path or address looked at, nothing loaded or sent."""
+def is_answer_file(place: str) -> bool:
+    """Whether a place is FILE or FILE#KEY of a kind that answers may be entered in."""
+    suffixes = (*TABLE_SUFFIXES, *JSON_SUFFIXES)
+    file = place if Path(place).exists() else place.rpartition("#")[0] or place
+    return Path(file).suffix in suffixes and not Path(file).is_dir()
+
+
+def entered_system(name: str, place: str, encoding: str) -> System:
+    """The System of a file of answers, read whole."""
+    return System(name, None, None, [name, place], entered=read_entered(place, encoding))
+
+
+def read_system(
+    text: str, of_folder: FolderOptions, of_endpoint: EndpointOptions, encoding: str = "utf-8"
+) -> System:
+    """The System of one --system, its path or address looked at, nothing loaded or sent. encoding:
+    of a table of answers."""
     name, _, place = text.partition("=")
     name = name.strip()
     is_url = place.startswith(("https://", "http://"))
@@ -140,11 +160,14 @@ def read_system(text: str, of_folder: FolderOptions, of_endpoint: EndpointOption
     is_place = bool(model) if is_url else bool(place)
     if not is_name or not is_place:
         raise ValueError(
-            f"--system {name or repr('')}: must be NAME=FOLDER or NAME=https://host/v1#model-name"
+            f"--system {name or repr('')}: must be NAME=FOLDER, NAME=https://host/v1#model-name or "
+            "NAME=answers.jsonl"
         )
     try:
         if is_url:
             return endpoint_system(name, url, model, of_endpoint, of_folder.max_new_tokens)
+        if is_answer_file(place):
+            return entered_system(name, place, encoding)
         return folder_system(name, place, of_folder)
     except USER_ERRORS as error:
         raise ValueError(f"--system {name}: {one_line(error)}") from None
@@ -319,11 +342,6 @@ def kept_text(journal: Journal, key: str) -> str | None:
     return line["text"] if line else None
 
 
-def clean_answer(text: str) -> str:
-    """An answer as it can be written anywhere: without NUL, half surrogates, blanks around it."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd").strip()
-
-
 def ask_system(
     system: System,
     todo: dict[str, Question],
@@ -337,7 +355,7 @@ def ask_system(
     def keep(key, question, answer):
         line = {
             "key": key,
-            "text": clean_answer(answer.text),
+            "text": writable(answer.text),
             "cut": answer.is_cut,
             "system": system.name,
             "where": system.where,
