@@ -2,6 +2,7 @@
 Chinese with English beneath, three cases a page; for a printer, or a browser's PDF."""
 
 import html
+import re
 from pathlib import Path
 from string import Template
 
@@ -12,6 +13,8 @@ from evaluation.systems import Answer, System
 from evaluation.testsets import wording
 
 CASES_A_PAGE = 3
+# a character, or a mark of Chinese writing: "CT\u3002" is Chinese
+CHINESE = re.compile(rf"{CJK.pattern}|[\u3000-\u303f\uff01-\uff5e]")
 PAGE = Template(Path(__file__).with_name("figure4.html").read_text(encoding="utf-8"))
 
 
@@ -25,7 +28,7 @@ def cell(text: str, glosses: Glosses, is_cut: bool = False) -> str:
     cut = " …" if is_cut else ""
     if not text:
         return '<div class="text"><small>（空 empty）</small></div>'
-    if not CJK.search(text):
+    if not CHINESE.search(text):
         return f'<div class="text">{line_of("EN", text)}{cut}</div>'
     english = ""
     if text in glosses:
