@@ -17,4 +17,4 @@ python evaluate.py compare $TOY/heldout.json --images $TOY/images --out out/figu
     --ids heldout-53-modality,heldout-73-place,heldout-99-count \
     --system "stage 2=$OUT/stage2" --system "the same, int8, served=http://127.0.0.1:$PORT/v1#qilin" --system "60 steps of stage 2=$OUT/early" \
     --system "stage 1 alone=$OUT/before" --system "picture withheld=$OUT/eval/predictions.jsonl#blind"
-chromium --headless --no-sandbox --hide-scrollbars --force-device-scale-factor=1.4 --window-size=880,1005 --screenshot=docs/figure4.png "file://$PWD/out/figure4/figure4.html" 2> /dev/null
+chromium --headless --no-sandbox --hide-scrollbars --force-device-scale-factor=1.4 --window-size=880,1050 --screenshot=docs/figure4.png "file://$PWD/out/figure4/figure4.html" 2> /dev/null
