@@ -13,21 +13,22 @@ from common.text import clean_text
 from evaluation.testsets import Question
 from qilin_min import IMAGE_TOKEN
 
-# names that are met in the field, the first that a row has counts
+# names that are met in the field, the first that a row has counts. Beside a prediction, "answer" is
+# the truth: it comes after all names that only a model's answer has
 ID_NAMES = ("id", "question_id", "questionid", "qid", "index")
 QUESTION_NAMES = ("question", "prompt", "query", "问题")
 PICTURE_NAMES = ("image", "images", "image_path", "figure_path", "img_name", "image_name", "图片")
 ANSWER_NAMES = (
-    "answer",
-    "response",
     "prediction",
     "predicted",
     "pred",
-    "output",
-    "text",
     "model_answer",
+    "response",
+    "output",
     "回答",
+    "answer",
     "答案",
+    "text",
 )
 
 
@@ -113,8 +114,7 @@ def read_entered(place: str, encoding: str) -> EnteredAnswers:
     for i in range(len(records)):
         try:
             record = records.record(i)
-            # predictions.jsonl has lines of rows that were left out
-            if "left_out" in record:
+            if is_unanswered(record, key):
                 continue
             rows.append(entered_row(i, record, key))
         except BadRow as error:
@@ -122,6 +122,17 @@ def read_entered(place: str, encoding: str) -> EnteredAnswers:
     if not rows:
         raise ValueError(f"{path}: no answer in it")
     return EnteredAnswers(path, rows)
+
+
+def is_unanswered(record: dict[str, Any], key: str) -> bool:
+    """Whether a row has a place for an answer and none in it, as a run leaves it that was refused
+    or cut off: a null, an empty cell, a line of predictions.jsonl that was left out."""
+    if "left_out" in record:
+        return True
+    names = (key.lower(),) if key else ANSWER_NAMES
+    fields = {str(name).strip().lower(): value for name, value in record.items()}
+    has_place = any(name in fields for name in names)
+    return has_place and "seen" not in fields and first_of(fields, names) is None
 
 
 def entered_row(i: int, record: dict[str, Any], key: str) -> EnteredAnswer:

@@ -115,6 +115,30 @@ def test_an_edited_file_gives_its_new_answer(world):
     assert shown(world) == ["新0", "新1", "新2", "新3"]
 
 
+def test_a_prediction_is_not_taken_for_the_truth_beside_it(world):
+    """Many files have the truth under "answer", and the model's own beside it, in either order."""
+    rows = [{"id": f"id-{i}", "answer": "真", "pred": ANSWERS[i], "text": "?"} for i in range(4)]
+    rows[1] = {"response": ANSWERS[1], "answer": "真", "id": "id-1"}
+    file = write_lines(world / "answers.jsonl", rows)
+    compare(world, f"Elsewhere={file}")
+    assert shown(world) == ANSWERS
+
+
+def test_a_row_without_its_answer_is_a_question_without_one(world):
+    """A null, an empty cell: the others are shown, and the cell says that there is none."""
+    rows = [FORMS["ids"](i) for i in range(4)]
+    rows[2]["answer"] = None
+    file = write_lines(world / "answers.jsonl", rows)
+    table = world / "answers.csv"
+    table.write_text("id,answer\nid-0,一\nid-1,\nid-2,三\nid-3,四\n", encoding="utf-8")
+    compare(world, f"Elsewhere={file}", f"Table={table}#answer", f"Same={table}", code=1)
+    cells = shown(world)
+    assert cells[:2] + cells[3:] == ANSWERS[:2] + ANSWERS[3:] and "no answer in" in cells[2]
+    for name in ("Table", "Same"):
+        cells = shown(world, name)
+        assert cells[0] == "一" and "no answer in" in cells[1] and cells[2:] == ["三", "四"]
+
+
 def test_what_is_missing_or_unclear_is_said(world):
     """No answer, two of them, another question under the id: the cell says so, exit code 1; answers
     of unknown questions are counted."""
