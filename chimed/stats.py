@@ -686,10 +686,16 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     about = (
         "Tables 1 and 2, Figures 1 and 2 of the paper for built files: stats.md, stats.json, PNGs"
     )
+    counted = (
+        "As in the paper, a case report is one pair of Table 1 and counts with both its texts,\n"
+        "context and inline text, whichever of them is trained. They are read from the raw rows\n"
+        "that manifest.json beside the dialogs names; where those lie elsewhere by now, name them\n"
+        f"by --{CASE_SOURCE}. A line beneath the table tells what is trained."
+    )
     parser = commands.add_parser(
         "stats",
         help=about,
-        description=about,
+        description=f"{about}\n\n{counted}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
