@@ -173,9 +173,10 @@ def read_glosses(path: str, encoding: str) -> Glosses:
     ValueError for a file without them."""
     records = Records(path, encoding)
     glosses = {}
-    for i in range(len(records)):
+    for i, raw in records.read(0, len(records)):
         try:
-            fields = {str(key).strip().lower(): value for key, value in records.record(i).items()}
+            record = records.parse(raw)
+            fields = {str(key).strip().lower(): value for key, value in record.items()}
             chinese = fields["chinese"]
             english = fields["english"]
         except (BadRow, KeyError):
