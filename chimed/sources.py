@@ -25,7 +25,7 @@ from chimed.prompts import CAPTION, CONTEXT, VQA
 from common.dialogs import PICTURE_SUFFIX, UnknownRow, is_caption, read_dialog
 from common.files import one_line
 from common.rows import BadRow, Records
-from common.text import clean_text
+from common.text import clean_text, without_decimals
 from qilin_min import IMAGE_TOKEN
 
 # --- 1. rows: what the sets have in common --------------------------------------------------------
@@ -156,11 +156,6 @@ def candidates(row: Row, name: str) -> list[str]:
     if PICTURE_SUFFIX.search(name):
         return [*stems, name]
     return [f"{stem}.jpg" for stem in stems] + stems
-
-
-def without_decimals(number: str) -> str:
-    """A number without the .0 that pandas gives it."""
-    return re.sub(r"\.0$", "", number)
 
 
 def strip_mark(text: str, letter: str) -> str:

@@ -49,6 +49,11 @@ def clean_text(value: object) -> str:
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
+def without_decimals(number: str) -> str:
+    """A number without the .0 that pandas gives it."""
+    return re.sub(r"\.0$", "", number)
+
+
 def chinese_share(text: str) -> float:
     """Chinese characters among Chinese and Latin letters, 0 to 1; 1 for a text with neither."""
     n_chinese = len(CJK.findall(text))

@@ -495,6 +495,8 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Asks every system every question and writes the page. -> 0, or 1 when a cell stayed empty."""
+    if args.blind and args.figure:
+        raise ValueError("--figure names the systems, which --blind hides: ask for one of the two")
     _, questions, left_out = read_testset(args.file, args.images, args.skip_bad, args.encoding)
     for reason, n in left_out.most_common(5):
         print(f"left out: {n} rows: {reason}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.rows import BadRow, Records
-from common.text import clean_text
+from common.text import clean_text, without_decimals
 from evaluation.testsets import Question
 from qilin_min import IMAGE_TOKEN
 
@@ -147,7 +147,7 @@ def entered_row(i: int, record: dict[str, Any], key: str) -> EnteredAnswer:
         raise BadRow(f"neither an id nor a question: its keys are {found}")
     return EnteredAnswer(
         row=i,
-        id=clean_text(row_id),
+        id=without_decimals(clean_text(row_id)),
         question=plain(str(question or "")),
         pictures=picture_names_in(first_of(fields, PICTURE_NAMES)),
         text=writable(answer),

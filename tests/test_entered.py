@@ -105,6 +105,27 @@ def test_tables_and_keys(world):
     assert shown(world) == ["看不见。"] * 4
 
 
+def test_numbers_as_pandas_writes_them(world):
+    """1.0 is question 1."""
+    rows = json.loads((world / "questions.json").read_text())
+    for i, row in enumerate(rows):
+        row["id"] = i
+    (world / "questions.json").write_text(json.dumps(rows))
+    table = world / "answers.csv"
+    lines = ["id,answer"] + [f"{i}.0,{answer}" for i, answer in enumerate(ANSWERS)]
+    table.write_text("\n".join(lines), encoding="utf-8")
+    compare(world, f"Elsewhere={table}")
+    assert shown(world) == ANSWERS
+
+
+def test_a_blind_page_has_no_figure_beside_it(world):
+    file = write_lines(world / "answers.jsonl", [FORMS["ids"](i) for i in range(4)])
+    systems = [f"One={file}", f"Two={file}"]
+    done = compare(world, *systems, code=2, more=("--blind", "--figure"))
+    assert "--figure names the systems" in done.stderr
+    assert not (world / "out").exists()
+
+
 def test_an_edited_file_gives_its_new_answer(world):
     """Nothing of an earlier run is kept for it."""
     file = write_lines(world / "answers.jsonl", [FORMS["ids"](i) for i in range(4)])
