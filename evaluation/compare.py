@@ -388,6 +388,15 @@ def print_costs(endpoints: list[tuple[str, Endpoint | None]]) -> None:
         print(f"{name}: {endpoint.summary()}", file=sys.stderr)
 
 
+def check_entered(systems: list[System], questions: list[Question]) -> None:
+    """Says which entered answers are of no question. ValueError where ids do not tell questions
+    apart."""
+    for system in systems:
+        left_over = system.entered.check(questions) if system.entered else ""
+        if left_over:
+            print(f"{system.name}: {left_over}", file=sys.stderr)
+
+
 # --- 4. the command -------------------------------------------------------------------------------
 
 
@@ -521,11 +530,7 @@ def run(args: argparse.Namespace) -> int:
         extra_body=args.extra_body,
     )
     systems = read_systems(args.system, of_folder, of_endpoint, args.blind, args.encoding)
-    for system in systems:
-        if system.entered:
-            left_over = system.entered.check(questions)
-            if left_over:
-                print(f"{system.name}: {left_over}", file=sys.stderr)
+    check_entered(systems, questions)
     known_glosses = read_glosses(args.glosses, args.encoding) if args.glosses else {}
     glosser = Endpoint(of_endpoint) if args.gloss else None
     chosen = choose_questions(
