@@ -36,6 +36,7 @@ from common.intervals import Z_95
 from common.paper import CASE_REPORT, OA, PMC_VQA, RELEASED_ALIGNMENT, TABLE_1, TABLE_2
 from common.text import MAX_CHARACTERS, text_length
 from demo import real, toy
+from evaluation.figure4 import CASES_A_PAGE
 from evaluation.quantised import quantised_change
 from model_io.devices import OLDEST_TORCH
 from model_io.graphs import N_EAGER_STEPS
@@ -51,7 +52,17 @@ READMES = (ENGLISH, CHINESE)
 
 # --- 1. reading a figure out of a README ----------------------------------------------------------
 
-WORDS = {"two": 2, "twice": 2, "eight": 8, "两": 2, "八": 8}
+WORDS = {
+    "two": 2,
+    "twice": 2,
+    "three": 3,
+    "Five": 5,
+    "eight": 8,
+    "两": 2,
+    "三": 3,
+    "五": 5,
+    "八": 8,
+}
 NUMBER = r"(?:\d[\d,.]*)?\d(?:e[+-]?\d+)?"
 
 
@@ -341,6 +352,16 @@ FIGURES = [
         "13B 生成速度上限，token/秒：bf16、int8、int4 | {0}、{1}、{2} | {3}、{4}、{5} |",
         (*writing_speeds("A100"), *writing_speeds("H100")),
     ),
+    Figure(
+        "the paper's Figure 4 in its form, {0} cases a page",
+        "即论文图 4 的形式，每页{0}例",
+        (CASES_A_PAGE,),
+    ),
+    Figure(
+        "{0} systems of ours on the demo's pictures",
+        "演示图片上我们自己的{0}个系统",
+        (raw_text("tests/tools/draw_figure4.sh").count("--system "),),
+    ),
     # data
     Figure(
         "acceptance with a {0} % interval",
@@ -357,6 +378,11 @@ FIGURES = [
         "A row that fails {0} goes to",
         "{0}次不合格的行进入",
         (command_default(translate.add_command, "translate", "attempts"),),
+    ),
+    Figure(
+        "(PMC-OA alone: {0} rows by its authors' word",
+        "（据作者所说只有 PMC-OA，{0} 行",
+        (RELEASED_ALIGNMENT,),
     ),
     # what the paper does not say
     Figure(
