@@ -560,6 +560,7 @@ def test_what_stage_1_learns_of_a_case_report(choice, english, chinese):
     check(CHINESE, "每步 {0} 的步数 | 标签", (batch_size,))
 
 
+@pytest.mark.skipif(not LONG, reason="run by tests/run.sh --long")
 def test_the_build_that_is_pasted(tmp_path):
     """The README's own two commands, run in an empty folder."""
     (block,) = [block for block in blocks(ENGLISH, "bash") if "--out out/built" in block]
