@@ -66,7 +66,7 @@ MIN_LENGTH = 5
 # a shorter one describes many figures ("Chest CT scan")
 GENERAL_BELOW = 10
 # without an article a text must be as long to stand for one figure
-SPECIFIC_FROM = 20
+SPECIFIC_FROM = 16
 REFERENCE_ONLY = re.compile(
     r"^\W*(?:see |\u89c1|\u53c2\u89c1|\u5982)?\s*"
     r"(?:fig(?:ure)?s?|table|\u56fe|\u8868)\W*\d*\w?\W*$",

@@ -3,7 +3,7 @@ tool, and for doctors to rank without the names.
 
     python evaluate.py compare test.json --images DIR --out OUT
             --system Qilin-Med-VL=out/stage2 --system LLaVA-1.5=weights/llava-1.5-7b-hf
-            --system "GPT-4V=https://api.openai.com/v1#gpt-4-vision-preview"
+            --system "GPT-4V=https://api.openai.com/v1#MODEL"
             --system VisCPM-Chat=viscpm-answers.jsonl
     ... --blind
         OUT/blind.html for the doctors, OUT/blind_key.json to keep back
