@@ -3,6 +3,7 @@ compared with constants, tables, defaults, and with what the commands print. Wha
 not held here."""
 
 import argparse
+import errno
 import inspect
 import json
 import os
@@ -32,6 +33,7 @@ import train
 from chimed import prompts, translate
 from chimed.pictures import MAX_PICTURES
 from chimed.quality import quality, reason_name
+from common import files
 from common.intervals import Z_95
 from common.paper import CASE_REPORT, OA, PMC_VQA, RELEASED_ALIGNMENT, TABLE_1, TABLE_2
 from common.text import MAX_CHARACTERS, text_length
@@ -39,6 +41,8 @@ from demo import real, toy
 from evaluation.figure4 import CASES_A_PAGE
 from evaluation.quantised import quantised_change
 from model_io.devices import OLDEST_TORCH
+from model_io.gguf import count_bytes, plan_pictures
+from model_io.gguf_tower import widen
 from model_io.graphs import N_EAGER_STEPS
 from training import plan
 from training.costs import GIB, Machine, checkpoint_bytes
@@ -322,6 +326,11 @@ FIGURES = [
         "保存检查点，然后以 {0}（{1}）退出。13B 的检查点有 {2} GB",
         (exit_code(signal.SIGTERM), exit_code(signal.SIGINT), CHECKPOINT_GB),
     ),
+    Figure(
+        "| the disk is full | one line, exit code {0};",
+        "| 磁盘已满 | 一行说明，退出码 {0}；",
+        (files.exit_code(OSError(errno.ENOSPC, "full")),),
+    ),
     Figure("(for 13B {0} GB over all ranks)", "（13B 各进程共 {0} GB）", (CHECKPOINT_GB,)),
     Figure(
         "what is missing is beyond {0} tokens",
@@ -460,6 +469,26 @@ def test_sizes_of_gguf_files():
     sizes = tuple(gguf_size(kind) for kind in ("f16", "q8_0", "q4_0"))
     check(ENGLISH, "**Sizes for 13B:** f16 {0} GB, q8_0 {1}, q4_0 {2} (", sizes)
     check(CHINESE, "**13B 的大小：** f16 {0} GB，q8_0 {1}，q4_0 {2}（", sizes)
+
+
+def test_the_mmproj_file():
+    """Its size, and how many blocks it has beside those of CLIP that are computed."""
+    pytest.importorskip("gguf")
+    with torch.device("meta"):
+        model = q.Qilin(CONFIG)
+    # sizes do not depend on its numbers, but the blocks in front are made of them
+    tower = model.vision_tower.to_empty(device="cpu")
+    for param in tower.parameters():
+        torch.nn.init.zeros_(param)
+    planned = plan_pictures(model, widen(tower, TOWER))
+    names = [re.match(r"v\.blk\.(\d+)\.", tensor.name) for tensor in planned]
+    n_in_front = len({name[1] for name in names if name}) - N_COMPUTED
+
+    size = round(count_bytes(planned) / 1e9, 1)
+    check(ENGLISH, "stay in 8 bits), mmproj {0}. Kinds of one model", (size,))
+    check(CHINESE, "输出层保留 8 位），mmproj {0}。", (size,))
+    check(ENGLISH, "has {0} more blocks in front", (n_in_front,))
+    check(CHINESE, "mmproj 文件在最前面多放{0}个块", (n_in_front,))
 
 
 def test_translations_that_the_rules_find():
