@@ -7,6 +7,7 @@ caption beside a picture. What is in the published spelling already stays as it 
 """
 
 import ast
+import json
 import re
 from typing import Any
 
@@ -100,7 +101,12 @@ def as_list(value: object) -> object:
         return value
     assert isinstance(value, str)
     try:
-        return ast.literal_eval(value[:200_000])
+        # first: of an escaped emoji Python reads two halves
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         return value
 
@@ -197,6 +203,9 @@ def is_prose(key: str, value: object) -> bool:
     if not isinstance(value, str) or str(key).lower().endswith("id"):
         return False
     text = value.strip()
+    # turns that cannot be read are no caption
+    if re.match(r"\[\s*\{", text):
+        return False
     is_name = bool(PICTURE_SUFFIX.search(text)) or text.startswith(("http://", "https://"))
     is_long = " " in text or len(text) > 4 and not text.isascii()
     return is_long and not is_name

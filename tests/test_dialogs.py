@@ -81,6 +81,35 @@ def test_every_spelling_is_the_same_dialog(shape):
     assert dialog["id"] == "7"
 
 
+def long_turns(n):
+    return [{"from": "human", "value": "<image>\n这是什么？"}, {"from": "gpt", "value": "肺" * n}]
+
+
+@pytest.mark.parametrize(
+    "text, turns",
+    [
+        # an emoji, which JSON escapes in two halves
+        (json.dumps([ASKED[0], {"from": "gpt", "value": "好\U0001f600"}]), "好\U0001f600"),
+        (json.dumps([ASKED[0], {**ASKED[1], "score": None, "is_good": True}]), "左肺结节。"),
+        (json.dumps(long_turns(250_000)), "肺" * 250_000),
+        (str(long_turns(250_000)), "肺" * 250_000),
+    ],
+    ids=["emoji", "null and true", "long JSON", "long Python"],
+)
+def test_a_list_written_as_text_is_read_whole(text, turns):
+    for key in ("conversations", "turns"):
+        row = {"image": "a.png", key: text}
+        assert not is_caption(row)
+        assert read_dialog(row)["conversations"][1]["value"] == turns
+
+
+def test_turns_that_are_cut_off_are_no_caption():
+    cut = json.dumps(ASKED, ensure_ascii=False)[:-3]
+    assert not is_caption({"image": "a.png", "turns": cut})
+    with pytest.raises(UnknownRow, match="'turns'"):
+        read_dialog({"image": "a.png", "turns": cut})
+
+
 def test_what_is_published_stays_as_it_is():
     """The very object: other fields, empty ones and damaged ones too."""
     for row in (
