@@ -61,7 +61,7 @@ def find_case_reports(built: Path, given: list[str]) -> CaseReports:
     """The raw rows of a file of dialogs: those that are given, else those that the manifest beside
     it names. NoCaseReports says why there are none; ValueError: those given are others."""
     manifest = read_manifest(built)
-    inputs = [entry for entry in manifest.get("inputs", []) if entry.get("set") == CASE_SOURCE]
+    inputs = [entry for entry in manifest["inputs"] if entry["set"] == CASE_SOURCE]
     paths = given or [entry["file"] for entry in inputs]
     if not paths:
         raise NoCaseReports(f"{built}: no manifest.json beside it names the raw rows")
@@ -72,18 +72,35 @@ def find_case_reports(built: Path, given: list[str]) -> CaseReports:
             f"--{CASE_SOURCE} {' '.join(given)}: not the files that {built} was built of, "
             "by the manifest.json beside it"
         )
-    encoding = manifest.get("settings", {}).get("encoding", "utf-8")
+    encoding = manifest["settings"].get("encoding", "utf-8")
     files = open_sources({CASE_SOURCE: paths}, [CASE_SOURCE], own_columns={}, encoding=encoding)
     return CaseReports(files, np.cumsum([0, *(len(file.records) for file in files)]))
 
 
 def read_manifest(built: Path) -> dict[str, Any]:
-    """The manifest of the build that a file is of; {} without one. ValueError for a damaged one."""
+    """The settings and inputs of the build that a file is of, none where no manifest tells them.
+    ValueError for a damaged one."""
     path = built.parent / "manifest.json"
-    if not path.is_file():
-        return {}
-    manifest = read_json(path)
-    return manifest if isinstance(manifest, dict) else {}
+    manifest = read_json(path) if path.is_file() else {}
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: not a manifest of data_prep.py build")
+    settings = manifest.get("settings", {})
+    inputs = manifest.get("inputs", [])
+    if not isinstance(settings, dict) or not isinstance(inputs, list):
+        raise ValueError(f"{path}: its settings or inputs are not those of data_prep.py build")
+    if not isinstance(settings.get("encoding", ""), str):
+        raise ValueError(f"{path}: the encoding of its settings is no name")
+    for i, entry in enumerate(inputs):
+        if not is_input(entry):
+            raise ValueError(f"{path}: input {i} does not say its set, file and sha256")
+    return {"settings": settings, "inputs": inputs}
+
+
+def is_input(entry: object) -> bool:
+    """Whether an entry of a manifest is a raw file as build writes it."""
+    if not isinstance(entry, dict):
+        return False
+    return all(isinstance(entry.get(key), str) for key in ("set", "file", "sha256"))
 
 
 def check_unchanged(inputs: Iterable[dict[str, Any]]) -> None:

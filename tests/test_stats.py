@@ -2,6 +2,7 @@
 and 2 do (a case report with both its texts, whichever is trained), and draws its figures."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from raw_sets import OA, make_raw, prep
 
 from chimed import stats
+from chimed.case_reports import NoCaseReports, find_case_reports
 from chimed.prompts import MODALITIES, VQA
 from chimed.sources import own_question
 from chimed.stats import find_font, has_chinese, modality_of, quantile
@@ -214,6 +216,27 @@ def test_raw_rows_that_are_gone_are_said(tmp_path, toy):
     (raw / "case.csv").write_bytes(moved.read_bytes())
     done, _ = stats_of(toy, alignment, tmp_path / "changed")
     assert "case.csv has changed since the build" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        [],
+        {"inputs": None},
+        {"inputs": ["case.csv"]},
+        {"inputs": [{"set": "pmc-casereport", "file": "case.csv"}]},
+        {"inputs": [{"set": "pmc-casereport", "file": 3, "sha256": "0"}]},
+        {"inputs": [], "settings": None},
+        {"inputs": [], "settings": {"encoding": 8}},
+    ],
+)
+@pytest.mark.parametrize("given", [[], ["case.csv"]])
+def test_a_damaged_manifest_is_named(tmp_path, manifest, given):
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
+        find_case_reports(tmp_path / "alignment.json", given)
+    assert not isinstance(refused.value, NoCaseReports)
 
 
 def test_blocks_do_not_count_a_case_report_twice(tmp_path, toy, monkeypatch):
