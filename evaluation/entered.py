@@ -174,8 +174,11 @@ def answer_in(fields: dict[str, Any], key: str) -> str:
 def first_of(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
     """What stands under the first of these names that a row has; None without."""
     for name in names:
-        if fields.get(name) not in (None, ""):
-            return fields[name]
+        value = fields.get(name)
+        # nan, which alone is not itself: as pandas writes a gap
+        is_gap = value is None or value == "" or value != value
+        if not is_gap:
+            return value
     return None
 
 

@@ -160,6 +160,18 @@ def test_a_row_without_its_answer_is_a_question_without_one(world):
         assert cells[0] == "一" and "no answer in" in cells[1] and cells[2:] == ["三", "四"]
 
 
+def test_a_gap_of_pandas_is_no_answer(world):
+    """json.dumps of a data frame's gap is NaN, which JSON in Python reads as a number."""
+    rows = [FORMS["ids"](i) for i in range(4)]
+    rows[1]["answer"] = float("nan")
+    rows[2]["question"] = float("nan")
+    file = write_lines(world / "answers.jsonl", rows)
+    compare(world, f"Elsewhere={file}", f"Named={file}#answer", code=1)
+    for name in ("Elsewhere", "Named"):
+        cells = shown(world, name)
+        assert "no answer in" in cells[1] and cells[2:] == ANSWERS[2:]
+
+
 def test_what_is_missing_or_unclear_is_said(world):
     """No answer, two of them, another question under the id: the cell says so, exit code 1; answers
     of unknown questions are counted."""
