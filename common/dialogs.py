@@ -176,6 +176,8 @@ def find_caption(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     if not named_pictures(record):
         return None
     caption = first_text(record, CAPTION_KEYS)
+    if is_unread_list(caption):
+        return None
     if not caption:
         texts = {key: value for key, value in record.items() if is_prose(key, value)}
         if len(texts) > 1:
@@ -186,6 +188,11 @@ def find_caption(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     if not caption:
         return None
     return [{"from": "human", "value": ""}, {"from": "gpt", "value": caption}]
+
+
+def is_unread_list(text: str) -> bool:
+    """Whether a text is turns of a dialog that could not be read: no caption."""
+    return re.match(r"\s*\[\s*\{", text) is not None
 
 
 def first_text(record: dict[str, Any], names: tuple[str, ...]) -> str:
@@ -203,8 +210,7 @@ def is_prose(key: str, value: object) -> bool:
     if not isinstance(value, str) or str(key).lower().endswith("id"):
         return False
     text = value.strip()
-    # turns that cannot be read are no caption
-    if re.match(r"\[\s*\{", text):
+    if is_unread_list(text):
         return False
     is_name = bool(PICTURE_SUFFIX.search(text)) or text.startswith(("http://", "https://"))
     is_long = " " in text or len(text) > 4 and not text.isascii()

@@ -176,7 +176,8 @@ def first_of(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
     for name in names:
         value = fields.get(name)
         # nan, which alone is not itself: as pandas writes a gap
-        is_gap = value is None or value == "" or value != value
+        is_blank = isinstance(value, str) and not value.strip()
+        is_gap = value is None or is_blank or value != value
         if not is_gap:
             return value
     return None

@@ -143,6 +143,7 @@ def test_captions(row, caption):
     [
         ({"a": 1, "b": "x"}, ["'a', 'b'"]),
         ({}, ["none"]),
+        ({"image": "a.png", "text": '[{"role": "user", "content": "这是什么'}, ["'image', 'text'"]),
         ({"caption": "没有图片的说明"}, ["'caption'"]),
         ({"image": "a.png", "zh": "一段 文字", "en": "a text"}, ["'zh', 'en'", "`caption`"]),
         ({"x": ASKED, "y": ASKED}, ["'x', 'y'"]),
