@@ -162,41 +162,49 @@ TABLES = {1: TABLE_1, 2: TABLE_2}
 RELEASED_ALIGNMENT = 263_175
 
 
-def quantile_of(texts: Texts, shares: np.ndarray, bend: float) -> np.ndarray:
-    """Lengths that these shares of the texts do not pass, float64.
+def body_of(texts: Texts, shares: np.ndarray) -> np.ndarray:
+    """Lengths that these shares of the texts do not pass, float64, none beyond the last knot:
+    between two knots the logarithm of the length grows evenly with the share."""
+    at = [share for share, _ in texts.knots]
+    logs = [math.log(length) for _, length in texts.knots]
+    return np.exp(np.interp(shares, at, logs))
 
-    Between two knots the logarithm of the length grows evenly with the share. Beyond the last knot
-    it grows to the maximum with the logarithm of the share that is longer, as sizes of texts do,
-    bent down by `bend` where that is positive: the larger it is, the fewer texts are long.
+
+def tail_of(texts: Texts, beyond: np.ndarray, bend: float) -> np.ndarray:
+    """Lengths beyond the last knot, float64. beyond: the logarithm of the share that is longer, 0
+    at the knot and 1 for the longest text.
+
+    The logarithm of the length grows with it to the maximum, as sizes of texts do, bent down by
+    `bend` where that is positive: the larger it is, the fewer texts are long.
     """
-    knots = texts.knots
-    at = [share for share, _ in knots]
-    logs = [math.log(length) for _, length in knots]
-    body = np.interp(shares, at, logs)
-    longer = np.clip((1 - shares) / (1 - at[-1]), 1 / texts.n, 1)
-    beyond = np.log(longer) / math.log(1 / texts.n)
+    start = math.log(texts.knots[-1][1])
     bent = np.expm1(bend * beyond) / math.expm1(bend)
-    tail = logs[-1] + (math.log(texts.most) - logs[-1]) * bent
-    return np.exp(np.where(shares <= at[-1], body, tail))
+    return np.exp(start + (math.log(texts.most) - start) * bent)
 
 
 @lru_cache
 def sorted_lengths(texts: Texts) -> np.ndarray:
     """int64 (texts.n,): lengths with the count, sum, quartiles and maximum of a cell, the shortest
     first."""
+    last = texts.knots[-1][0]
     shares = np.linspace(0, 1, texts.n)
+    n_body = int(np.searchsorted(shares, last, side="right"))
+    body = np.rint(body_of(texts, shares[:n_body]))
+    longer = np.clip((1 - shares[n_body:]) / (1 - last), 1 / texts.n, 1)
+    beyond = np.log(longer) / math.log(1 / texts.n)
+
+    tail = np.zeros_like(beyond)
     low = -50.0
     high = 50.0
-    lengths = np.zeros(texts.n, dtype=np.int64)
     # halved until the sum is that of the table; never 0, where the bend has no value
     for _ in range(50):
         bend = (low + high) / 2 or 1e-6
-        lengths = np.rint(quantile_of(texts, shares, bend)).astype(np.int64)
-        if lengths.sum() > texts.tokens:
+        tail = np.rint(tail_of(texts, beyond, bend))
+        if body.sum() + tail.sum() > texts.tokens:
             low = bend
         else:
             high = bend
-    return lengths
+    return np.concatenate([body, tail]).astype(np.int64)
 
 
 def lengths_like(texts: Texts, n: int, rng: np.random.Generator) -> np.ndarray:

@@ -564,6 +564,7 @@ def test_the_plans_that_are_pasted():
         assert line in rest, f"not printed, or not in this place: {line}"
 
 
+@pytest.mark.skipif(not LONG, reason="run by tests/run.sh --long")
 @pytest.mark.parametrize(
     "choice, english, chinese",
     [
