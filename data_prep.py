@@ -67,6 +67,8 @@ MIN_LENGTH = 5
 GENERAL_BELOW = 10
 # without an article a text must be as long to stand for one figure
 SPECIFIC_FROM = 16
+# of one article as many rows as there are share a text: too many pictures are dropped later
+ANY_NUMBER = 2**62
 REFERENCE_ONLY = re.compile(
     r"^\W*(?:see |\u89c1|\u53c2\u89c1|\u5982)?\s*"
     r"(?:fig(?:ure)?s?|table|\u56fe|\u8868)\W*\d*\w?\W*$",
@@ -180,9 +182,10 @@ def published_dialog(
 ) -> dict[str, Any]:
     """A dialog that is one already: as it is, its pictures placed; several for one <image> are
     joined. BadRow."""
-    turns = published_turns(row.conversations, settings.require_chinese)
     if row.texts.get("caption"):
         turns = captioned_turns(row, row_id, settings)
+    else:
+        turns = published_turns(row.conversations, settings.require_chinese)
     n_images = sum(turn.count(IMAGE_TOKEN) for turn in turns)
     if n_images not in (1, len(row.images)) or bool(n_images) != bool(row.images):
         raise BadRow(f"{IMAGE_TOKEN} and pictures do not agree")
@@ -314,8 +317,7 @@ class BlockKeys:
     """Pass 1 over a block of rows."""
 
     texts: np.ndarray  # uint64 a row: a key of its article and text; 0: it joins nobody
-    is_general: np.ndarray  # bool a row: its text is too general to be shared by one figure
-    is_known: np.ndarray  # bool a row: its article is known
+    may_share: np.ndarray  # int64 a row: so many rows at most can have its text and be one figure
     pictures: np.ndarray  # uint64 a row: a key of its pictures; 0: nothing is asked about any
     ties: np.ndarray  # uint64: the keys that tie rows to others, row after row
     n_ties: np.ndarray  # int64 a row: how many those are
@@ -343,11 +345,8 @@ def survey(inputs: Inputs, settings: BuildSettings, workers: int) -> Groups:
             bar.update(stop - start)
     texts = np.concatenate([part.texts for part in parts])
     pictures = np.concatenate([part.pictures for part in parts])
-    texts, n_general = shared_texts(
-        texts,
-        np.concatenate([part.is_general for part in parts]),
-        np.concatenate([part.is_known for part in parts]),
-    )
+    may_share = np.concatenate([part.may_share for part in parts])
+    texts, n_general = shared_texts(texts, may_share)
     ties = np.concatenate([part.ties for part in parts])
     n_ties = np.concatenate([part.n_ties for part in parts])
     ties, n_ties = with_ties(ties, n_ties, texts)
@@ -373,16 +372,14 @@ def survey(inputs: Inputs, settings: BuildSettings, workers: int) -> Groups:
 def survey_block(inputs: Inputs, f: int, start: int, stop: int) -> BlockKeys:
     """Pass 1 over rows start to stop of file f."""
     texts = []
-    is_general = []
-    is_known = []
+    may_share = []
     pictures = []
     ties = []
     n_ties = []
     n_test = 0
     for i, raw in inputs.files[f].records.read(start, stop):
         text = 0
-        has_general_text = False
-        has_article = False
+        n_sharing = 1
         picture = 0
         keys = []
         try:
@@ -394,22 +391,19 @@ def survey_block(inputs: Inputs, f: int, start: int, stop: int) -> BlockKeys:
             n_test += row.test
             names = [candidates(row, name)[0] for name in row.images]
             text = key_of_text(row)
-            has_general_text = is_too_general(row)
-            has_article = bool(row.article)
+            n_sharing = most_that_share(row)
             picture = key_of_pictures(row, names)
             keys = keys_that_tie(row, names)
         if not keys:
             keys = [text_key("row", str(f), str(i))]
         texts.append(text)
-        is_general.append(has_general_text)
-        is_known.append(has_article)
+        may_share.append(n_sharing)
         pictures.append(picture)
         ties.extend(keys)
         n_ties.append(len(keys))
     return BlockKeys(
         texts=np.array(texts, dtype=np.uint64),
-        is_general=np.array(is_general, dtype=bool),
-        is_known=np.array(is_known, dtype=bool),
+        may_share=np.array(may_share, dtype=np.int64),
         pictures=np.array(pictures, dtype=np.uint64),
         ties=np.array(ties, dtype=np.uint64),
         n_ties=np.array(n_ties, dtype=np.int64),
@@ -427,28 +421,27 @@ def key_of_text(row: Row) -> int:
     return text_key("text", row.article, text.rstrip(" .\u3002"))
 
 
-def is_too_general(row: Row) -> bool:
-    """Whether a row's caption is too short to belong to one figure alone, as far as one row can
-    tell."""
-    if row.source != "pmc-oa":
-        return False
+def most_that_share(row: Row) -> int:
+    """How many rows at most can have this row's caption and be of one figure; 1: it is too general
+    to be shared at all."""
+    caption = row.texts.get("caption", "")
     least = GENERAL_BELOW if row.article else SPECIFIC_FROM
-    caption = row.texts["caption"]
-    return text_length(caption) < least or bool(REFERENCE_ONLY.match(caption))
+    if text_length(caption) < least or REFERENCE_ONLY.match(caption):
+        return 1
+    if row.article:
+        return ANY_NUMBER
+    return MAX_PICTURES
 
 
-def shared_texts(
-    texts: np.ndarray, is_general: np.ndarray, is_known: np.ndarray
-) -> tuple[np.ndarray, int]:
+def shared_texts(texts: np.ndarray, may_share: np.ndarray) -> tuple[np.ndarray, int]:
     """(texts with 0 for rows that share theirs with nobody, how many rows of those have a text in
     common with others that is too general). All by row, as in BlockKeys."""
     _, inverse, counts = np.unique(texts, return_inverse=True, return_counts=True)
     n_rows = counts[inverse]
     is_repeated = (texts != 0) & (n_rows > 1)
-    too_many = ~is_known & (n_rows > MAX_PICTURES)
-    is_apart = is_repeated & (is_general | too_many)
-    is_shared = is_repeated & ~is_apart
-    return np.where(is_shared, texts, np.uint64(0)), int(is_apart.sum())
+    is_shared = is_repeated & (n_rows <= may_share)
+    n_general = int(is_repeated.sum() - is_shared.sum())
+    return np.where(is_shared, texts, np.uint64(0)), n_general
 
 
 def with_ties(

@@ -516,16 +516,16 @@ def check_default_data(settings: RunSettings) -> None:
         )
 
 
-def beside_paper(settings: RunSettings, n_rows: int) -> str | None:
-    """How many rows there are beside the paper's, None where they are as many."""
-    number = STAGES[settings.stage].table
+def beside_paper(number: int, n_rows: int, batch_size: int) -> str | None:
+    """How many rows there are beside those of the paper's table of this number, None where they are
+    as many."""
     n_paper = TABLES[number].n_pairs
     if n_rows == n_paper:
         return None
     line = (
-        f"{n_rows:,} rows, {math.ceil(n_rows / settings.batch_size):,} steps of "
-        f"{settings.batch_size} an epoch; the paper has {n_paper:,} in its Table {number}, "
-        f"{math.ceil(n_paper / settings.batch_size):,} steps"
+        f"{n_rows:,} rows, {math.ceil(n_rows / batch_size):,} steps of {batch_size} an epoch; "
+        f"the paper has {n_paper:,} in its Table {number}, "
+        f"{math.ceil(n_paper / batch_size):,} steps"
     )
     # a row more or less: the paper counts 263,176 captions
     if number == 1 and abs(n_rows - RELEASED_ALIGNMENT) <= 1:
@@ -547,7 +547,8 @@ def load_data(settings: RunSettings, tokenizer: Tokenizer, config: QilinConfig) 
         seed=settings.seed,
         max_steps=settings.max_steps,
     )
-    difference = beside_paper(settings, len(dataset) + dataset.n_dropped)
+    table = STAGES[settings.stage].table
+    difference = beside_paper(table, len(dataset) + dataset.n_dropped, settings.batch_size)
     if difference:
         print0(difference)
     return RunData(dataset, held_out, batches)

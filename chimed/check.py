@@ -14,12 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from chimed.pictures import CACHE
-from chimed.sources import has_half_pair, own_question
+from chimed.sources import own_question
 from chimed.workers import BLOCK, add_workers_option, blocks_of, in_order
 from common.dialogs import UnknownRow, read_dialog
 from common.options import InRange
 from common.rows import BadRow, FileChanged, Records, find_rows
-from common.text import text_key
+from common.text import has_half_pair, text_key
 from model_io.pixels import BadPicture, find_picture, open_image, picture_names
 from model_io.tokens import BadDialog, Tokenizer, check_conversation, encode_conversation
 

@@ -15,15 +15,15 @@ own             .csv .tsv .json .jsonl  image(s), question, answer or caption; c
 """
 
 import argparse
-import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from chimed.prompts import CAPTION, CONTEXT, VQA
-from common.dialogs import PICTURE_SUFFIX, UnknownRow, is_caption, read_dialog
+from common.dialogs import UnknownRow, read_dialog, read_row_of_dialogs
 from common.files import one_line
+from common.names import PICTURE_SUFFIX, names_in
 from common.rows import BadRow, Records
 from common.text import clean_text, without_decimals
 from qilin_min import IMAGE_TOKEN
@@ -76,8 +76,6 @@ class Row:
 
 # --- 2. what stands in a field --------------------------------------------------------------------
 
-PICTURES_UNREADABLE = "list of pictures cannot be read"
-
 
 def first_filled(record: dict, names: Iterable[str]) -> Any:
     """The first of some fields that holds something; "" where none does."""
@@ -85,56 +83,6 @@ def first_filled(record: dict, names: Iterable[str]) -> Any:
         if record.get(name) not in (None, ""):
             return record[name]
     return ""
-
-
-def has_half_pair(text: str) -> bool:
-    """True for a text with half a surrogate pair, which UTF-8 has no bytes for."""
-    return any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def names_in(value: Any, separators: str | None = None) -> list[str]:
-    """Picture names in a value: a list, a string that holds a Python or JSON list, names between
-    `separators`, or one name. BadRow."""
-    listed = _as_list(value, separators)
-    if not isinstance(listed, (list, tuple)):
-        raise BadRow(PICTURES_UNREADABLE)
-    names = {}
-    for entry in listed:
-        if not isinstance(entry, (str, int)):
-            raise BadRow(PICTURES_UNREADABLE)
-        if isinstance(entry, int) and abs(entry) > 10**18:
-            raise BadRow(PICTURES_UNREADABLE)
-        name = str(entry).strip()
-        # half a surrogate pair: no file name
-        if has_half_pair(name):
-            raise BadRow(PICTURES_UNREADABLE)
-        if name:
-            names[name] = True
-    return list(names)
-
-
-def _as_list(value: Any, separators: str | None) -> Any:
-    """A list, where `value` stands for one; else what it is."""
-    if isinstance(value, str):
-        text = value.strip()
-        if text.startswith("[") and (text.endswith("]") or not separators):
-            return _read_list(text)
-        if separators:
-            return re.split(separators, value)
-        return [value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    # nan, as pandas writes a gap
-    if value is None or value != value:
-        return []
-    return value
-
-
-def _read_list(text: str) -> Any:
-    try:
-        return ast.literal_eval(text[:100_000])
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        raise BadRow(PICTURES_UNREADABLE) from None
 
 
 def article_of(text: Any) -> str:
@@ -242,15 +190,17 @@ def read_published(source: str, record: dict) -> Row:
     """A Row of ChiMed-VL: a dialog, or a caption, which gets a prompt like those of PMC-OA.
     BadRow."""
     try:
-        dialog = read_dialog(record)
-        caption = dialog["conversations"][1]["value"] if is_caption(record) else ""
+        dialog, is_caption = read_row_of_dialogs(record)
     except UnknownRow as error:
         raise BadRow(str(error)) from None
     image = first_filled(dialog, ["image"])
+    texts = {}
+    if is_caption:
+        texts["caption"] = clean_text(dialog["conversations"][1]["value"])
     return Row(
         source=source,
         images=names_in(image),
-        texts={"caption": clean_text(caption)} if caption else {},
+        texts=texts,
         article=article_of(image),
         id=clean_text(first_filled(dialog, ["id"])),
         conversations=dialog["conversations"],

@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +162,12 @@ class BuiltFile:
     # the raw rows of its case reports; None: their dialogs are all there is
     case_reports: CaseReports | None = None
 
+    def raw_texts(self, number: int | None) -> list[tuple[str, str]]:
+        """[(kind, text)] of the raw row of a case report; [] where there is none."""
+        if number is None or self.case_reports is None:
+            return []
+        return list(self.case_reports.texts(number).items())
+
 
 @dataclass(frozen=True)
 class Counting:
@@ -220,26 +226,27 @@ def count_row(
 ) -> None:
     """One dialog: the lengths of its texts, its modality, its picture. number: of the case report
     that a dialog of stage 1 is of; is_second: another dialog of it was counted before."""
-    row_id = row.get("id")
-    source = source_of(row_id)
+    source = source_of(row.get("id"))
     turns = []
     for turn in row["conversations"]:
         turns.append(turn["value"].encode("utf-8", "ignore").decode())
-    # of a case report both texts are counted, from its raw row
-    has_raw_row = number is not None and file.case_reports is not None
+    spoken = []
     for question, answer in zip(turns[::2], turns[1::2], strict=False):
         counts.pairs[source] += not is_second
-        for kind, text in texts_of_pair(file.subset, row_id, question, answer).items():
-            n_tokens = len(tokenizer.encode(text))
-            if not has_raw_row:
-                counts.add_length(source, kind, n_tokens)
-            if file.subset == "alignment":
-                counts.add_trained(kind, n_tokens)
-            if for_cloud:
-                counts.texts.append(text)
-    if number is not None and file.case_reports is not None and not is_second:
-        for kind, text in file.case_reports.texts(number).items():
-            counts.add_length(source, kind, len(tokenizer.encode(text)))
+        spoken += texts_of_pair(file.subset, row.get("id"), question, answer).items()
+    # of a case report both texts count, whichever the dialog holds, and once
+    raw_texts = file.raw_texts(number)
+    counted = raw_texts or spoken
+    if raw_texts and is_second:
+        counted = []
+    n_tokens = {text: len(tokenizer.encode(text)) for _, text in {*counted, *spoken}}
+    for kind, text in counted:
+        counts.add_length(source, kind, n_tokens[text])
+    if file.subset == "alignment":
+        for kind, text in spoken:
+            counts.add_trained(kind, n_tokens[text])
+    if for_cloud:
+        counts.texts += [text for _, text in spoken]
     modality = modality_of(" ".join(telling_texts(file.subset, turns)))
     counts.modalities[modality] += 1
     image = row.get("image")
@@ -764,20 +771,18 @@ def open_built(
     """The files of each subset, {subset: paths}, with the raw rows of their case reports; and why
     some have none, "" where all have them that need them. case_reports: as named by an option."""
     files = []
-    reasons = {}
+    # by folder: a file and what is held out of it are of one build. A text: why there are none
+    known: dict[Path, CaseReports | str] = {}
     for subset, paths_of_one in paths.items():
         opened = [Records(path, ranges=find_rows(path)) for path in paths_of_one]
         every = max(1, sum(map(len, opened)) // CLOUD_TEXTS)
         for rows in opened:
-            file = BuiltFile(subset, rows, every)
-            if subset == "alignment" and has_case_reports(rows):
-                try:
-                    raw = find_case_reports(rows.path, case_reports)
-                    file = replace(file, case_reports=raw)
-                except NoCaseReports as reason:
-                    reasons[str(reason)] = True
-            files.append(file)
-    lacking = "; ".join(reasons)
+            folder = rows.path.parent
+            if subset == "alignment" and folder not in known and has_case_reports(rows):
+                known[folder] = look_for_case_reports(rows.path, case_reports)
+            raw = known.get(folder)
+            files.append(BuiltFile(subset, rows, every, None if isinstance(raw, str) else raw))
+    lacking = "; ".join(reason for reason in known.values() if isinstance(reason, str))
     if lacking:
         print(
             f"data_prep.py: {lacking}: name the raw rows by --{CASE_SOURCE} FILE, or case reports "
@@ -785,6 +790,14 @@ def open_built(
             file=sys.stderr,
         )
     return files, lacking
+
+
+def look_for_case_reports(built: Path, given: list[str]) -> CaseReports | str:
+    """The raw rows of a built file, or why there are none."""
+    try:
+        return find_case_reports(built, given)
+    except NoCaseReports as reason:
+        return str(reason)
 
 
 def has_case_reports(rows: Records) -> bool:

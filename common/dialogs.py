@@ -6,14 +6,13 @@ turns under any name, said by human and gpt or by user and assistant; a question
 caption beside a picture. What is in the published spelling already stays as it is.
 """
 
-import ast
-import json
 import re
 from typing import Any
 
+from common.names import PICTURE_SUFFIX, all_names_in, read_list
+from common.rows import BadRow, folded
 from qilin_min import IMAGE_TOKEN
 
-PICTURE_SUFFIX = re.compile(r"\.(?:jpe?g|png|gif|tiff?|webp|bmp|dcm)$", re.IGNORECASE)
 # who speaks, in the words of the published form
 ROLES = {
     "human": "human",
@@ -44,14 +43,20 @@ class UnknownRow(ValueError):
 def read_dialog(record: dict[str, Any]) -> dict[str, Any]:
     """A row as a dialog of the published form: itself, where it is one. A caption beside a picture
     becomes a dialog whose question is the picture alone. UnknownRow names the keys."""
+    return read_row_of_dialogs(record)[0]
+
+
+def read_row_of_dialogs(record: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """(read_dialog of a row, whether it is a caption that nobody asked for yet). UnknownRow."""
     if is_published(record):
-        return record
-    conversation = find_conversation(record)
-    if conversation is None:
-        conversation = find_question(record) or find_caption(record)
+        return record, False
+    conversation = find_conversation(record) or find_question(record)
+    is_caption = conversation is None
+    if is_caption:
+        conversation = find_caption(record)
     if conversation is None and "conversations" in record:
         # what is wrong with them is said where dialogs are checked
-        return record
+        return record, False
     if conversation is None:
         raise UnknownRow(
             "neither turns of a dialog, nor a question and its answer, nor a caption beside a "
@@ -68,14 +73,7 @@ def read_dialog(record: dict[str, Any]) -> dict[str, Any]:
         dialog["id"] = record["id"]
     if names:
         dialog["image"] = names[0] if len(names) == 1 else names
-    return dialog
-
-
-def is_caption(record: dict[str, Any]) -> bool:
-    """Whether a row is a caption beside a picture, which nobody asked for yet."""
-    if is_published(record) or find_conversation(record) or find_question(record):
-        return False
-    return find_caption(record) is not None
+    return dialog, is_caption
 
 
 def is_published(record: dict[str, Any]) -> bool:
@@ -83,11 +81,18 @@ def is_published(record: dict[str, Any]) -> bool:
     turns = record.get("conversations")
     if turns is None or is_text_of_list(turns):
         return False
-    if read_turns(turns) and not all("from" in turn and "value" in turn for turn in turns):
+    if not has_usual_turns(turns) and read_turns(turns):
         return False
     # a text needs no picture; one that speaks of some may have them under another name
     lacks_picture = "image" not in record and IMAGE_TOKEN in str(turns)
     return not (lacks_picture and named_pictures(record))
+
+
+def has_usual_turns(turns: object) -> bool:
+    """Whether all turns have the names of the published form."""
+    if not isinstance(turns, list):
+        return False
+    return all(isinstance(turn, dict) and "from" in turn and "value" in turn for turn in turns)
 
 
 def is_text_of_list(value: object) -> bool:
@@ -96,18 +101,12 @@ def is_text_of_list(value: object) -> bool:
 
 
 def as_list(value: object) -> object:
-    """A list that is written in a text, as JSON or Python has it; any other value as it is."""
-    if not is_text_of_list(value):
+    """A list that is written in a text; any other value as it is."""
+    if not isinstance(value, str) or not is_text_of_list(value):
         return value
-    assert isinstance(value, str)
     try:
-        # first: of an escaped emoji Python reads two halves
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        return read_list(value.strip())
+    except BadRow:
         return value
 
 
@@ -197,9 +196,9 @@ def is_unread_list(text: str) -> bool:
 
 def first_text(record: dict[str, Any], names: tuple[str, ...]) -> str:
     """What stands under the first of these names, whatever their case; "" without."""
-    lower = {str(key).strip().lower(): value for key, value in record.items()}
+    fields = folded(record)
     for name in names:
-        value = lower.get(name)
+        value = fields.get(name)
         if isinstance(value, str) and value.strip():
             return value
     return ""
@@ -236,12 +235,7 @@ def named_pictures(record: dict[str, Any]) -> list[str]:
 
 def names_under(value: object) -> list[str]:
     """A name, or a list of names; [] where a value is neither."""
-    listed = as_list(value)
-    if isinstance(listed, str):
-        listed = [listed]
-    if not isinstance(listed, (list, tuple)):
+    try:
+        return all_names_in(value)
+    except BadRow:
         return []
-    names = [name.strip() for name in listed if isinstance(name, str)]
-    if len(names) < len(listed):
-        return []
-    return [name for name in names if name]

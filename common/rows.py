@@ -25,6 +25,11 @@ class BadRow(ValueError):
     """A row that is left out and counted under this reason; str() is the reason."""
 
 
+def folded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record by its names without blanks around them and in small letters."""
+    return {str(name).strip().lower(): value for name, value in record.items()}
+
+
 class NotEncoded(ValueError):
     """A table that is not in the encoding tried."""
 

@@ -49,6 +49,11 @@ def clean_text(value: object) -> str:
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
+def has_half_pair(text: str) -> bool:
+    """True for a text with half a surrogate pair, which UTF-8 has no bytes for."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def without_decimals(number: str) -> str:
     """A number without the .0 that pandas gives it."""
     return re.sub(r"\.0$", "", number)

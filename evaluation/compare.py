@@ -33,7 +33,7 @@ from common.endpoint import Endpoint, EndpointFailed, EndpointOptions, add_endpo
 from common.files import USER_ERRORS, digest, digest_of, one_line
 from common.journal import Journal
 from common.options import InRange
-from common.rows import BadRow, Records
+from common.rows import BadRow, Records, folded
 from common.text import CJK, chinese_share
 from evaluation.entered import EnteredAnswers, writable
 from evaluation.figure4 import write_figure4
@@ -175,8 +175,7 @@ def read_glosses(path: str, encoding: str) -> Glosses:
     glosses = {}
     for i, raw in records.read(0, len(records)):
         try:
-            record = records.parse(raw)
-            fields = {str(key).strip().lower(): value for key, value in record.items()}
+            fields = folded(records.parse(raw))
             chinese = fields["chinese"]
             english = fields["english"]
         except (BadRow, KeyError):

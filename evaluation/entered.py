@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.rows import BadRow, Records
+from common.names import all_names_in
+from common.rows import BadRow, Records, folded
 from common.text import clean_text, without_decimals
 from evaluation.testsets import Question
 from qilin_min import IMAGE_TOKEN
@@ -114,10 +115,10 @@ def read_entered(place: str, encoding: str) -> EnteredAnswers:
     # in one go: a file that is opened anew for each row takes minutes where it has a million
     for i, raw in records.read(0, len(records)):
         try:
-            record = records.parse(raw)
-            if is_unanswered(record, key):
+            fields = folded(records.parse(raw))
+            if is_unanswered(fields, key):
                 continue
-            rows.append(entered_row(i, record, key))
+            rows.append(entered_row(i, fields, key))
         except BadRow as error:
             raise ValueError(f"{path}: row {i}: {error}") from None
     if not rows:
@@ -125,25 +126,23 @@ def read_entered(place: str, encoding: str) -> EnteredAnswers:
     return EnteredAnswers(path, rows)
 
 
-def is_unanswered(record: dict[str, Any], key: str) -> bool:
+def is_unanswered(fields: dict[str, Any], key: str) -> bool:
     """Whether a row has a place for an answer and none in it, as a run leaves it that was refused
     or cut off: a null, an empty cell, a line of predictions.jsonl that was left out."""
-    if "left_out" in record:
+    if "left_out" in fields:
         return True
     names = (key.lower(),) if key else ANSWER_NAMES
-    fields = {str(name).strip().lower(): value for name, value in record.items()}
     has_place = any(name in fields for name in names)
     return has_place and "seen" not in fields and first_of(fields, names) is None
 
 
-def entered_row(i: int, record: dict[str, Any], key: str) -> EnteredAnswer:
-    """A record as an EnteredAnswer. key: where its answer stands, or "". BadRow."""
-    fields = {str(name).strip().lower(): value for name, value in record.items()}
+def entered_row(i: int, fields: dict[str, Any], key: str) -> EnteredAnswer:
+    """A folded record as an EnteredAnswer. key: where its answer stands, or "". BadRow."""
     answer = answer_in(fields, key)
     row_id = first_of(fields, ID_NAMES)
     question = first_of(fields, QUESTION_NAMES)
     if row_id is None and question is None:
-        found = ", ".join(map(repr, record)) or "none"
+        found = ", ".join(map(repr, fields)) or "none"
         raise BadRow(f"neither an id nor a question: its keys are {found}")
     return EnteredAnswer(
         row=i,
@@ -184,13 +183,12 @@ def first_of(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def picture_names_in(value: Any) -> tuple[str, ...]:
-    """Names of pictures without their folders: one, a list, or a list between semicolons."""
-    if isinstance(value, str):
-        value = re.split(r"[;|]", value)
-    if not isinstance(value, list):
+    """Picture names in a field, without their folders; none where it holds something else."""
+    try:
+        names = all_names_in(value, r"[;|]")
+    except BadRow:
         return ()
-    names = [re.split(r"[\\/]", name.strip())[-1] for name in value if isinstance(name, str)]
-    return tuple(name for name in names if name)
+    return tuple(re.split(r"[\\/]", name)[-1] for name in names)
 
 
 def writable(text: str) -> str:

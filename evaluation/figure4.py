@@ -8,7 +8,7 @@ from string import Template
 
 from common.files import write_text
 from common.text import CJK
-from evaluation.pages import Compared, Glosses, html_pictures, visible
+from evaluation.pages import Compared, Glosses, html_fault, html_pictures, visible
 from evaluation.systems import Answer, System
 from evaluation.testsets import wording
 
@@ -39,8 +39,7 @@ def cell(text: str, glosses: Glosses, is_cut: bool = False) -> str:
 def answer_cell(answer: Answer, glosses: Glosses) -> str:
     """What a system says, or why it says nothing."""
     if answer.fault:
-        fault = html.escape(visible(answer.fault))
-        return f'<div class="fault">没有回答 no answer: {fault}</div>'
+        return html_fault(answer.fault)
     return cell(answer.text, glosses, answer.is_cut)
 
 

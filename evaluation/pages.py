@@ -60,9 +60,13 @@ def html_text(text: str, glosses: Glosses, is_cut: bool = False) -> str:
 
 def html_answer(answer: Answer, glosses: Glosses) -> str:
     if answer.fault:
-        fault = html.escape(visible(answer.fault))
-        return f'<div class="fault">没有回答 no answer: {fault}</div>'
+        return html_fault(answer.fault)
     return html_text(answer.text, glosses, answer.is_cut)
+
+
+def html_fault(fault: str) -> str:
+    """Why there is no answer."""
+    return f'<div class="fault">没有回答 no answer: {html.escape(visible(fault))}</div>'
 
 
 def html_pictures(pictures: list[bytes]) -> str:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 # of another workshop: PMC-VQA is training data, too, and what its columns mean is said there once
-from chimed.sources import names_in, read_row
-from common.dialogs import is_caption, read_dialog
+from chimed.sources import read_row
+from common.dialogs import read_dialog, read_row_of_dialogs
 from common.files import USER_ERRORS, one_line
+from common.names import names_in
 from common.rows import BadRow, Records
 from common.text import chinese_share, clean_text
 from model_io.pixels import find_picture, row_pictures
@@ -131,8 +132,8 @@ def set_of(records: Records) -> str:
 def holds_dialogs(records: Records) -> bool:
     """Whether the first row holds a dialog under names of its own."""
     try:
-        record = records.record(0)
-        return len(read_dialog(record)["conversations"]) > 1 and not is_caption(record)
+        dialog, is_caption = read_row_of_dialogs(records.record(0))
+        return len(dialog["conversations"]) > 1 and not is_caption
     except ValueError:
         return False
 

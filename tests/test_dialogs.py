@@ -11,8 +11,9 @@ from conftest import ROOT
 from PIL import Image
 from raw_sets import prep
 
+import train as train_command
 from chimed.prompts import CAPTION
-from common.dialogs import UnknownRow, is_caption, read_dialog
+from common.dialogs import UnknownRow, read_dialog, read_row_of_dialogs
 
 ASKED = [
     {"from": "human", "value": "<image>\n这是什么？"},
@@ -99,13 +100,12 @@ def long_turns(n):
 def test_a_list_written_as_text_is_read_whole(text, turns):
     for key in ("conversations", "turns"):
         row = {"image": "a.png", key: text}
-        assert not is_caption(row)
+        assert not read_row_of_dialogs(row)[1]
         assert read_dialog(row)["conversations"][1]["value"] == turns
 
 
 def test_turns_that_are_cut_off_are_no_caption():
     cut = json.dumps(ASKED, ensure_ascii=False)[:-3]
-    assert not is_caption({"image": "a.png", "turns": cut})
     with pytest.raises(UnknownRow, match="'turns'"):
         read_dialog({"image": "a.png", "turns": cut})
 
@@ -120,7 +120,7 @@ def test_what_is_published_stays_as_it_is():
         {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好"}]},
     ):
         assert read_dialog(row) is row
-        assert not is_caption(row)
+        assert not read_row_of_dialogs(row)[1]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_what_is_published_stays_as_it_is():
 )
 def test_captions(row, caption):
     dialog = read_dialog(row)
-    assert is_caption(row)
+    assert read_row_of_dialogs(row)[1]
     assert dialog["conversations"][1] == {"from": "gpt", "value": caption}
     assert dialog["conversations"][0]["value"].count("<image>") == 1
 
@@ -273,21 +273,13 @@ def test_a_file_of_nothing_known_is_refused(tmp_path, images):
 def test_the_released_file_is_known_by_its_rows():
     """263,175 rows: PMC-OA alone, which the line at the start says; the paper's number says
     nothing."""
-    import train as command
-    from training.options import RunSettings
-
-    settings = RunSettings.__new__(RunSettings)
-    object.__setattr__(settings, "stage", 1)
-    object.__setattr__(settings, "batch_size", 256)
-    line = command.beside_paper(settings, 263_175)
+    line = train_command.beside_paper(1, 263_175, 256)
     assert "263,175 rows, 1,029 steps of 256" in line
     assert "580,014 in its Table 1, 2,266 steps" in line
     assert "PMC-OA alone, no contexts" in line
-    assert command.beside_paper(settings, 580_014) is None
-    assert "PMC-OA" not in command.beside_paper(settings, 10_000)
-    object.__setattr__(settings, "stage", 2)
-    object.__setattr__(settings, "batch_size", 128)
-    assert "469,441 in its Table 2, 3,668 steps" in command.beside_paper(settings, 152_603)
+    assert train_command.beside_paper(1, 580_014, 256) is None
+    assert "PMC-OA" not in train_command.beside_paper(1, 10_000, 256)
+    assert "469,441 in its Table 2, 3,668 steps" in train_command.beside_paper(2, 152_603, 128)
 
 
 def test_missing_data_says_what_was_released(tmp_path, toy):

@@ -7,7 +7,8 @@ import re
 
 import pytest
 from PIL import Image
-from test_compare import OPTIONS, Server, run, write_questions
+from test_compare import Server, write_questions
+from test_compare import ask as compare
 
 QUESTIONS = [
     (["a.png"], "图中有什么异常？", "左肺结节。"),
@@ -26,22 +27,6 @@ def world(tmp_path):
         Image.new("RGB", (40, 30), "gray").save(tmp_path / f"images/{name}.png")
     write_questions(tmp_path / "questions.json", QUESTIONS)
     return tmp_path
-
-
-def compare(world, *systems, code=0, more=()):
-    words = [word for system in systems for word in ("--system", system)]
-    return run(
-        "compare",
-        world / "questions.json",
-        "--images",
-        world / "images",
-        *words,
-        "--out",
-        world / "out",
-        *OPTIONS,
-        *more,
-        code=code,
-    )
 
 
 def write_lines(path, rows, start=""):

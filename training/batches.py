@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.dialogs import is_caption, keys_of, read_dialog
+from common.dialogs import keys_of, read_row_of_dialogs
 from common.files import USER_ERRORS, digest, one_line
 from common.rows import Records, find_rows
 from model_io.pixels import picture_names, preprocess_image, row_pictures
@@ -269,8 +269,8 @@ class Dialogs(torch.utils.data.Dataset):
         none; a caption is one only for the template that asks nothing."""
         if not isinstance(row, dict):
             raise ValueError("not an object with id, image and conversations")
-        dialog = read_dialog(row)
-        if self.template != "plain" and is_caption(row):
+        dialog, is_caption = read_row_of_dialogs(row)
+        if self.template != "plain" and is_caption:
             raise ValueError(
                 f"a caption that nobody asked for (its keys are {keys_of(row)}): "
                 "data_prep.py build --chimed-alignment FILE --images DIR --out DIR draws a prompt "
