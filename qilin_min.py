@@ -21,8 +21,11 @@ V vocabulary, L layers.
 Module attributes are the names in published checkpoints, so that loading is nearly the identity.
 """
 
+import functools
 import json
+import math
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -247,6 +250,84 @@ def vision_config(raw: dict, where: Path) -> VisionConfig:
 # Source: arXiv 2307.09288; the layout of weights is Hugging Face's
 
 
+def is_decoding_on_cpu(x: Tensor) -> bool:
+    """Whether x (B, T, in) is one token a row, no gradient is wanted, and a CPU computes."""
+    is_one_token = x.ndim == 3 and x.shape[1] == 1
+    return is_one_token and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def linear_in_pieces(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of one token a row, (B, 1, in) -> (B, 1, out): a piece of the weight for each thread.
+
+    On some CPUs torch's product of few rows runs on one thread, however many there are; a batch of
+    products is spread over all of them.
+    """
+    out_features, in_features = weight.shape
+    n_pieces = math.gcd(out_features, torch.get_num_threads())
+    pieces = weight.view(n_pieces, out_features // n_pieces, in_features)
+    columns = x[:, 0].T.expand(n_pieces, -1, -1)  # (n_pieces, in, B)
+    y = torch.bmm(pieces, columns)  # (n_pieces, out / n_pieces, B)
+    return y.flatten(0, 1).T[:, None]  # (B, 1, out)
+
+
+def linear_without_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by torch's own product: on some CPUs ahead of oneDNN's for one row of bfloat16."""
+    onednn = torch.backends.mkldnn
+    was_enabled = onednn.enabled
+    # around this product alone: off for a whole pass, others would lose
+    onednn.enabled = False
+    try:
+        return F.linear(x, weight)
+    finally:
+        onednn.enabled = was_enabled
+
+
+@functools.cache
+def decoding_product(
+    dtype: torch.dtype, is_one_row: bool, n_threads: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What multiplies one token a row fastest on this CPU: F.linear, unless another is well ahead.
+
+    Measured once, in some 50 ms. The ways differ in a sum's last digits, so that no small gain
+    decides, which would be another one at the next start.
+    """
+    if dtype == torch.bfloat16:
+        other = linear_without_onednn
+    elif dtype == torch.float32 and n_threads > 1:
+        other = linear_in_pieces
+    else:
+        return F.linear
+    x = torch.ones(1 if is_one_row else 8, 1, 2048, dtype=dtype)
+    weight = torch.ones(2048, 2048, dtype=dtype)
+    seconds: dict[Callable, list[float]] = {F.linear: [], other: []}
+    for _ in range(9):
+        for product, times in seconds.items():
+            start = time.perf_counter()
+            product(x, weight)
+            times.append(time.perf_counter() - start)
+    # the median of three quiet ones: what else runs here can only add
+    usual, rival = (sorted(times)[1] for times in seconds.values())
+    return other if rival < 0.8 * usual else F.linear
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T: x (..., in), weight (out, in) -> (..., out)."""
+    if is_decoding_on_cpu(x) and x.dtype == weight.dtype:
+        product = decoding_product(x.dtype, len(x) == 1, torch.get_num_threads())
+        return product(x, weight)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, as all of LLaMA's are, multiplied by linear()."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in float32 and rounded once at the end.
 
@@ -312,6 +393,11 @@ class KVCache:
             shape = (self.n_layers, k.shape[0], k.shape[1], self.max_length, k.shape[3])
             self.k = k.new_zeros(shape)
             self.v = v.new_zeros(shape)
+        if len(k) == 1:
+            # the same for one row, for which it is the faster
+            self.k[layer].index_copy_(2, position_ids[0], k)
+            self.v[layer].index_copy_(2, position_ids[0], v)
+            return self.k[layer][:, :, : self.n_positions], self.v[layer][:, :, : self.n_positions]
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
         # two indices around a slice select (B, T, H_kv, D)
         self.k[layer][rows, :, position_ids] = k.transpose(1, 2)
@@ -341,10 +427,10 @@ class LlamaAttention(nn.Module):
         self.is_grouped = config.num_key_value_heads != config.num_attention_heads
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, config.hidden_size)
 
     def forward(
         self,
@@ -371,9 +457,9 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -742,7 +828,7 @@ class Qilin(nn.Module):
         self.model = LlamaModel(config.text)
         self.lm_head = None
         if not config.text.tie_word_embeddings:
-            self.lm_head = nn.Linear(size, config.text.vocab_size, bias=False)
+            self.lm_head = Linear(size, config.text.vocab_size)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (M, 3, H, W) -> picture embeddings (M, N, C)."""
@@ -779,7 +865,7 @@ class Qilin(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float()  # (..., V)
+        return linear(hidden, head.weight).float()  # (..., V)
 
     def forward(
         self,
@@ -814,7 +900,8 @@ class Qilin(nn.Module):
             assert lengths is not None, "a cache must be told how many tokens of each row are real"
             cache.add(lengths)
             rows = torch.arange(len(lengths), device=hidden.device)
-            return self.logits(hidden[rows, lengths - 1])  # (B, V)
+            last = hidden[rows, lengths - 1, None]  # (B, 1, C)
+            return self.logits(last)[:, 0]  # (B, V)
         if labels is None:
             return self.logits(hidden)  # (B, T, V)
         if reduction not in ("mean", "sum"):
