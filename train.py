@@ -237,7 +237,8 @@ def shard_model(
             param.data = param.data.to(compute_dtype)
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     for module in quantized:
-        module.scale = module.scale.to(compute_dtype)
+        if module.bits == 8:
+            module.scale = module.scale.to(compute_dtype)
 
     world_size = dist.get_world_size()
     if replicate == 1:

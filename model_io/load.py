@@ -412,10 +412,11 @@ def read_checkpoint(
 def empty_model(config: QilinConfig, dtype: torch.dtype, quantize: str | None) -> Qilin:
     """A Qilin on the meta device: every parameter and buffer in its shape and dtype, no memory."""
     with torch.device("meta"):
-        qilin = Qilin(config)
+        qilin = Qilin(config).to(dtype)
         if quantize:
+            # after the cast: scales of 4 bits stay in bfloat16
             quantize_linears(qilin, int(quantize.removeprefix("int")))
-        return qilin.to(dtype)
+        return qilin
 
 
 def load_qilin(

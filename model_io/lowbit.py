@@ -12,17 +12,24 @@ import torch.nn.functional as F
 
 from common.files import one_line
 from model_io.lowbit_kernels import (
+    block_rows,
+    can_be_blocked,
     can_be_tiled,
     compiled,
+    fit_int4,
+    fit_int8,
+    from_blocks,
     from_tiles,
     gpu_seconds,
     is_on_gpu,
+    multiply_blocks,
     multiply_int8,
     multiply_tiles,
     pack_int4,
     row_times_int4,
     row_times_int8,
     scales_and_zeros,
+    to_blocks,
     to_tiles,
     unpack_int4,
 )
@@ -30,29 +37,37 @@ from qilin_min import Qilin
 
 # --- 1. the layer ---------------------------------------------------------------------------------
 
+# numbers of 4 bits that share a scale and a zero
+INT4_GROUP = 32
+# rows that are quantised at a time, so that what is made of them fits in a CPU's cache
+SLICE = 256
+
 
 class QuantizedLinear(nn.Module):
     """A bias-free nn.Linear with its weight in 8 or 4 bits a number, widened to the activations'
     dtype when it multiplies.
 
-    weight int8 (out, in * bits / 8), at 4 bits two numbers a byte; scale (out, in / group) in the
-    model's dtype: one a row at 8 bits, one for every 64 inputs at 4. Symmetric, rounded to nearest:
-    a weight moves by at most half its scale.
+    weight int8 (out, in * bits / 8), at 4 bits two numbers a byte. At 8 bits a weight is number *
+    scale, one scale a row, in `dtype`; at 4 bits number * scale + zero, one of each for every
+    INT4_GROUP inputs, in bfloat16: scale and zero (out, in / group).
     Decoding waits for memory, so that one token a row is multiplied with the numbers as they are
-    where torch has a kernel for it: on a CPU at 8 bits, activations in bfloat16; on CUDA by the
-    fastest of WAYS, once choose_ways() was called. Everything else is widened, which saves memory
-    only.
+    where torch has a kernel for it: on a CPU with activations in bfloat16; on CUDA by the fastest
+    of WAYS, once choose_ways() was called. Everything else is widened, which saves memory only.
     """
 
     scale: torch.Tensor
-    # bfloat16 (in / group, out, 2), of a weight in tiles
+    # bfloat16 (out, in / group), at 4 bits
+    zero: torch.Tensor
+    # bfloat16 (in / group, out, 2), of a weight in tiles or blocks
     scales_and_zeros: torch.Tensor
     # given by add_lora, else not there
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scale: float
 
-    def __init__(self, in_features: int, out_features: int, bits: int):
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
         if in_features * bits % 8:
             raise ValueError(
@@ -60,41 +75,58 @@ class QuantizedLinear(nn.Module):
             )
         self.shape = (out_features, in_features)
         self.bits = bits
-        self.group = in_features if bits == 8 else math.gcd(in_features, 64)
+        self.group = in_features if bits == 8 else math.gcd(in_features, INT4_GROUP)
         packed = torch.empty(out_features, in_features * bits // 8, dtype=torch.int8)
         self.weight = nn.Parameter(packed, requires_grad=False)
         # made from the weights anew, in no checkpoint
-        scale = torch.empty(out_features, in_features // self.group)
+        n_groups = in_features // self.group
+        scale = torch.empty(out_features, n_groups, dtype=dtype if bits == 8 else torch.bfloat16)
         self.register_buffer("scale", scale, persistent=False)
+        if bits == 4:
+            self.register_buffer("zero", torch.empty_like(scale), persistent=False)
         # number of rows -> the fastest of WAYS for it; None: everything is widened on a GPU
         self.chosen: dict[int, str] | None = None
 
     def quantize_(self, weight: torch.Tensor) -> None:
-        """Take over a float weight (out, in)."""
-        largest = 2 ** (self.bits - 1) - 1
-        weight = weight.to(self.weight.device).float()
-        groups = weight.unflatten(1, (-1, self.group))  # (out, in / group, group)
-        self.scale.copy_(groups.abs().amax(-1).clamp_min(1e-12) / largest)
-        steps = groups / self.scale.float()[..., None]
-        steps.round_().clamp_(-largest, largest)
-        numbers = steps.to(torch.int8).flatten(1)  # (out, in)
-        self.weight.copy_(pack_int4(numbers) if self.bits == 4 else numbers)
+        """Take over a float weight (out, in), SLICE rows at a time."""
+        for start in range(0, len(weight), SLICE):
+            rows = slice(start, start + SLICE)
+            some = weight[rows].to(self.weight.device).float()
+            if self.bits == 8:
+                numbers, scale = fit_int8(some)
+                self.weight[rows] = numbers
+            else:
+                numbers, scale, zero = fit_int4(some, self.group)
+                self.weight[rows] = pack_int4(numbers)
+                self.zero[rows] = zero
+            self.scale[rows] = scale
 
     @property
     def is_tiled(self) -> bool:
         return self.weight.dtype == torch.int32
 
+    @property
+    def is_blocked(self) -> bool:
+        return self.weight.dtype == torch.uint8
+
     def make_tiled(self) -> None:
         """Keep the weight as tiles for torch's 4-bit kernel in place of its bytes: as many."""
-        if self.is_tiled:
-            return
-        tiles = to_tiles(self.weight)  # (out / 8, in / 128, 32, 4)
-        self.weight = nn.Parameter(tiles, requires_grad=False)
-        scales = scales_and_zeros(self.scale)  # (in / group, out, 2)
+        if not self.is_tiled:
+            self._hold(to_tiles(self.weight))  # (out / 8, in / 128, 32, 4)
+
+    def make_blocked(self) -> None:
+        """Likewise as blocks, for its kernel for this CPU."""
+        if not self.is_blocked:
+            self._hold(to_blocks(self.weight))  # (out, in / 2)
+
+    def _hold(self, packed: torch.Tensor) -> None:
+        """Keep tiles or blocks as the weight, scales and zeros in their kernel's order."""
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        scales = scales_and_zeros(self.scale, self.zero)  # (in / group, out, 2)
         self.register_buffer("scales_and_zeros", scales, persistent=False)
-        if self.scale.dtype == scales.dtype:
-            # the same numbers, held once
-            self.scale = scales[..., 0].T  # (out, in / group)
+        # the same numbers, held once
+        self.scale = scales[..., 0].T  # (out, in / group)
+        self.zero = scales[..., 1].T  # (out, in / group)
         if self.chosen is not None:
             # some read bytes
             self.chosen.clear()
@@ -104,11 +136,18 @@ class QuantizedLinear(nn.Module):
         numbers = self.weight
         if self.is_tiled:
             numbers = from_tiles(numbers)  # (out, in)
+        elif self.is_blocked:
+            n_rows = block_rows()
+            assert n_rows is not None, "blocks were made on another CPU"
+            numbers = from_blocks(numbers, n_rows)  # (out, in)
         elif self.bits == 4:
             numbers = unpack_int4(numbers)  # (out, in)
         groups = numbers.to(dtype).unflatten(1, (-1, self.group))  # (out, in / group, group)
         # scaled before the sum, which would leave float16's range
-        return (groups * self.scale[..., None]).flatten(1)  # (out, in)
+        groups.mul_(self.scale.to(dtype)[..., None])
+        if self.bits == 4:
+            groups.add_(self.zero.to(dtype)[..., None])
+        return groups.flatten(1)  # (out, in)
 
     def way_of(self, x: torch.Tensor) -> str:
         """The row of WAYS that multiplies one token a row, x (B, in)."""
@@ -120,8 +159,10 @@ class QuantizedLinear(nn.Module):
             return self.chosen[len(x)]
         # not measured: the ways differ in the last digits, and an answer must not depend on how
         # busy this machine is
-        is_int8 = x.device.type == "cpu" and can_multiply_int8(self, x)
-        return "int8" if is_int8 else "widened"
+        for name in CPU_WAYS:
+            if x.device.type == "cpu" and WAYS[name].may_take(self, x):
+                return name
+        return "widened"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         is_decoding = x.shape[-2] == 1 and not torch.is_grad_enabled()
@@ -162,9 +203,15 @@ def multiply_as_tiles(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
     return multiply_tiles(x, linear.weight, linear.group, linear.scales_and_zeros)
 
 
+def multiply_as_blocks(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
+    linear.make_blocked()
+    return multiply_blocks(x, linear.weight, linear.group, linear.scales_and_zeros)
+
+
 def multiply_compiled(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
-    product = row_times_int8 if linear.bits == 8 else row_times_int4
-    return compiled(product)(x, linear.weight, linear.scale)
+    if linear.bits == 8:
+        return compiled(row_times_int8)(x, linear.weight, linear.scale)
+    return compiled(row_times_int4)(x, linear.weight, linear.scale, linear.zero)
 
 
 def can_multiply_int8(linear: QuantizedLinear, x: torch.Tensor) -> bool:
@@ -180,6 +227,12 @@ def can_multiply_tiles(linear: QuantizedLinear, x: torch.Tensor) -> bool:
     fits = can_be_tiled(*linear.shape, linear.group)
     is_nvidia = is_on_gpu(x) and torch.version.hip is None
     return linear.bits == 4 and fits and is_nvidia and x.dtype == torch.bfloat16
+
+
+def can_multiply_blocks(linear: QuantizedLinear, x: torch.Tensor) -> bool:
+    if linear.bits != 4 or x.device.type != "cpu" or is_on_gpu(x):
+        return False
+    return can_be_blocked(*linear.shape, linear.group)
 
 
 def can_compile(linear: QuantizedLinear, x: torch.Tensor) -> bool:
@@ -202,8 +255,11 @@ WAYS = {
     "widened": Way(may_take=lambda linear, x: True, multiply=multiply_widened),
     "int8": Way(may_take=can_multiply_int8, multiply=multiply_as_int8),
     "tiles": Way(may_take=can_multiply_tiles, multiply=multiply_as_tiles, needs_tiles=True),
+    "blocks": Way(may_take=can_multiply_blocks, multiply=multiply_as_blocks),
     "compiled": Way(may_take=can_compile, multiply=multiply_compiled),
 }
+# those that a CPU takes where it may: each is ahead of widening by several times on all seen
+CPU_WAYS = ("int8", "blocks")
 
 
 @dataclass
@@ -234,6 +290,7 @@ def measure_ways(linear: QuantizedLinear, x: torch.Tensor) -> Choice:
                     tried = QuantizedLinear(linear.shape[1], linear.shape[0], linear.bits)
                 tried.weight = linear.weight
                 tried.scale = linear.scale
+                tried.zero = linear.zero
                 tried.make_tiled()
             seconds[name] = gpu_seconds(partial(way.multiply, x, tried), x.device)
         # no compiler, no Triton, a GPU too old for a kernel: each raises its own kind
@@ -299,7 +356,9 @@ def quantize_linears(model: Qilin, bits: int) -> None:
     """Put a QuantizedLinear, still empty, in the place of each linear layer of the decoder blocks;
     tower, projector, embeddings and head stay as they are."""
     for half, name, linear in linear_layers(model):
-        setattr(half, name, QuantizedLinear(linear.in_features, linear.out_features, bits))
+        dtype = linear.weight.dtype
+        quantised = QuantizedLinear(linear.in_features, linear.out_features, bits, dtype)
+        setattr(half, name, quantised)
 
 
 def add_adapter_output(layer: Any, inputs: tuple, y: torch.Tensor) -> torch.Tensor:

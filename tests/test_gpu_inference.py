@@ -18,7 +18,7 @@ NORMS = 2 * 5120
     [
         ("bf16", 2 * LINEAR),
         ("int8", LINEAR + 2 * ROWS),
-        ("int4", LINEAR / 2 + 2 * LINEAR / 64),
+        ("int4", LINEAR / 2 + 2 * 2 * LINEAR / 32),
     ],
 )
 def test_bytes_of_a_token_by_hand(kind, block):

@@ -26,8 +26,8 @@ GIB = 2**30
 RESERVE_GIB = 3.0
 # what must be left beside: batches differ, and an out-of-memory in hour 19 is dear
 SPARE_GIB = 5.0
-# bytes of a quantised weight; int4 has a scale for every 64
-QUANTIZED_BYTES = {"int8": 1, "int4": 0.5 + 2 / 64}
+# bytes of a quantised weight; int4 has a scale and a zero for every 32
+QUANTIZED_BYTES = {"int8": 1, "int4": 0.5 + 2 * 2 / 32}
 
 
 # --- 1. sizes -------------------------------------------------------------------------------------
