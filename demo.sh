@@ -25,7 +25,7 @@ fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false  # two processes on two cores
 export CUDA_VISIBLE_DEVICES=  # a CPU, whatever else there is: two processes do not start on one GPU, and what the demo is known to end with is a CPU's
 START=$SECONDS
-train() { torchrun --nproc_per_node 2 train.py --workers 0 --log-every 50 "$@"; }
+train() { torchrun --nproc_per_node 2 train.py --dtype float32 --workers 0 --log-every 50 "$@"; }
 step() { printf '\n=== %s (%d s)\n' "$*" $((SECONDS - START)); }
 
 if [ "${1:-}" = real ]; then
@@ -67,7 +67,7 @@ step "4/6 stage 2: projector and language model learn to answer"
 train --stage 2 --model $OUT/language --projector $OUT/stage1/final/projector.safetensors --data $TOY/instruction.json --images $TOY/images \
     --val-data $TOY/heldout.json --out $OUT/stage2 --batch-size 16 --lr 1.5e-3 --epochs 2
 step "5/6 questions about unseen pictures, with and without the picture"
-python evaluate.py $TOY/heldout.json --images $TOY/images --model $OUT/stage2 --out $OUT/eval
+python evaluate.py $TOY/heldout.json --images $TOY/images --model $OUT/stage2 --out $OUT/eval --dtype float32
 step "6/6 one question to sample.py"
 python -m demo.toy --ask $TOY > $OUT/question.txt
 { read -r IMAGE; read -r QUESTION; read -r TRUTH; } < $OUT/question.txt

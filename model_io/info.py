@@ -223,8 +223,8 @@ def opens_lines(config: QilinConfig, tokenizer: Tokenizer | None) -> Iterator[st
 
 # what --dtype and --quantize may be: name, both, when they are
 RUNS = (
-    ("float32", torch.float32, None, "default on a CPU"),
-    ("bfloat16", torch.bfloat16, None, "default on a GPU"),
+    ("float32", torch.float32, None, "default on most CPUs"),
+    ("bfloat16", torch.bfloat16, None, "default on a GPU and on CPUs that are fast in it"),
     ("int8, float32", torch.float32, "int8", "--quantize int8 on a CPU"),
     ("int8, bfloat16", torch.bfloat16, "int8", "--quantize int8 on a GPU"),
     ("int4, float32", torch.float32, "int4", "--quantize int4 on a CPU"),

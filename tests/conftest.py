@@ -20,6 +20,9 @@ ROOT = TESTS.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # before transformers is imported: no test may ask the network
 os.environ["HF_HUB_OFFLINE"] = "1"
+# oneDNN sees a CPU without bfloat16, so that commands of which no test says a dtype compute in the
+# float32 of the references; before torch is imported, and for every program that the tests start
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 sys.path[:0] = [str(ROOT), str(TESTS / "tools")]
 
 import numpy as np

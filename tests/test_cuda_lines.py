@@ -21,7 +21,7 @@ import train
 from common.files import read_json
 from demo import toy
 from evaluation import systems
-from model_io import devices, load, lowbit, lowbit_kernels, options
+from model_io import devices, load, lowbit, lowbit_kernels
 from training import batches, checkpoints, log, plan, ranks
 from training.costs import GIB, count_sizes
 
@@ -153,15 +153,17 @@ def test_the_log_tells_of_the_gpu(gpus, tmp_path):
 @pytest.mark.parametrize(
     "device, asked, dtype",
     [
-        (GPU, "auto", torch.bfloat16),
-        (torch.device("cpu"), "auto", torch.float32),
-        (GPU, "float32", torch.float32),
-        (torch.device("cpu"), "bfloat16", torch.bfloat16),
+        (GPU, "auto", "bfloat16"),
+        (torch.device("cpu"), "auto", "what is measured"),
+        (GPU, "float32", "float32"),
+        (torch.device("cpu"), "bfloat16", "bfloat16"),
     ],
 )
-def test_what_is_computed_in(device, asked, dtype):
-    settings: Any = SimpleNamespace(dtype=asked)
-    assert train.compute_dtype_of(settings, device) == dtype
+def test_what_is_computed_in(device, asked, dtype, monkeypatch):
+    monkeypatch.setattr(train, "on_rank0", lambda call, *given: call(*given))
+    monkeypatch.setattr(train, "print0", print)
+    monkeypatch.setattr(train, "default_dtype", lambda device: ("what is measured", "why"))
+    assert train.choose_dtype(asked, device) == dtype
 
 
 def test_the_mesh_is_of_gpus(gpus, monkeypatch):
@@ -275,11 +277,17 @@ def test_the_first_device_there_is(gpus, monkeypatch):
 
 def test_what_a_device_computes_in_by_itself(gpus):
     """A T4 or V100 has bf16 only emulated, at a fraction of the speed."""
-    assert options.default_dtype("cuda:1") == "bfloat16"
+    assert devices.default_dtype("cuda:1") == ("bfloat16", None)
     gpus.has_bfloat16 = False
-    assert options.default_dtype("cuda") == "float16"
-    assert options.default_dtype("mps") == "float16"
-    assert options.default_dtype("cpu") == "float32"
+    assert devices.default_dtype("cuda") == ("float16", None)
+    assert devices.default_dtype("mps") == ("float16", None)
+
+
+@pytest.mark.parametrize("gain, dtype", [(0.01, "float32"), (1.1, "float32"), (2.5, "bfloat16")])
+def test_a_cpu_computes_in_what_it_is_faster_in(monkeypatch, gain, dtype):
+    monkeypatch.setattr(devices, "bfloat16_gain", lambda: gain)
+    line = f"{dtype}: this CPU multiplies {gain} times as fast in bfloat16 as in float32"
+    assert devices.default_dtype("cpu") == (dtype, f"{line} (--dtype chooses)")
 
 
 @pytest.mark.parametrize("device, is_captured", [("cuda:1", True), ("cpu", False)])

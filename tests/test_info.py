@@ -10,10 +10,10 @@ from conftest import IMG, in_process, make_qilin, pictures
 from safetensors.torch import load_file, save_file
 
 import convert
+from model_io import devices
 from model_io.export import save_qilin
 from model_io.info import RUNS, memory_needs
 from model_io.load import load_qilin, read_checkpoint
-from model_io.options import default_dtype
 from qilin_min import KVCache
 
 
@@ -52,9 +52,13 @@ def test_memory_is_what_the_model_holds(name, dtype, quantize, _, is_tied, tmp_p
     assert need.cached == cache.k.nbytes + cache.v.nbytes
 
 
-def test_the_default_of_a_cpu_is_named(export):
-    defaults = [dtype for _, dtype, _, remark in RUNS if remark == "default on a CPU"]
-    assert defaults == [getattr(torch, default_dtype("cpu"))]
+def test_the_defaults_of_a_cpu_are_named(export, monkeypatch):
+    named = {dtype for _, dtype, _, remark in RUNS if "CPUs" in remark}
+    defaults = set()
+    for gain in (0.01, 4.0):
+        monkeypatch.setattr(devices, "bfloat16_gain", lambda gain=gain: gain)
+        defaults.add(getattr(torch, devices.default_dtype("cpu")[0]))
+    assert defaults == named
 
 
 def test_what_it_tells_of_a_model(export, tmp_path, spm_path):

@@ -59,6 +59,7 @@ def loader_of(llm, vision, dtype):
     _, _, device = setup_distributed()
     settings = train.read_settings(
         ["--stage", "2", "--llm", llm, "--vision", vision, "--projector", "fresh"]
+        + ["--dtype", "float32"]
     )
     checkpoint = read_checkpoint(llm=llm, vision=vision, projector="fresh")
     # FSDP's own set-up is not the model's

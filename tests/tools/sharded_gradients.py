@@ -18,7 +18,7 @@ def main():
     toy = Path(sys.argv[1])
     parts = ["--llm", str(toy / "llama"), "--vision", str(toy / "clip"), "--projector", "fresh"]
     parts += ["--images", str(toy / "images")]
-    settings = train.read_settings(["--stage", "2", *parts])
+    settings = train.read_settings(["--stage", "2", "--dtype", "float32", *parts])
     rank, world_size, device = setup_distributed()
     checkpoint = read_checkpoint(llm=settings.llm, vision=settings.vision, projector="fresh")
     data = train.open_dialogs(
