@@ -13,6 +13,9 @@ and qilin-min load, or the GGUF files of llama.cpp and ollama.
         is looked for beside it, here and in weights/, or into the model or LLaMA folder given
     python convert.py SRC DST --dtype bfloat16
         half the size (default: as on disk, float32 where parts differ)
+    python convert.py SRC DST --quantize int4
+        the decoder blocks' linear layers in 4 bits, a third of float16's size, for sample.py,
+        serve.py and evaluate.py, which else quantise anew at every start
     python convert.py SRC DST --gguf q8_0
         for llama.cpp: DST/DST-q8_0.gguf, DST/mmproj-DST-f16.gguf and a Modelfile for ollama; f32,
         f16, bf16, q8_0 or q4_0, the picture half always f16 (needs `pip install gguf==0.19.0`)
@@ -36,9 +39,10 @@ import torch
 from common.files import model_folder, run_cli
 from model_io.adapters import base_folder, language_folder
 from model_io.card import Origin, bases_of, projector_name
-from model_io.export import check_exportable, export_limits, save_qilin
+from model_io.export import INT4_LIMITS, check_exportable, export_limits, save_qilin
 from model_io.gguf import GGUF_KINDS, check_gguf, save_gguf
 from model_io.info import counted, human, info_lines
+from model_io.int4_files import holds_int4
 from model_io.load import Checkpoint, load_qilin, read_checkpoint
 from model_io.tokens import Tokenizer
 from model_io.written import check_place
@@ -116,9 +120,17 @@ class Given:
         }
 
 
-def convert(given: Given, dst: Path, dtype: str | None) -> None:
+def check_is_float(given: Given, checkpoint: Checkpoint) -> None:
+    """ValueError where SRC is in 4 bits, which have lost what DST should hold."""
+    if holds_int4(checkpoint.sources):
+        path = given.src or given.llm
+        raise ValueError(f"{path} is in 4 bits already: convert the model that it was made from")
+
+
+def convert(given: Given, dst: Path, dtype: str | None, quantize: str | None) -> None:
     """Load without copying, write DST."""
     checkpoint = read_checkpoint(**given.parts())
+    check_is_float(given, checkpoint)
     check_exportable(checkpoint.config.projector_type)
     given.check_apart(dst, checkpoint)
     check_place(dst)
@@ -126,7 +138,7 @@ def convert(given: Given, dst: Path, dtype: str | None) -> None:
     found = given.merged_into()
     # what is merged is rounded once, to what DST holds; what is not is mapped as it lies on disk
     loaded = stored if found is None else dtype or stored
-    model = load_qilin(**given.parts(), dtype=getattr(torch, loaded))
+    model = load_qilin(**given.parts(), dtype=getattr(torch, loaded), quantize=quantize)
     dtype = dtype or stored
     check_finite(model, getattr(torch, dtype))
 
@@ -139,13 +151,14 @@ def convert(given: Given, dst: Path, dtype: str | None) -> None:
     )
     save_qilin(model, tokenizer, dst, getattr(torch, dtype), origin)
 
+    kind = f"{quantize} and {dtype}" if quantize else dtype
     size = sum(file.stat().st_size for file in dst.iterdir())
     n_shards = len(list(dst.glob("*.safetensors")))
     print(
-        f"{dst}: {human(size)} in {dtype}, {counted(n_shards, 'shard')}, "
+        f"{dst}: {human(size)} in {kind}, {counted(n_shards, 'shard')}, "
         f"{model.config.projector_type} projector; complete its README.md before you share it"
     )
-    limits = export_limits(model.config)
+    limits = INT4_LIMITS if quantize else export_limits(model.config)
     if limits is not None:
         print(f"{dst}: {limits}")
 
@@ -153,6 +166,7 @@ def convert(given: Given, dst: Path, dtype: str | None) -> None:
 def convert_to_gguf(given: Given, dst: Path, kind: str) -> None:
     """Load without copying, write the files of llama.cpp."""
     checkpoint = read_checkpoint(**given.parts())
+    check_is_float(given, checkpoint)
     # a GGUF file holds its vocabulary: without a tokenizer there is none
     tokenizer = Tokenizer(given.language_folder())
     check_gguf(checkpoint.config, tokenizer, kind, dst)
@@ -180,6 +194,11 @@ def main() -> None:
     add("--base", metavar="DIR", help="what SRC, an adapter, is merged into")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in DST")
     add("--gguf", choices=GGUF_KINDS, help="files for llama.cpp, with weights of this kind")
+    add(
+        "--quantize",
+        choices=("int4",),
+        help="keep the decoder blocks' linear layers in 4 bits; --dtype is of all others",
+    )
     args = parser.parse_intermixed_args()
 
     n_paths = len(args.paths)
@@ -199,11 +218,13 @@ def main() -> None:
     )
     dst = Path(args.paths[-1])
     if args.gguf:
+        if args.quantize:
+            raise ValueError("--gguf names the kind of its own: --gguf q4_0 is in 4 bits")
         if args.dtype:
             raise ValueError("--dtype is of a llava-hf folder; --gguf names the kind of its own")
         convert_to_gguf(given, dst, args.gguf)
         return
-    convert(given, dst, args.dtype)
+    convert(given, dst, args.dtype, args.quantize)
 
 
 if __name__ == "__main__":

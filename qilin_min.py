@@ -1529,6 +1529,9 @@ def fill_weights(
     give_memory(model, device)
     for name, place in found.items():
         param = model.get_parameter(name)
+        entry = place.entry
+        if name in quantised and quantised[name].take_over(entry):
+            continue
         if name in quantised:
             # whole on every rank, and of another shape than in the file
             rows = place.rows()
@@ -1539,7 +1542,6 @@ def fill_weights(
             rows = place.rows(start, stop)
         flaw = flaw_of(rows, is_whole=len(rows) == place.shape()[0])
         if flaw is not None:
-            entry = place.entry
             raise ValueError(f"{entry.file}: {entry.name} holds {flaw}")
         if name in quantised:
             quantised[name].quantize_(rows)

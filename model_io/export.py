@@ -1,6 +1,7 @@
 """A model, sharded or not -> a llava-hf folder that transformers 4.57 and 5, vLLM and we load."""
 
 import errno
+import math
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ from common.files import (
     write_json,
 )
 from model_io.card import Origin, card_head, card_rows
+from model_io.int4_files import int4_tensors, is_in_int4, quantization_config
 from model_io.lowbit import QuantizedLinear
 from model_io.pixels import CLIP_MEAN, CLIP_STD
 from model_io.tokenizer_files import fast_tokenizer, tokenizer_files, tokenizer_jsons
@@ -228,6 +230,12 @@ def export_limits(config: QilinConfig) -> str | None:
     return None
 
 
+INT4_LIMITS = (
+    "only qilin-min opens this folder: its linear layers are in 4 bits in a layout of its own; "
+    "for llama.cpp convert the model that it was made from with --gguf q4_0"
+)
+
+
 def check_exportable(projector_type: str) -> None:
     """ValueError when no folder can hold a model with this projector."""
     if not PROJECTORS[projector_type].hf_forms:
@@ -237,8 +245,14 @@ def check_exportable(projector_type: str) -> None:
         )
 
 
-def _is_only_quantised(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedLinear) and not hasattr(module, "lora_A")
+def _is_only_int8(module: nn.Module) -> bool:
+    is_bare = isinstance(module, QuantizedLinear) and not hasattr(module, "lora_A")
+    return is_bare and not is_in_int4(module)
+
+
+def has_int4(model: Qilin) -> bool:
+    """Whether a model goes to disk in 4 bits."""
+    return any(is_in_int4(module) for module in model.modules())
 
 
 def gather_shards(model: Qilin, folder: Path, dtype: torch.dtype | None, n_rows: int) -> ShardFiles:
@@ -253,7 +267,12 @@ def gather_shards(model: Qilin, folder: Path, dtype: torch.dtype | None, n_rows:
     for name, full in tqdm(tensors, "writing", n_tensors, unit="tensor", disable=hidden):
         if full is None:
             continue
-        for key, tensor in hf_tensors(name, full, form, n_rows).items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, QuantizedLinear) and is_in_int4(layer):
+            tensors_of_name = int4_tensors(hf_name(name), layer)
+        else:
+            tensors_of_name = hf_tensors(name, full, form, n_rows)
+        for key, tensor in tensors_of_name.items():
             shards.add(key, tensor)
     return shards
 
@@ -277,8 +296,9 @@ def save_qilin(
     which compute the same.
     """
     config = model.config
-    if any(_is_only_quantised(module) for module in model.modules()):
-        raise ValueError("a quantised model cannot be saved: load it without quantize")
+    if any(_is_only_int8(module) for module in model.modules()):
+        raise ValueError("a model quantised to int8 cannot be saved: load it without quantize")
+    is_int4 = has_int4(model)
     check_exportable(config.projector_type)
     check_place(path)
     path = Path(path)
@@ -298,8 +318,10 @@ def save_qilin(
             written = shards.finish()
             dtype_name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
             jsons = hf_configs(config, n_token_ids, n_rows, dtype_name) | tokenizer_jsons(tokenizer)
-            n_params = sum(param.numel() for param in model.parameters())
-            card = model_card(origin or Origin(), n_params, dtype_name, config, tokenizer)
+            if is_int4:
+                jsons["config.json"]["quantization_config"] = quantization_config()
+            n_params = n_parameters(model)
+            card = model_card(origin or Origin(), n_params, dtype_name, config, tokenizer, is_int4)
             # a name of a file may hold half a surrogate pair, which UTF-8 has no bytes for
             readme = card.encode(errors="backslashreplace")
             files = {"README.md": readme} | tokenizer_files(tokenizer)
@@ -313,6 +335,18 @@ def save_qilin(
         tell_of_tokenizer(path, tokenizer)
     if dist.is_initialized():
         dist.barrier()
+
+
+def n_parameters(model: Qilin) -> int:
+    """How many numbers a model has, those of packed bytes each."""
+    n_params = 0
+    for name, param in model.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, QuantizedLinear) and name.endswith(".weight"):
+            n_params += math.prod(layer.shape)
+        else:
+            n_params += param.numel()
+    return n_params
 
 
 def write_files(folder: Path, jsons: dict[str, dict], files: dict[str, bytes]) -> None:
@@ -344,13 +378,14 @@ def model_card(
     dtype_name: str,
     config: QilinConfig,
     tokenizer: Tokenizer | None,
+    is_int4: bool = False,
 ) -> str:
     """The README.md of an exported folder."""
-    if written_form(config).activation is None:
+    if is_int4 or written_form(config).activation is None:
         use = '`python sample.py image.png "图中有什么异常？" --model .`'
     else:
         use = _card_text("model_card_use.md")
-    limits = export_limits(config)
+    limits = INT4_LIMITS if is_int4 else export_limits(config)
     if limits is None:
         use = f"{use}\n\nFor many users: `vllm serve .`"
     else:
@@ -366,7 +401,7 @@ def model_card(
             how=origin.how,
             projector=config.projector_type,
             n=n_params / 1e9,
-            dtype=dtype_name,
+            dtype=f"int4 and {dtype_name}" if is_int4 else dtype_name,
             rows=card_rows(origin),
             use=use,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import one_line
+from model_io.int4_files import METHOD, check_layout
 from qilin_min import DTYPES, FLOATS, Entry, WeightFiles, check_no_pointer, part_of
 
 # --- 1. files that hold something else ---
@@ -195,6 +196,9 @@ def check_is_unpacked(raw: dict[str, Any], where: Path | None) -> None:
         for key in ("quantization_config", "compression_config"):
             said = half.get(key)
             method = said.get("quant_method") if isinstance(said, dict) else said
+            if isinstance(said, dict) and method == METHOD:
+                check_layout(said, where)
+                continue
             # bitsandbytes packs plain weights as they are loaded, and the word stays in config.json
             # of what was merged since: the tensors tell
             if said and method != "bitsandbytes":

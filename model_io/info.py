@@ -13,11 +13,12 @@ from model_io.adapters import adapter_folder, find_base, language_folder, open_a
 from model_io.export import llava_obstacle, vllm_obstacle
 from model_io.foreign import check_tensors_are_plain
 from model_io.gguf import gguf_obstacle
+from model_io.int4_files import StoredInt4, holds_int4
 from model_io.load import empty_model, folder_of, read_checkpoint, read_config
 from model_io.processor import check_tower_processor
 from model_io.tokenizer_files import fast_tokenizer
 from model_io.tokens import Tokenizer
-from model_io.weights import FoundWeights, find_weights, named_folder, open_weights
+from model_io.weights import FoundWeights, find_weights, named_folder, open_found
 from qilin_min import (
     PARTS,
     QilinConfig,
@@ -88,11 +89,13 @@ def files_lines(found: FoundWeights) -> Iterator[str]:
 def tensors_line(files: WeightFiles) -> str:
     """How many tensors in how many files, and in which dtypes."""
     n_files = len({entry.file for entry in files.tensors.values()})
-    dtypes = sorted({files.dtype(name) for name in files.tensors})
+    dtypes = set()
+    for name, entry in files.tensors.items():
+        dtypes.add("int4" if isinstance(entry.stored, StoredInt4) else files.dtype(name))
     return column(
         "tensors",
         f"{len(files.tensors)} in {counted(n_files, 'file')}, {len(files.ignored)} ignorable, "
-        f"{len(files.unknown)} unknown; {', '.join(dtypes)}",
+        f"{len(files.unknown)} unknown; {', '.join(sorted(dtypes))}",
     )
 
 
@@ -184,10 +187,16 @@ def whole_model_lines(path: Path, base: str | Path | None = None) -> Iterator[st
     yield column("complete", accounted)
     folder = language_folder(path, None, base)
     tokenizer = Tokenizer(folder) if (folder_of(folder) / "tokenizer.model").is_file() else None
-    yield "  what convert.py makes of it opens in"
-    yield from opens_lines(config, tokenizer)
+    is_int4 = holds_int4(checkpoint.sources)
+    if is_int4:
+        yield column("opens in", "qilin-min alone; others open what convert.py makes of its source")
+    else:
+        yield "  what convert.py makes of it opens in"
+        yield from opens_lines(config, tokenizer)
     yield "  memory to run it (quantised: numbers of the blocks' linear layers, and all others)"
     for need in memory_needs(config):
+        if is_int4 and not need.name.startswith("int4"):
+            continue
         yield (
             f"    {need.name:14} {human(need.weights):>10} weights + {human(need.cached)} keys and "
             f"values  {need.remark}"
@@ -295,7 +304,7 @@ def info_lines(path: Path, base: str | None = None) -> Iterator[str]:
         yield from adapter_lines(folder, base)
         return
     found = find_weights(path)
-    files = WeightFiles(path, found.files, open_weights)
+    files = open_found(path, found)
     n_params = count_parameters(files)
     has_llm = n_params["llm"] > 0
     has_tower = n_params["vision_tower"] > 0

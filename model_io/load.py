@@ -28,6 +28,7 @@ from model_io.foreign import (
     first_like,
 )
 from model_io.graphs import capture_decoding
+from model_io.int4_files import holds_int4
 from model_io.lowbit import quantize_linears
 from model_io.processor import check_tower_processor, picture_mode, read_processors
 from model_io.tokens import Tokenizer
@@ -419,6 +420,17 @@ def empty_model(config: QilinConfig, dtype: torch.dtype, quantize: str | None) -
         return qilin
 
 
+def check_stays_int4(path: str | Path | None, checkpoint: Checkpoint, quantize: str | None) -> None:
+    """ValueError where something else is wanted of weights in 4 bits than to run them."""
+    if quantize == "int8":
+        raise ValueError(f"{path} is in 4 bits already: leave --quantize int8 out")
+    if checkpoint.is_merged:
+        raise ValueError(
+            f"{path}: its base is in 4 bits, into which no adapter can be merged: give --base the "
+            "model that it was made from"
+        )
+
+
 def load_qilin(
     model: str | Path | None = None,
     *,
@@ -438,7 +450,8 @@ def load_qilin(
     projector: a file, or None for the one inside `model`, else a fresh one of projector_type
     ("linear" | "mlp2x_gelu") from a fixed seed. Parts given beside `model` override that part.
     quantize: "int8" or "int4" stores the linear layers of the decoder blocks so, each quantised as
-    it is read; tower, projector, embeddings and head stay in dtype.
+    it is read; tower, projector, embeddings and head stay in dtype. What is in 4 bits on disk stays
+    so.
     On CUDA generate() captures its steps as CUDA graphs; model_io.graphs.launch_singly undoes that.
     ValueError or FileNotFoundError says which file or tensor is wrong: no weight is ever left at
     random.
@@ -453,6 +466,9 @@ def load_qilin(
         projector_type=projector_type,
         base=base,
     )
+    if holds_int4(checkpoint.sources):
+        check_stays_int4(model, checkpoint, quantize)
+        quantize = "int4"
     qilin = empty_model(checkpoint.config, dtype, quantize)
     load_weights(qilin, checkpoint.sources, device, checkpoint.is_fresh)
     if torch.device(device).type == "cuda":

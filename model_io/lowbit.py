@@ -33,7 +33,7 @@ from model_io.lowbit_kernels import (
     to_tiles,
     unpack_int4,
 )
-from qilin_min import Qilin
+from qilin_min import Entry, Qilin, is_finite
 
 # --- 1. the layer ---------------------------------------------------------------------------------
 
@@ -101,6 +101,26 @@ class QuantizedLinear(nn.Module):
                 self.zero[rows] = zero
             self.scale[rows] = scale
 
+    def take_over(self, entry: Entry) -> bool:
+        """Take over what is in these bits already: a tensor of model_io.int4_files. False: it is
+        not. ValueError where its scales are no finite numbers."""
+        stored: Any = entry.stored
+        if self.bits != 4 or not hasattr(stored, "packed"):
+            return False
+        weight, scale, zero = stored.packed()
+        if not (is_finite(scale) and is_finite(zero)):
+            raise ValueError(f"{entry.file}: the scales of {entry.name} hold values not finite")
+        self.weight.copy_(weight)
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
+        return True
+
+    def int4_bytes(self) -> torch.Tensor:
+        """The numbers, two a byte, however they lie: int8 (out, in / 2)."""
+        if self.is_tiled or self.is_blocked:
+            return pack_int4(self._numbers())
+        return self.weight
+
     @property
     def is_tiled(self) -> bool:
         return self.weight.dtype == torch.int32
@@ -131,18 +151,23 @@ class QuantizedLinear(nn.Module):
             # some read bytes
             self.chosen.clear()
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as floats (out, in), as close as its bits allow."""
-        numbers = self.weight
+    def _numbers(self) -> torch.Tensor:
+        """int8 (out, in), however they lie."""
+        if self.bits == 8:
+            return self.weight
         if self.is_tiled:
-            numbers = from_tiles(numbers)  # (out, in)
-        elif self.is_blocked:
+            return from_tiles(self.weight)
+        if self.is_blocked:
             n_rows = block_rows()
             assert n_rows is not None, "blocks were made on another CPU"
-            numbers = from_blocks(numbers, n_rows)  # (out, in)
-        elif self.bits == 4:
-            numbers = unpack_int4(numbers)  # (out, in)
-        groups = numbers.to(dtype).unflatten(1, (-1, self.group))  # (out, in / group, group)
+            return from_blocks(self.weight, n_rows)
+        return unpack_int4(self.weight)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as floats (out, in), as close as its bits allow."""
+        groups = (
+            self._numbers().to(dtype).unflatten(1, (-1, self.group))
+        )  # (out, in / group, group)
         # scaled before the sum, which would leave float16's range
         groups.mul_(self.scale.to(dtype)[..., None])
         if self.bits == 4:

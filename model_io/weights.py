@@ -25,6 +25,7 @@ from model_io.foreign import (
     reason_of,
     unfinished_in,
 )
+from model_io.int4_files import join_int4
 from qilin_min import (
     Qilin,
     Sources,
@@ -251,12 +252,19 @@ def named_folder(name: str, *near: Path) -> Path | None:
     return None
 
 
+def open_found(path: Path, found: FoundWeights) -> WeightFiles:
+    """The tensors of found files, three in 4 bits as one. path: what was named, for messages."""
+    files = WeightFiles(path, found.files, open_weights)
+    join_int4(files)
+    return files
+
+
 def weight_files(path: str | Path) -> WeightFiles:
     """The tensors of a folder or file of any layout, by our names; stderr tells what of a folder
     was left aside."""
     path = Path(path)
     found = find_weights(path)
-    files = WeightFiles(path, found.files, open_weights)
+    files = open_found(path, found)
     # only now: what cannot be opened is told in one line
     if found.line:
         say_once(found.line)
