@@ -42,8 +42,9 @@ from evaluation.asking import ask_batch, encode_question
 from evaluation.quantised import QuantisedChange, quantised_change
 from evaluation.report import make_report, write_report
 from evaluation.scores import BY_LIKELIHOOD, EXACT_MATCH, judge
-from evaluation.testsets import Question, read_testset
+from evaluation.testsets import Question, by_pictures, read_testset
 from model_io.adapters import base_folder
+from model_io.beginnings import Beginnings
 from model_io.options import add_model_options, chosen_model, open_model
 from model_io.pixels import PAD_COLOR, preprocess_image
 from model_io.tokens import Tokenizer
@@ -146,6 +147,9 @@ def answer_all(
     """Asks what `predictions` do not hold yet, with the picture and with a grey in its place;
     answers are written as they come."""
     todo = [i for i in range(len(questions)) if i not in predictions]
+    todo = list(by_pictures({i: questions[i] for i in todo}))
+    # the grey is used in every batch, so that it stays
+    beginnings = Beginnings(model)
     judged = [judge(questions[i], row.seen) for i, row in predictions.answered.items()]
     grey = preprocess_image(GREY, model.config.vision.image_size, model.config.image_mode)
     with tqdm(
@@ -161,8 +165,8 @@ def answer_all(
             greys = None
             if pixels is not None:
                 greys = grey.expand(len(pixels), -1, -1, -1)
-            seen = ask_batch(model, tokenizer, batch, pixels, max_new_tokens)
-            withheld = ask_batch(model, tokenizer, batch, greys, max_new_tokens)
+            seen = ask_batch(beginnings, tokenizer, batch, pixels, max_new_tokens)
+            withheld = ask_batch(beginnings, tokenizer, batch, greys, max_new_tokens)
             for i, with_picture, without in zip(numbers, seen, withheld, strict=True):
                 predictions.add(i, questions[i], Answered(with_picture, without))
                 judged.append(judge(questions[i], with_picture))

@@ -7,8 +7,9 @@ import torch
 from common.text import CHOICES
 from evaluation.answers import Likelihood, Said
 from evaluation.testsets import Question
+from model_io.beginnings import Beginnings
 from model_io.tokens import Tokenizer, encode_prompt
-from qilin_min import KVCache, Qilin, QilinConfig, answer_ids, pad_rows
+from qilin_min import KVCache, Qilin, QilinConfig, answer_ids, not_yet_held, pad_rows
 
 # what precedes the options: the form of data_prep.py build --choices
 CHOOSE = {
@@ -19,19 +20,17 @@ CHOOSE = {
 
 @torch.no_grad()
 def prefill(
-    model: Qilin, prompts: list[list[int]], pixels: torch.Tensor | None, room: int
+    beginnings: Beginnings, prompts: list[list[int]], pixels: torch.Tensor | None, room: int
 ) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
-    """(cache, log-probabilities (B, V) of the first word, lengths (B,)): all prompts and pictures
-    computed once, with room for more tokens."""
+    """(cache, log-probabilities (B, V) of the first word, lengths (B,)): all prompts computed once,
+    each picture once for all that begin with it, with room for more tokens."""
+    model = beginnings.model
     device = next(model.parameters()).device
+    cache = beginnings.cache_for(prompts, pixels, room)
+    rest = not_yet_held(prompts, cache)
+    n_new = torch.tensor([len(row) for row in rest], device=device)
+    logits = model(pad_rows(rest, 0).to(device), cache=cache, lengths=n_new)  # (B, V)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    limit = model.config.text.max_position_embeddings
-    cache_length = min(int(lengths.max()) + room, limit)
-    cache = KVCache(model.config.text.num_hidden_layers, cache_length)
-    if pixels is not None:
-        pixels = pixels.to(device)
-    input_ids = pad_rows(prompts, 0).to(device)
-    logits = model(input_ids, pixels, cache=cache, lengths=lengths)  # (B, V)
     return cache, logits.log_softmax(-1), lengths
 
 
@@ -89,18 +88,19 @@ def encode_question(
 
 
 def ask_batch(
-    model: Qilin,
+    beginnings: Beginnings,
     tokenizer: Tokenizer,
     batch: list[Question],
     pixels: torch.Tensor | None,
     max_new_tokens: int,
 ) -> list[Said]:
     """What the model says to a batch of questions: the open answer, the likelihood of the truth and
-    of each option, the answer when options are shown."""
+    of each option, the answer when options are shown. beginnings: of this model."""
+    model = beginnings.model
     prompts = [encode_question(question, tokenizer, model.config) for question in batch]
     candidates = [encode_candidates(question, tokenizer) for question in batch]
     longest = max(len(candidate) for candidate in itertools.chain.from_iterable(candidates))
-    cache, first, lengths = prefill(model, prompts, pixels, max(max_new_tokens, longest))
+    cache, first, lengths = prefill(beginnings, prompts, pixels, max(max_new_tokens, longest))
 
     # each candidate of a row scored in turn on the same keys and values: the truth, then its
     # options
@@ -117,7 +117,7 @@ def ask_batch(
     cache.truncate(lengths - 1)
     ids = answer_ids(model, prompts, cache=cache, max_new_tokens=max_new_tokens)
     answers = [tokenizer.decode(row) for row in ids]
-    choice_answers = ask_with_options(model, tokenizer, batch, pixels, max_new_tokens)
+    choice_answers = ask_with_options(beginnings, tokenizer, batch, pixels, max_new_tokens)
 
     said = []
     for i, (answer, (truth, *options)) in enumerate(zip(answers, likelihoods, strict=True)):
@@ -132,13 +132,14 @@ def encode_candidates(question: Question, tokenizer: Tokenizer) -> list[list[int
 
 
 def ask_with_options(
-    model: Qilin,
+    beginnings: Beginnings,
     tokenizer: Tokenizer,
     batch: list[Question],
     pixels: torch.Tensor | None,
     max_new_tokens: int,
 ) -> dict[int, str]:
     """{place in the batch: answer} of the questions that have options, which are shown."""
+    model = beginnings.model
     places = []
     prompts = []
     pictures = []  # places of their pictures among those of the batch
@@ -153,5 +154,6 @@ def ask_with_options(
     if not places:
         return {}
     own = pixels[pictures] if pixels is not None and pictures else None
-    ids = answer_ids(model, prompts, own, max_new_tokens=max_new_tokens)
+    cache = beginnings.cache_for(prompts, own, max_new_tokens)
+    ids = answer_ids(model, prompts, cache=cache, max_new_tokens=max_new_tokens)
     return {i: tokenizer.decode(row) for i, row in zip(places, ids, strict=True)}

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from evaluation.asking import encode_question, prefill
 from evaluation.testsets import Question
+from model_io.beginnings import Beginnings
 from model_io.pixels import preprocess_image
 from model_io.tokens import Tokenizer
 from qilin_min import Qilin
@@ -58,12 +59,16 @@ class Sums:
 
 
 def true_logits(
-    model: Qilin, prompts: list[list[int]], answers: list[list[int]], pixels: torch.Tensor | None
+    beginnings: Beginnings,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    pixels: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits float32 (n, V), on the CPU, that follow a batch's prompts and true answers, one token
     at a time as generate() decodes, which is where int8 computes otherwise; and the ids (n,)."""
+    model = beginnings.model
     longest = max(map(len, answers))
-    cache, logits, _ = prefill(model, prompts, pixels, longest)
+    cache, logits, _ = prefill(beginnings, prompts, pixels, longest)
     room = cache.max_length - max(map(len, prompts))
     one_each = torch.ones(len(answers), dtype=torch.int64, device=logits.device)
     steps = [logits]
@@ -98,6 +103,8 @@ def quantised_change(
     size = model.config.vision.image_size
     mode = model.config.image_mode
     sums = Sums()
+    of_plain = Beginnings(plain)
+    of_bits = Beginnings(model)
     starts = range(0, len(questions), batch_size)
     for start in tqdm(starts, desc=f"{bits} against plain", unit="batch", disable=None):
         batch = questions[start : start + batch_size]
@@ -107,8 +114,8 @@ def quantised_change(
         pixels = torch.stack(pixels) if pixels else None  # (M, 3, H, W)
         prompts = [encode_question(question, tokenizer, model.config) for question in batch]
         answers = [tokenizer.encode(q.truth) + [tokenizer.eos_id] for q in batch]
-        before, ids = true_logits(plain, prompts, answers, pixels)
-        after, _ = true_logits(model, prompts, answers, pixels)
+        before, ids = true_logits(of_plain, prompts, answers, pixels)
+        after, _ = true_logits(of_bits, prompts, answers, pixels)
         sums.add(before, after, ids)
     return QuantisedChange(
         bits=bits,

@@ -24,8 +24,9 @@ from common.files import USER_ERRORS, model_folder, one_line
 from common.journal import Journal
 from common.rows import JSON_SUFFIXES, TABLE_SUFFIXES
 from evaluation.entered import EnteredAnswers, read_entered, writable
-from evaluation.testsets import Question, turns_of, wording
+from evaluation.testsets import Question, by_pictures, turns_of, wording
 from model_io.adapters import base_folder, language_folder
+from model_io.beginnings import Beginnings
 from model_io.load import read_checkpoint
 from model_io.options import open_model
 from model_io.pixels import open_image, preprocess_image
@@ -303,7 +304,8 @@ def ask_folder(
     )
     limit = model.config.text.max_position_embeddings
     failed = {}
-    rest = prepared(todo, model, tokenizer, failed, bar)
+    beginnings = Beginnings(model)
+    rest = prepared(by_pictures(todo), model, tokenizer, failed, bar)
     while True:
         batch = list(islice(rest, options.batch_size))
         if not batch:
@@ -311,12 +313,11 @@ def ask_folder(
         pixels = []
         for one in batch:
             pixels += one.pixels
-        answers = answer_ids(
-            model,
-            [one.prompt for one in batch],
-            torch.stack(pixels) if pixels else None,
-            max_new_tokens=options.max_new_tokens,
+        prompts = [one.prompt for one in batch]
+        cache = beginnings.cache_for(
+            prompts, torch.stack(pixels) if pixels else None, options.max_new_tokens
         )
+        answers = answer_ids(model, prompts, cache=cache, max_new_tokens=options.max_new_tokens)
         for one, ids in zip(batch, answers, strict=True):
             is_full = len(one.prompt) + len(ids) >= limit
             is_cut = len(ids) == options.max_new_tokens or is_full

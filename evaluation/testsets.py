@@ -70,6 +70,18 @@ class Question:
         return "Chinese" if chinese_share(self.question) >= 0.3 else "English"
 
 
+def by_pictures(asked: dict[Any, Question]) -> dict[Any, Question]:
+    """The same, questions about the same pictures beside each other, so that each is computed once;
+    in the order in which pictures come first."""
+    groups: dict[tuple[Path, ...], dict[Any, Question]] = {}
+    for key, question in asked.items():
+        groups.setdefault(tuple(question.pictures), {})[key] = question
+    together = {}
+    for group in groups.values():
+        together |= group
+    return together
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One turn of what is asked, with the pictures that belong to it."""

@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 
 from common.files import model_folder
+from model_io.beginnings import Beginnings
 from qilin_min import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
@@ -311,7 +312,8 @@ class StreamedAnswer:
     Afterwards, also after an interruption: ids (list of int without the end id), n_new (with it),
     finish_reason: "stop" (an end id or a stop text, which is not shown) or "length".
 
-    stop: texts at which the answer ends. Other options as for generate(), one prompt.
+    stop: texts at which the answer ends. beginnings: of this model, for a picture that was asked
+    about before. Other options as for generate(), one prompt.
     """
 
     def __init__(
@@ -321,6 +323,7 @@ class StreamedAnswer:
         prompt: list[int],
         pixel_values: torch.Tensor | None = None,
         stop: Sequence[str] = (),
+        beginnings: Beginnings | None = None,
         **options: Any,
     ):
         self.ids = []
@@ -328,13 +331,17 @@ class StreamedAnswer:
         self.finish_reason = "length"
         self.interrupted = False  # set it, from any thread, to end the answer at the next token
         self._decode = tokenizer.decode
-        new_ids = self._new_ids(model, prompt, pixel_values, options)
+        new_ids = self._new_ids(model, prompt, pixel_values, beginnings, options)
         self._text = self._until_stop(tokenizer.decode_stream(new_ids), stop)
 
     def __iter__(self) -> Iterator[str]:
         return self._text
 
-    def _new_ids(self, model, prompt, pixel_values, options):
+    def _new_ids(self, model, prompt, pixel_values, beginnings, options):
+        if beginnings is not None:
+            room = options["max_new_tokens"]
+            options["cache"] = beginnings.cache_for([prompt], pixel_values, room)
+            pixel_values = None
         for (i,) in generate(model, [prompt], pixel_values, **options):
             assert i is not None, "only what follows an end id is None"
             self.n_new += 1

@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from common.files import one_line
+from model_io.beginnings import Beginnings
 from model_io.tokens import StreamedAnswer, Tokenizer
 from qilin_min import Qilin
 from serving.requests import ChatQuestion, Refusal, prepare_question, read_messages, read_options
@@ -167,6 +168,8 @@ class Jobs:
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
+        # the pictures asked about last; used by one answer at a time
+        self.beginnings = Beginnings(model)
         # of each job the task that watches whether its client is still there
         self.watchers: dict[asyncio.Task, asyncio.Task] = {}
         self.turn = asyncio.Lock()
@@ -203,7 +206,9 @@ class Jobs:
         prompt, pixels = await loop.run_in_executor(
             self.reader, prepare_question, self.model, self.tokenizer, self.template, question
         )
-        answer = StreamedAnswer(self.model, self.tokenizer, prompt, pixels, **options)
+        answer = StreamedAnswer(
+            self.model, self.tokenizer, prompt, pixels, beginnings=self.beginnings, **options
+        )
         out.put_nowait((answer, len(prompt)))
         texts = iter(answer)
         try:
