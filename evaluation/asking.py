@@ -9,7 +9,7 @@ from evaluation.answers import Likelihood, Said
 from evaluation.testsets import Question
 from model_io.beginnings import Beginnings
 from model_io.tokens import Tokenizer, encode_prompt
-from qilin_min import KVCache, Qilin, QilinConfig, answer_ids, not_yet_held, pad_rows
+from qilin_min import LOSS_CHUNK, KVCache, Qilin, QilinConfig, answer_ids, not_yet_held, pad_rows
 
 # what precedes the options: the form of data_prep.py build --choices
 CHOOSE = {
@@ -56,12 +56,14 @@ def log_likelihoods(
     found = [first.gather(1, ids[:, :1])]  # (B, 1)
     if ids.shape[1] > 1:
         hidden = model.model(model.model.embed_tokens(ids[:, :-1]), cache)  # (B, T - 1, C)
-        # a row at a time: its logits are (T - 1, V)
-        rows = []
-        for row, row_ids in zip(hidden, ids, strict=True):
-            log_probs = model.logits(row).log_softmax(-1)
-            rows.append(log_probs.gather(1, row_ids[1:, None])[:, 0])
-        found.append(torch.stack(rows))  # (B, T - 1)
+        # some positions at a time: their logits are (n, V)
+        parts = []
+        some_hidden = hidden.flatten(0, 1).split(LOSS_CHUNK)
+        some_ids = ids[:, 1:].flatten().split(LOSS_CHUNK)
+        for part, part_ids in zip(some_hidden, some_ids, strict=True):
+            log_probs = model.logits(part).log_softmax(-1)
+            parts.append(log_probs.gather(1, part_ids[:, None])[:, 0])
+        found.append(torch.cat(parts).view(hidden.shape[:2]))  # (B, T - 1)
         cache.truncate(lengths)
     log_probs = torch.cat(found, 1).cpu()  # (B, T)
     likelihoods = []
@@ -102,9 +104,8 @@ def ask_batch(
     longest = max(len(candidate) for candidate in itertools.chain.from_iterable(candidates))
     cache, first, lengths = prefill(beginnings, prompts, pixels, max(max_new_tokens, longest))
 
-    # each candidate of a row scored in turn on the same keys and values: the truth, then its
-    # options
-    likelihoods = [[] for _ in batch]
+    # each candidate of a row scored in turn on the same keys and values
+    likelihoods: list[list[Likelihood]] = [[] for _ in batch]
     for k in range(max(map(len, candidates))):
         # a row that has fewer has its end scored, which is not kept
         turn = [row[k] if k < len(row) else [tokenizer.eos_id] for row in candidates]
@@ -120,15 +121,21 @@ def ask_batch(
     choice_answers = ask_with_options(beginnings, tokenizer, batch, pixels, max_new_tokens)
 
     said = []
-    for i, (answer, (truth, *options)) in enumerate(zip(answers, likelihoods, strict=True)):
-        said.append(Said(answer, truth, options, choice_answers.get(i, "")))
+    for i, (question, answer) in enumerate(zip(batch, answers, strict=True)):
+        likelihood_of = dict(zip(candidate_texts(question), likelihoods[i], strict=True))
+        options = [likelihood_of[text] for text in question.choices.values()]
+        said.append(Said(answer, likelihood_of[question.truth], options, choice_answers.get(i, "")))
     return said
 
 
+def candidate_texts(question: Question) -> list[str]:
+    """What is scored: the truth and the options, of which the truth mostly is one."""
+    return list(dict.fromkeys([question.truth, *question.choices.values()]))
+
+
 def encode_candidates(question: Question, tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of the truth and of each option, each with its end."""
-    texts = [question.truth, *question.choices.values()]
-    return [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
+    """The ids of each text that is scored, with its end."""
+    return [tokenizer.encode(text) + [tokenizer.eos_id] for text in candidate_texts(question)]
 
 
 def ask_with_options(
