@@ -1,7 +1,14 @@
-"""Speed beside transformers, measured in turn in one run, as ratios: exit 1 where a goal is missed.
-Timings on a shared machine say nothing alone.
+"""Speed beside transformers and llama.cpp, measured in turn in one run, as ratios: exit 1 where a
+goal is missed. Timings on a shared machine say nothing alone.
 
-python tests/tools/bench.py load [--runs 7]
+python tests/tools/bench.py [ROW …] [--runs 5] [--out out/bench]
+    a table of work, ours, peer, ratio, goal and memory, all rows or those named; as JSON and as a
+    picture in --out, too. Medians of pairs, in turn; equal results are asserted first. Wants
+    tests/requirements.txt, 16 GB of memory, and a machine that does nothing else
+
+More of one thing, no rows of the table:
+
+python tests/tools/bench.py conversions [--runs 7]
     a LLaMA of 1 GB or more on disk until every parameter has been touched; imports excluded
 python tests/tools/bench.py loader [--runs 5]
     pictures a second from 1000-pixel JPEGs to batches, 2 worker processes, beside transformers'
@@ -31,6 +38,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from bench_rows import ROWS
+from bench_table import HEAD, describe_machine, machine_line, table_row, write_json, write_picture
 
 import train
 from model_io.export import save_qilin
@@ -92,7 +101,7 @@ for p in model.parameters():
 print(time.perf_counter() - tic)"""
 
 
-def bench_load(runs):
+def bench_conversions(runs):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_models(folder)
@@ -531,7 +540,7 @@ def quantised_bytes(model):
 
 
 BENCHES = {
-    "load": bench_load,
+    "conversions": bench_conversions,
     "loader": bench_loader,
     "padding": bench_padding,
     "saving": bench_saving,
@@ -543,13 +552,46 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=BENCHES)
+    parser.add_argument(
+        "what", nargs="*", help=f"rows: {', '.join(ROWS)} (default: all); or {', '.join(BENCHES)}"
+    )
     parser.add_argument(
         "--runs", type=int, default=5, help="counted runs of each (default %(default)s)"
     )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out/bench", help="for bench.json and bench.png"
+    )
     args = parser.parse_args()
-    is_missed = BENCHES[args.what](args.runs)
+    unknown = [word for word in args.what if word not in ROWS and word not in BENCHES]
+    if unknown:
+        parser.error(f"{unknown[0]} is no row: {', '.join([*ROWS, *BENCHES])}")
+    is_missed = False
+    for name in BENCHES:
+        if name in args.what:
+            is_missed |= BENCHES[name](args.runs)
+    chosen = [name for name in ROWS if name in args.what or not args.what]
+    if chosen:
+        is_missed |= bench_table(chosen, args.runs, args.out)
     sys.exit(1 if is_missed else 0)
+
+
+def bench_table(chosen, runs, out):
+    """Measures the rows, each printed as it comes, and writes all. -> whether a goal is missed."""
+    machine = describe_machine()
+    print(machine_line(machine), flush=True)
+    print(HEAD, flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in chosen:
+        for row in ROWS[name](runs):
+            print(table_row(row), flush=True)
+            rows.append(row)
+            # what is measured is not lost to what comes after
+            write_json(rows, machine, out / "bench.json")
+    write_picture(rows, machine, out / "bench.png")
+    n_missed = sum(not row.is_met for row in rows)
+    print(f"{len(rows)} lines, {n_missed} goals missed; {out}/bench.json, {out}/bench.png")
+    return n_missed > 0
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ class Server:
     """llama-server with the two files of a folder that convert.py --gguf wrote, in a process of its
     own: what llama.cpp does not like it ends itself for."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, n_threads=1):
         (self.mmproj,) = Path(folder).glob("mmproj-*.gguf")
         (text,) = set(Path(folder).glob("*.gguf")) - {self.mmproj}
         self.dump = Path(tempfile.mkdtemp()) / "embeddings"
         self.process = subprocess.Popen(
-            [sys.executable, str(SERVER), str(text), str(self.mmproj)],
+            [sys.executable, str(SERVER), str(text), str(self.mmproj), str(n_threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
